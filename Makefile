@@ -1,0 +1,41 @@
+# `make serve` and `make test` are all that a new machine needs; `make install` only sets up .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?=
+PORT ?= 8000
+# torch alone first, at the exact version: a resolver that meets it installed picks no other.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint .ci/constraints.txt
+
+.PHONY: install serve test lint bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "octavo needs Python 3.11 or newer: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --editable '.[test]'
+	touch $@
+
+serve: install
+	$(BIN)/octavo serve $(MODEL) --port $(PORT)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p .view && ln -sfn .. .view/octavo
+	$(BIN)/mypy -p octavo
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+
+bench: install
+	$(BIN)/octavo bench offline
+
+clean:
+	rm -rf $(VENV) .view build *.egg-info

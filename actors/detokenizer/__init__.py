@@ -1,0 +1,1 @@
+"""The detokenizer: token ids to text, stop strings."""

@@ -1,0 +1,124 @@
+"""Carries steps to the executor's own thread and its results back to the loop."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ...messages.base import Message
+from ...messages.errors import ModelNotFoundError, UnsupportedModelError
+from ...messages.ids import Epoch
+from ...messages.step import ExecuteStep
+from ...messages.system import ExecutorFailed, ExecutorReady, StartExecutor
+from ...models.checkpoint import CheckpointNotFoundError, resolve_checkpoint
+from ...models.errors import ModelLoadError
+from .device import Device, ExecutorConfig
+from .runner import StepRunner
+
+_STOP = None
+
+
+def locate_model(
+    model: str | None, *, revision: str | None = None, offline: bool = False, weights: bool = True
+) -> tuple[Path, str]:
+    """Folder and name of a model: a folder, a hub name, or None for the one that ships with octavo.
+
+    Raises:
+        ModelNotFoundError: no such folder or hub name, or the hub cannot be reached.
+    """
+    try:
+        return resolve_checkpoint(model, revision=revision, offline=offline, weights=weights)
+    except CheckpointNotFoundError as error:
+        raise ModelNotFoundError(str(error)) from error
+
+
+class ExecutorThread:
+    """An executor on a thread of its own, beside the event loop; torch releases the GIL while it computes.
+
+    Args:
+        config: what to load and how much to hold.
+        send: called on the executor's thread with each message it has to say.
+    """
+
+    def __init__(self, config: ExecutorConfig, send: Callable[[Message], None]) -> None:
+        self._config = config
+        self._send = send
+        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="octavo-executor", daemon=True)
+        self._runner: StepRunner | None = None
+        self._epoch = Epoch(0)
+        self._busy_since_ns = 0
+
+    def busy_for_ns(self) -> int:
+        """How long the step that is running has run; 0 if none is."""
+        since_ns = self._busy_since_ns
+        return time.monotonic_ns() - since_ns if since_ns else 0
+
+    def load(self) -> Device:
+        """Load the model, allocate the KV cache and warm up. Blocks.
+
+        Raises:
+            UnsupportedModelError: the checkpoint cannot be served; the message names what is missing.
+            KVCacheTooSmallError: the asked-for context does not fit.
+        """
+        try:
+            device = Device(self._config)
+        except ModelLoadError as error:
+            raise UnsupportedModelError(str(error)) from error
+        self._runner = StepRunner(
+            device,
+            max_num_seqs=self._config.max_num_seqs,
+            pipeline_depth=self._config.pipeline_depth,
+            block_size=self._config.block_size,
+        )
+        self._runner.warm_up()
+        return device
+
+    def start(self) -> None:
+        """Begin to take messages; `load` has to have returned."""
+        self._thread.start()
+
+    def post(self, message: Message) -> None:
+        """Queue a step. Bounded by the scheduler's pipeline depth."""
+        self._inbox.put(message)
+
+    def stop(self) -> None:
+        """End the thread after the step it is in, and wait for it."""
+        self._inbox.put(_STOP)
+        if self._thread.is_alive():
+            self._thread.join()
+        self._runner = None
+
+    def _run(self) -> None:
+        runner = self._runner
+        assert runner is not None, "load() comes before start()"
+        has_failed = False
+        while (message := self._inbox.get()) is not _STOP:
+            if isinstance(message, StartExecutor):
+                self._epoch = message.epoch
+                has_failed = not self._begin_epoch(runner)
+                continue
+            assert isinstance(message, ExecuteStep), message
+            if has_failed or message.epoch != self._epoch:
+                continue  # the supervisor was told; a later epoch is on its way
+            self._busy_since_ns = time.monotonic_ns()
+            try:
+                self._send(runner.execute(message))
+            except Exception as error:
+                has_failed = True
+                self._send(ExecutorFailed(self._epoch, f"{type(error).__name__}: {error}"))
+            finally:
+                self._busy_since_ns = 0
+
+    def _begin_epoch(self, runner: StepRunner) -> bool:
+        try:
+            if self._epoch:
+                runner.reset()
+            self._send(ExecutorReady(self._epoch))
+        except Exception as error:
+            self._send(ExecutorFailed(self._epoch, f"{type(error).__name__}: {error}"))
+            return False
+        return True

@@ -1,0 +1,164 @@
+"""What an executor computes with: a model, its KV cache, and how much of it fits."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+import torch
+
+from ...kernels.attention_batch import AttentionBatch
+from ...messages.errors import KVCacheTooSmallError
+from ...models.interface import CausalLM, KVCache
+from ...models.registry import load_model
+from .standing_batch import StepArrays
+
+
+class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Configuration of one executor.
+
+    Attributes:
+        model_path: folder of the checkpoint.
+        dtype: `auto`, or a torch dtype's name.
+        model_impl: `auto`, `native` or `transformers`.
+        max_model_len: None takes what checkpoint and KV cache allow.
+        max_num_seqs: requests in one step.
+        pipeline_depth: steps in flight.
+        block_size: tokens in a KV block.
+        num_blocks: exact number of blocks, or None.
+        kv_cache_memory_bytes: size of the KV cache, or None to measure free memory.
+        memory_utilization: share of the measured free memory to take.
+        num_threads: of torch; None leaves its choice.
+        trust_remote_code: run code that the checkpoint brings.
+    """
+
+    model_path: str
+    dtype: str = "auto"
+    model_impl: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    pipeline_depth: int = 2
+    block_size: int = 16
+    num_blocks: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    memory_utilization: float = 0.5
+    num_threads: int | None = None
+    trust_remote_code: bool = False
+
+
+class KVCachePlan(msgspec.Struct, frozen=True):
+    """How many blocks there are and how long a sequence may get."""
+
+    num_blocks: int
+    max_model_len: int
+    bytes_per_block: int
+
+
+def plan_kv_cache(config: ExecutorConfig, *, bytes_per_token: int, max_position: int, free_bytes: int) -> KVCachePlan:
+    """Divide memory into KV blocks.
+
+    Args:
+        config: what was asked for.
+        bytes_per_token: KV of one token, all layers.
+        max_position: longest context of the checkpoint.
+        free_bytes: memory that nothing uses.
+
+    Raises:
+        KVCacheTooSmallError: `config.max_model_len` was given and does not fit.
+    """
+    bytes_per_block = bytes_per_token * config.block_size
+    longest = min(config.max_model_len or max_position, max_position)
+    if config.num_blocks is not None:
+        num_blocks = config.num_blocks
+    else:
+        if config.kv_cache_memory_bytes is not None:
+            num_blocks = config.kv_cache_memory_bytes // bytes_per_block
+        else:
+            num_blocks = int(free_bytes * config.memory_utilization) // bytes_per_block
+        # More than every seat at full length can never be used.
+        num_blocks = min(num_blocks, config.max_num_seqs * -(-longest // config.block_size))
+    possible = num_blocks * config.block_size
+    if possible < longest and (config.max_model_len is not None or possible < 1):
+        raise KVCacheTooSmallError(max_model_len=longest, num_blocks=num_blocks, block_size=config.block_size)
+    return KVCachePlan(num_blocks=num_blocks, max_model_len=min(longest, possible), bytes_per_block=bytes_per_block)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that the KV cache could take on this device, after the weights."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+class Device:
+    """A loaded model and its KV cache; the only code that touches weights and KV tensors."""
+
+    def __init__(self, config: ExecutorConfig) -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        started = time.monotonic()
+        self.model: CausalLM = load_model(
+            Path(config.model_path),
+            dtype=config.dtype,
+            model_impl=config.model_impl,
+            trust_remote_code=config.trust_remote_code,
+        )
+        self.load_seconds = time.monotonic() - started
+        bytes_per_token = sum(spec.bytes_per_token(self.model.dtype) for spec in self.model.kv_cache_specs)
+        self.plan = plan_kv_cache(
+            config,
+            bytes_per_token=bytes_per_token,
+            max_position=self.model.max_position,
+            free_bytes=free_memory_bytes(self.model.device),
+        )
+        self._block_size = config.block_size
+        self._kv_caches: list[KVCache] = []
+        self.reset()
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self.plan.num_blocks * self.plan.bytes_per_block
+
+    def reset(self) -> None:
+        """Give the KV cache back and take a new one: zeros, so that no stale value is ever read as a number."""
+        self._kv_caches.clear()
+        shape = (self.plan.num_blocks, self._block_size)
+        for spec in self.model.kv_cache_specs:
+            self._kv_caches.append(
+                KVCache(
+                    k=self._zeros(shape[0], spec.num_kv_heads, shape[1], spec.k_head_dim),
+                    v=self._zeros(shape[0], spec.num_kv_heads, shape[1], spec.v_head_dim),
+                )
+            )
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+
+    @torch.inference_mode()
+    def forward(self, arrays: StepArrays) -> torch.Tensor:
+        """Compute the step's tokens; returns hidden states `[num_tokens, hidden_size]`."""
+        device = self.model.device
+        batch = AttentionBatch(
+            query_start=torch.from_numpy(arrays.query_start).to(device),
+            context_lens=torch.from_numpy(arrays.context_lens).to(device),
+            block_tables=torch.from_numpy(arrays.block_tables).to(device),
+            slot_mapping=torch.from_numpy(arrays.slot_mapping).to(device),
+            block_size=self._block_size,
+            max_query_len=arrays.max_query_len,
+            max_context_len=arrays.max_context_len,
+            num_decodes=arrays.num_decodes,
+        )
+        return self.model.forward(
+            torch.from_numpy(arrays.input_ids).to(device),
+            torch.from_numpy(arrays.positions).to(device),
+            batch,
+            self._kv_caches,
+        )
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor, token_indices: torch.Tensor | None = None) -> torch.Tensor:
+        """Float32 logits `[n, vocab_size]` of all rows of `hidden`, or of those chosen."""
+        chosen = hidden if token_indices is None else hidden.index_select(0, token_indices.to(hidden.device))
+        return self.model.compute_logits(chosen)

@@ -1,0 +1,127 @@
+"""Runs steps: standing batch, device and sampler, in the order of the messages."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+
+from ...messages.ids import BlockId, Epoch, RequestId, StepId
+from ...messages.request import TokenLogprobs
+from ...messages.sampling import SamplingParams
+from ...messages.step import ExecuteStep, StartRequest, StepExecuted
+from .device import Device
+from .sampler import SampledTokens, Sampler, prompt_logprobs
+from .standing_batch import StandingBatch, StepArrays
+
+PromptLogprobs = tuple[RequestId, int, tuple[TokenLogprobs, ...]]
+
+
+class StepRunner:
+    """Executes one `ExecuteStep` after the other; synchronous, for the executor's own thread.
+
+    Args:
+        device: model and KV cache.
+        max_num_seqs: requests in one step.
+        pipeline_depth: steps in flight; requests that ended stand until the step that drops them.
+        block_size: tokens in a KV block.
+    """
+
+    def __init__(self, device: Device, *, max_num_seqs: int, pipeline_depth: int, block_size: int) -> None:
+        self._device = device
+        self._batch = StandingBatch(
+            max_num_rows=max_num_seqs * (pipeline_depth + 1),
+            max_model_len=device.plan.max_model_len,
+            block_size=block_size,
+        )
+        self._sampler = Sampler(device.model.vocab_size)
+        self._wants_prompt_logprobs: dict[RequestId, tuple[int, int]] = {}
+
+    def reset(self) -> None:
+        """Forget every request and the KV: a new epoch begins."""
+        self._batch.clear()
+        self._sampler = Sampler(self._device.model.vocab_size)
+        self._wants_prompt_logprobs.clear()
+        self._device.reset()
+
+    def execute(self, step: ExecuteStep) -> StepExecuted:
+        """Apply the step's changes, compute its rows in one forward pass, sample."""
+        started_ns = time.monotonic_ns()
+        self._apply(step)
+        if not step.request_ids:
+            return StepExecuted(step.epoch, step.step_id, (), ())
+        arrays = self._batch.gather(step)
+        hidden = self._device.forward(arrays)
+        prompt_entries = self._prompt_logprobs(step, arrays, hidden)
+        request_ids, sampled = self._sample(arrays, hidden)
+        self._batch.append(request_ids, sampled.token_ids)
+        return StepExecuted(
+            step.epoch,
+            step.step_id,
+            request_ids,
+            tuple(sampled.token_ids),
+            stopped=tuple(sampled.stopped),
+            logprobs=tuple(sampled.logprobs),
+            prompt_logprobs=prompt_entries,
+            failed=tuple(sampled.failed),
+            execute_ns=time.monotonic_ns() - started_ns,
+        )
+
+    def warm_up(self) -> None:
+        """Run one token through the model, so that the first request does not pay for first-use work."""
+        probe = RequestId(-1)
+        start = StartRequest(probe, b"\0\0\0\0", 1, 0, SamplingParams(temperature=0.0))
+        blocks = ((probe, (BlockId(0),)),)
+        self.execute(
+            ExecuteStep(Epoch(0), StepId(-1), (probe,), (1,), start=(start,), block_tables=((),), append_blocks=blocks)
+        )
+        self.execute(ExecuteStep(Epoch(0), StepId(-1), (), (), drop=(probe,)))
+
+    def _apply(self, step: ExecuteStep) -> None:
+        for request_id in step.drop:
+            if request_id in self._batch:
+                self._sampler.remove(request_id)
+                self._wants_prompt_logprobs.pop(request_id, None)
+        self._batch.apply(step)
+        for start in step.start:
+            token_ids = self._batch.token_ids(start.request_id)
+            self._sampler.add(start.request_id, start.params, token_ids, start.num_prompt_tokens, start.eos_token_ids)
+            if start.params.prompt_logprobs is not None and len(token_ids) == start.num_prompt_tokens:
+                self._wants_prompt_logprobs[start.request_id] = (start.params.prompt_logprobs, start.num_prompt_tokens)
+
+    def _sample(self, arrays: StepArrays, hidden: torch.Tensor) -> tuple[tuple[RequestId, ...], SampledTokens]:
+        """Sample the rows that are due; rows from which no token could be chosen are left out, as `failed`."""
+        request_ids = arrays.sampling_requests
+        if not request_ids:
+            return (), SampledTokens([], [], [], [])
+        is_every_token = len(request_ids) == len(arrays.input_ids)
+        logits = self._device.logits(hidden, None if is_every_token else torch.from_numpy(arrays.sampling_tokens))
+        sampled = self._sampler.sample(logits, request_ids)
+        if not sampled.failed:
+            return request_ids, sampled
+        failed = dict(sampled.failed)
+        good = [index for index, request_id in enumerate(request_ids) if request_id not in failed]
+        token_ids = [sampled.token_ids[index] for index in good]
+        return tuple(request_ids[index] for index in good), replace(sampled, token_ids=token_ids)
+
+    def _prompt_logprobs(
+        self, step: ExecuteStep, arrays: StepArrays, hidden: torch.Tensor
+    ) -> tuple[PromptLogprobs, ...]:
+        """Log-probabilities of the prompt tokens that follow this step's prompt positions."""
+        if not self._wants_prompt_logprobs:
+            return ()
+        entries: list[PromptLogprobs] = []
+        for index, request_id in enumerate(step.request_ids):
+            wanted = self._wants_prompt_logprobs.get(request_id)
+            if wanted is None:
+                continue
+            num_top, num_prompt_tokens = wanted
+            begin, end = int(arrays.query_start[index]), int(arrays.query_start[index + 1])
+            first = int(arrays.positions[begin])
+            count = min(end - begin, num_prompt_tokens - 1 - first)
+            if count > 0:
+                targets = self._batch.token_ids(request_id)[first + 1 : first + 1 + count]
+                logits = self._device.logits(hidden[begin : begin + count])
+                entries.append((request_id, first + 1, prompt_logprobs(logits, targets, num_top)))
+        return tuple(entries)

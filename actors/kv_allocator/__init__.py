@@ -1,0 +1,1 @@
+"""The KV allocator: which block belongs to which request."""

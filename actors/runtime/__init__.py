@@ -1,0 +1,1 @@
+"""Runtimes: mailboxes and clocks that carry messages between actors."""

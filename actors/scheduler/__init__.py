@@ -1,0 +1,1 @@
+"""The scheduler: which requests compute how many tokens in the next step."""

@@ -1,0 +1,42 @@
+"""What the scheduler tells metrics."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SchedulerStats(msgspec.Struct, frozen=True):
+    """Counts now and totals since the start.
+
+    Attributes:
+        num_running: requests that hold blocks or are about to.
+        num_waiting: requests that hold none.
+        num_steps_in_flight: planned and not executed.
+        num_blocks: of the KV cache.
+        credit: blocks that may still be promised.
+        num_promised_blocks: set aside for tokens that requests have, and not yet in their block tables.
+        num_steps: planned since the start.
+        num_preemptions, num_ended, num_refused: of requests, since the start.
+        prompt_tokens: computed ahead of sampling, recomputed ones counted again.
+        generation_tokens: sampled for requests that had not ended.
+        prefix_cache_queries, prefix_cache_hits: tokens looked up in the prefix cache, and found there.
+        num_dropped_messages: of older epochs, or about steps and requests nobody knows.
+        num_executor_losses: since the start.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_steps_in_flight: int
+    num_blocks: int
+    credit: int
+    num_promised_blocks: int
+    num_steps: int
+    num_preemptions: int
+    num_ended: int
+    num_refused: int
+    prompt_tokens: int
+    generation_tokens: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    num_dropped_messages: int
+    num_executor_losses: int

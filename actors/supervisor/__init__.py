@@ -1,0 +1,1 @@
+"""The supervisor: who is alive, epochs, restart budgets."""

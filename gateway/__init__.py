@@ -1,0 +1,1 @@
+"""HTTP, streaming, command line, embedding."""

@@ -1,0 +1,147 @@
+"""The `octavo` command. Only what a chosen command needs is imported, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from .. import __version__
+from .flags import Parser, add_engine_flags, number
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the process's exit status. User errors print one line and give 2."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if not hasattr(arguments, "run"):
+        parser.print_help()
+        return 0
+    from ..messages.errors import OctavoError
+
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except OctavoError as error:
+        print(f"octavo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> Parser:
+    """All commands with their flags."""
+    parser = Parser(prog="octavo", description="An LLM inference engine built as a small company of actors.")
+    parser.add_argument("--version", action="version", version=f"octavo {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+    _add_serve(commands)
+    _add_run(commands)
+    _add_bench(commands)
+    doctor = commands.add_parser("doctor", help="look at this machine and installation, and say what octavo would do")
+    doctor.set_defaults(run=_doctor, parser=doctor)
+    return parser
+
+
+def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
+    serve = commands.add_parser("serve", help="serve a model over an OpenAI-compatible HTTP API")
+    add_engine_flags(serve)
+    group = serve.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for every interface")
+    group.add_argument("--port", type=int, default=8000, help="port to listen on")
+    group.add_argument("--served-model-name", nargs="+", default=[], help="names that clients may use")
+    group.add_argument("--api-key", action="append", default=[], help="key that clients must send; may be repeated")
+    group.add_argument("--allowed-origins", nargs="+", default=[], help="origins of web pages that may call the server")
+    group.add_argument(
+        "--shutdown-timeout", type=float, default=30.0, help="seconds that SIGTERM waits for open answers"
+    )
+    group.add_argument(
+        "--log-format", choices=["auto", "human", "json"], default="auto", help="auto: human on a terminal"
+    )
+    group.add_argument(
+        "--log-interval", type=float, default=10.0, help="seconds between lines of throughput while busy"
+    )
+    serve.set_defaults(run=_serve, parser=serve)
+
+
+def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
+    run = commands.add_parser("run", help="chat with a model in the terminal")
+    add_engine_flags(run)
+    group = run.add_argument_group("chat")
+    group.add_argument("--prompt", help="answer this and exit, instead of a conversation")
+    group.add_argument("--system", help="system message")
+    group.add_argument("--temperature", type=float, default=0.7)
+    group.add_argument("--top-p", type=float, default=0.95)
+    group.add_argument("--max-tokens", type=number, default=512)
+    run.set_defaults(run=_chat, parser=run)
+
+
+def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
+    bench = commands.add_parser("bench", help="measure throughput and latency")
+    bench.set_defaults(run=lambda _: bench.print_help() or 0, parser=bench)
+    kinds = bench.add_subparsers(title="benchmarks", metavar="KIND", parser_class=Parser)
+
+    offline = kinds.add_parser("offline", help="this process: octavo beside a sequential transformers.generate loop")
+    add_engine_flags(offline)
+    _add_workload(offline, num_prompts=32, input_len=64, output_len=64)
+    offline.add_argument("--concurrency", type=number, nargs="+", default=[1, 32], help="prompts at once")
+    offline.add_argument(
+        "--compare", choices=["transformers", "none"], default="transformers", help="what to time beside it"
+    )
+    offline.add_argument("--compare-prompts", type=number, default=4, help="prompts of the sequential loop")
+    offline.add_argument("--repeats", type=number, default=3, help="timed rounds; medians are printed")
+    offline.add_argument("--json", metavar="FILE", help="write the figures to this file; - for standard output")
+    offline.set_defaults(run=_bench_offline, parser=offline)
+
+    serve = kinds.add_parser("serve", help="a running server, over HTTP, streaming")
+    serve.add_argument("--base-url", default="http://127.0.0.1:8000", help="of the server")
+    serve.add_argument("--api-key", help="key to send")
+    serve.add_argument("--model", help="name to ask for; default: the server's first")
+    _add_workload(serve, num_prompts=100, input_len=64, output_len=64)
+    serve.add_argument(
+        "--request-rate", type=float, default=float("inf"), help="requests a second (Poisson); inf: all at once"
+    )
+    serve.add_argument("--max-concurrency", type=number, default=64, help="open streams at once")
+    serve.add_argument("--json", metavar="FILE", help="write the figures to this file; - for standard output")
+    serve.set_defaults(run=_bench_serve, parser=serve)
+
+
+def _add_workload(parser: Parser, *, num_prompts: int, input_len: int, output_len: int) -> None:
+    group = parser.add_argument_group("workload")
+    group.add_argument("--num-prompts", type=number, default=num_prompts, help="requests to send")
+    group.add_argument(
+        "--random-input-len", "--input-len", dest="input_len", type=number, default=input_len, help="tokens"
+    )
+    group.add_argument(
+        "--random-output-len", "--output-len", dest="output_len", type=number, default=output_len, help="tokens"
+    )
+    group.add_argument("--workload-seed", type=int, default=0, help="of prompts and arrivals")
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from .serve import serve
+
+    return serve(arguments)
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from .chat import chat
+
+    return chat(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import doctor
+
+    return doctor()
+
+
+def _bench_offline(arguments: argparse.Namespace) -> int:
+    from .bench_offline import bench_offline
+
+    return bench_offline(arguments)
+
+
+def _bench_serve(arguments: argparse.Namespace) -> int:
+    from .bench_serve import bench_serve
+
+    return bench_serve(arguments)

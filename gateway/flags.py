@@ -1,0 +1,147 @@
+"""Command-line flags of the engine, under the names vLLM's users know."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from typing import Any, NoReturn
+
+_SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([kKmMgG]?)([iI]?)[bB]?$")
+_FACTOR = {"": 0, "k": 1, "m": 2, "g": 3}
+
+
+def number(text: str) -> int:
+    """`8192`, `8k` (8000) or `8K` (8192), as vLLM reads them; also m/M and g/G."""
+    match = _SIZE.match(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 4096, 8k or 2G")
+    value, unit, binary = match.groups()
+    base = 1024 if unit.isupper() or binary else 1000
+    return int(float(value) * base ** _FACTOR[unit.lower()])
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes `-` and `_` alike and names the nearest flag for one it does not know."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args([_with_dashes(word) for word in words], namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            chosen = getattr(parsed, "parser", self)
+            chosen.error(chosen.explain_unknown(unknown))
+        return parsed
+
+    def explain_unknown(self, unknown: list[str]) -> str:
+        """One line on arguments that nothing takes, with the nearest flags."""
+        parts = []
+        for word in unknown:
+            if not word.startswith("-"):
+                parts.append(f"unexpected argument {word!r}")
+                continue
+            flag = word.split("=")[0]
+            near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.5)
+            parts.append(f"unknown flag {flag}" + (f" (did you mean {near[0]}?)" if near else ""))
+        return "; ".join(parts)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n{self.prog} --help lists what there is\n")
+
+
+def _with_dashes(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that become an `EngineConfig`; their defaults are the struct's."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "model", nargs="?", default=None, help="folder or hub name; without one, the model shipped with octavo"
+    )
+    group.add_argument("--tokenizer", help="folder or hub name, if not the model's own")
+    group.add_argument("--revision", help="hub revision of config, tokenizer and weights alike")
+    group.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of weights and KV"
+    )
+    group.add_argument(
+        "--model-impl", default="auto", choices=["auto", "native", "transformers"], help="which implementation"
+    )
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint brings")
+    group.add_argument("--offline", action="store_true", help="never contact the hub (HF_HUB_OFFLINE works too)")
+    group.add_argument("--chat-template", help="jinja file or text, if not the tokenizer's own")
+    group = parser.add_argument_group("memory and scheduling")
+    group.add_argument(
+        "--max-model-len", type=number, help="longest prompt plus output; default: what model and memory allow"
+    )
+    group.add_argument("--max-num-seqs", type=number, default=256, help="requests in one step")
+    group.add_argument("--max-num-batched-tokens", type=number, default=2048, help="tokens in one step")
+    group.add_argument("--block-size", type=number, default=16, help="tokens in a KV block, 1 to 256")
+    group.add_argument(
+        "--kv-cache-memory-bytes", type=number, help="size of the KV cache (2G, 512M); default: measured"
+    )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        "--memory-utilization",
+        dest="memory_utilization",
+        type=float,
+        default=0.5,
+        help="share of free memory for the KV cache when it is measured",
+    )
+    group.add_argument("--num-gpu-blocks-override", dest="num_blocks", type=number, help="exact number of KV blocks")
+    group.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="reuse KV of equal prefixes",
+    )
+    group.add_argument(
+        "--max-num-queued-reqs", dest="max_num_queued_requests", type=number, default=4096, help="then 429"
+    )
+    group.add_argument(
+        "--max-num-queued-tokens", type=number, default=8_000_000, help="prompt tokens waiting; then 429"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of requests that bring none")
+    group.add_argument("--num-threads", type=number, help="torch's threads on the CPU")
+    group.add_argument("--max-logprobs", type=int, default=20, help="most alternatives a request may ask for")
+
+
+ENGINE_FIELDS = (
+    "model",
+    "tokenizer",
+    "revision",
+    "dtype",
+    "model_impl",
+    "trust_remote_code",
+    "offline",
+    "chat_template",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "kv_cache_memory_bytes",
+    "memory_utilization",
+    "num_blocks",
+    "enable_prefix_caching",
+    "max_num_queued_requests",
+    "max_num_queued_tokens",
+    "seed",
+    "num_threads",
+    "max_logprobs",
+)
+
+
+def engine_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `EngineConfig` from parsed flags."""
+    return {name: getattr(arguments, name) for name in ENGINE_FIELDS}

@@ -1,0 +1,142 @@
+"""`LLM`: the engine for programs without an event loop; batches in, results out."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from ..messages.request import ChatPrompt
+from ..messages.sampling import SamplingParams
+from .config import EngineConfig
+from .engine import Engine
+from .outputs import RequestOutput
+
+T = TypeVar("T")
+
+Prompt = str | Sequence[int] | ChatPrompt
+
+
+class LLM:
+    """A model that generates for lists of prompts. Its engine runs on an event loop in a thread of its own.
+
+    Use it as a context manager, or call `close`; the interpreter's exit closes it too.
+
+    Args:
+        model: folder or hub name; None is the small model that ships with octavo.
+        config: everything at once; or give its fields as keyword arguments (see `EngineConfig`).
+    """
+
+    def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **fields: Any) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="octavo-llm", daemon=True)
+        self._thread.start()
+        self._engine: Engine | None = None
+        try:
+            engine = Engine(model, config=config, **fields)
+            self._run(engine.start())
+        except BaseException:
+            self._stop_loop()
+            raise
+        self._engine = engine
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; results come in the order of the prompts.
+
+        Args:
+            prompts: one prompt or many: text, token ids, or conversations.
+            params: for all of them, or one for each.
+            use_tqdm: show a progress bar.
+
+        Raises:
+            OctavoError: a request was refused or failed; those that were running are cancelled.
+        """
+        many = _as_list(prompts)
+        each = [params or SamplingParams()] * len(many) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(many):
+            raise ValueError(f"{len(many)} prompts but {len(each)} sampling parameters: give one, or as many")
+        return self._run(self._generate_all(many, each, use_tqdm))
+
+    def chat(
+        self,
+        conversations: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        params: SamplingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many: lists of `{"role": ..., "content": ...}`."""
+        many = [conversations] if conversations and isinstance(conversations[0], dict) else conversations
+        prompts: list[Prompt] = [Engine.chat_prompt(messages) for messages in many]  # type: ignore[arg-type]  # narrowed above
+        return self.generate(prompts, params or SamplingParams(max_tokens=None), use_tqdm=use_tqdm)
+
+    def close(self) -> None:
+        """Stop the engine and its threads. Safe to call twice."""
+        if self._engine is not None:
+            self._run(self._engine.close())
+            self._engine = None
+            self._stop_loop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _generate_all(
+        self, prompts: list[Prompt], params: list[SamplingParams], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        from tqdm import tqdm
+
+        assert self._engine is not None
+        # No more at once than the engine admits: the rest waits here instead of being refused.
+        config = self._engine.config
+        seats = asyncio.Semaphore(
+            max(1, (config.max_num_seqs + config.max_num_queued_requests) // max(p.n for p in params))
+        )
+        with tqdm(total=len(prompts), desc="prompts", unit="prompt", disable=not use_tqdm) as bar:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._generate_one(self._engine, prompt, one, seats, bar))
+                    for prompt, one in zip(prompts, params, strict=True)
+                ]
+        return [task.result() for task in tasks]
+
+    @staticmethod
+    async def _generate_one(
+        engine: Engine, prompt: Prompt, params: SamplingParams, seats: asyncio.Semaphore, bar: Any
+    ) -> RequestOutput:
+        async with seats:
+            output = await engine.generate(prompt, params)
+        bar.update(1)
+        return output
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None  # one prompt's error, not the group that carried it
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str | ChatPrompt) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]  # a single prompt
+    return list(prompts)  # type: ignore[arg-type]  # a sequence of prompts

@@ -1,0 +1,236 @@
+"""Prometheus metrics under vLLM's names, so that its dashboards fit. Labels come from closed sets only."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ..messages.request import FinishReason, RequestEnded
+from .engine_protocol import EngineLike
+
+if TYPE_CHECKING:
+    from .exchange import Choice, Exchange
+    from .sse import StreamPump
+
+_LABELS: Final = ("model_name", "engine")
+
+TTFT_BUCKETS: Final = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+ITL_BUCKETS: Final = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+LATENCY_BUCKETS: Final = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0),
+    *(30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+METHODS: Final = frozenset({"GET", "HEAD", "POST", "OPTIONS"})
+ERROR_CODES: Final = frozenset(
+    {"invalid_request", "context_length_exceeded", "queue_full", "engine_closed", "executor_lost", "request_failed"}
+)
+MAX_PLAUSIBLE_S: Final = 7 * 86400.0
+
+
+class TokenHistogram(Collector):
+    """A histogram that may be told of every token: a fifth of the library's cost for each observation."""
+
+    def __init__(self, names: Sequence[tuple[str, str]], buckets: Sequence[float], labels: Sequence[str]) -> None:
+        self._names = names
+        self._buckets = tuple(buckets)
+        self._labels = labels
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._buckets, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterator[Metric]:
+        cumulative: list[tuple[str, float]] = []
+        total = 0
+        for bound, count in zip((*map(str, self._buckets), "+Inf"), self._counts, strict=True):
+            total += count
+            cumulative.append((bound, total))
+        for name, text in self._names:
+            family = HistogramMetricFamily(name, text, labels=_LABELS)
+            family.add_metric(self._labels, cumulative, self._sum)
+            yield family
+
+
+class EngineCollector(Collector):
+    """Gauges and totals that the engine counts itself, read when they are asked for."""
+
+    def __init__(self, engine: EngineLike, labels: Sequence[str], pump: StreamPump) -> None:
+        self._engine = engine
+        self._labels = labels
+        self._pump = pump
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        queries, hits = stats.prefix_cache_queries, stats.prefix_cache_hits
+        gauges = (
+            ("vllm:num_requests_running", "Sequences in the running batch.", stats.num_running),
+            ("vllm:num_requests_waiting", "Sequences that wait to be scheduled.", stats.num_waiting),
+            ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", stats.kv_cache_usage),
+            ("vllm:gpu_cache_usage_perc", "Older name of vllm:kv_cache_usage_perc.", stats.kv_cache_usage),
+            ("vllm:prefix_cache_hit_rate", "Share of queried tokens found in the cache.", hits / queries if queries else 0),
+            ("octavo:engine_ready", "1 if a request sent now would be answered.", int(self._engine.is_ready)),
+            ("octavo:open_streams", "Responses that are being streamed.", self._pump.num_open),
+        )
+        counters = (
+            ("vllm:num_preemptions", "Preemptions.", stats.num_preemptions),
+            ("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", queries),
+            ("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", hits),
+            ("vllm:gpu_prefix_cache_queries", "Older name of vllm:prefix_cache_queries.", queries),
+            ("vllm:gpu_prefix_cache_hits", "Older name of vllm:prefix_cache_hits.", hits),
+            ("vllm:prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens),
+            ("vllm:generation_tokens", "Tokens generated.", stats.generation_tokens),
+            ("octavo:steps", "Steps executed.", stats.num_steps),
+            ("octavo:dropped_messages", "Late or foreign messages that were dropped.", stats.num_dropped_messages),
+            ("octavo:executor_restarts", "Times the executor was started anew.", stats.num_executor_restarts),
+            ("octavo:streams_shed", "Streams cut because their client did not read.", self._pump.num_shed),
+        )
+        for name, text, value in gauges:
+            gauge = GaugeMetricFamily(name, text, labels=_LABELS)
+            gauge.add_metric(self._labels, value)
+            yield gauge
+        for name, text, value in counters:
+            counter = CounterMetricFamily(name, text, labels=_LABELS)
+            counter.add_metric(self._labels, value)
+            yield counter
+        config = self._engine.config
+        info = GaugeMetricFamily(
+            "vllm:cache_config_info",
+            "The KV cache's configuration.",
+            labels=(*_LABELS, "block_size", "num_gpu_blocks", "enable_prefix_caching"),
+        )
+        info.add_metric(
+            (*self._labels, str(config.block_size), str(self._engine.num_blocks), str(config.enable_prefix_caching)), 1
+        )
+        yield info
+
+
+class GatewayMetrics:
+    """What the gateway counts; one of these for each server, with its own registry.
+
+    Args:
+        engine: asked for its own totals at every scrape.
+        model_name: value of the label of that name.
+        pump: asked for its open and shed streams.
+    """
+
+    def __init__(self, engine: EngineLike, model_name: str, pump: StreamPump) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._labels = (model_name, "0")
+        self.registry.register(EngineCollector(engine, self._labels, pump))
+        itl = TokenHistogram(
+            (
+                ("vllm:inter_token_latency_seconds", "Time between two tokens of a sequence."),
+                ("vllm:time_per_output_token_seconds", "Older name of vllm:inter_token_latency_seconds."),
+            ),
+            ITL_BUCKETS,
+            self._labels,
+        )
+        self.registry.register(itl)
+        self.token_gap = itl.observe
+        self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
+        self.first_token = self._ttft.observe
+        self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "Arrival to end.", LATENCY_BUCKETS)
+        self._queue = self._histogram("vllm:request_queue_time_seconds", "Arrival to first step.", LATENCY_BUCKETS)
+        self._inference = self._histogram("vllm:request_inference_time_seconds", "First step to end.", LATENCY_BUCKETS)
+        self._prefill = self._histogram("vllm:request_prefill_time_seconds", "First step to first token.", LATENCY_BUCKETS)
+        self._decode = self._histogram("vllm:request_decode_time_seconds", "First token to end.", LATENCY_BUCKETS)
+        self._tpot = self._histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean time per token after the first.", ITL_BUCKETS
+        )
+        tokens = token_buckets(engine.max_model_len)
+        self._prompt_tokens = self._histogram("vllm:request_prompt_tokens", "Tokens of the prompt.", tokens)
+        self._generation_tokens = self._histogram("vllm:request_generation_tokens", "Tokens of the answer.", tokens)
+        self._max_tokens = self._histogram("vllm:request_params_max_tokens", "max_tokens asked for.", tokens)
+        self._n = self._histogram("vllm:request_params_n", "n asked for.", (1, 2, 5, 10, 20))
+        self._preemptions = self._histogram(
+            "vllm:request_num_preemptions", "Preemptions of a sequence.", (1, 2, 3, 4, 5, 10, 20)
+        )
+        success = Counter(
+            "vllm:request_success", "Sequences that ended.", (*_LABELS, "finished_reason"), registry=self.registry
+        )
+        reasons: tuple[FinishReason, ...] = ("stop", "length", "abort", "error", "refused")
+        self._success = {reason: success.labels(*self._labels, reason) for reason in reasons}
+        self._failed = Counter(
+            "octavo:requests_failed", "Requests refused or failed, by error code.", (*_LABELS, "code"), registry=self.registry
+        )
+        self._http = Counter(
+            "http_requests", "HTTP requests.", ("handler", "method", "status"), registry=self.registry
+        )
+        self._http_seconds = Histogram(
+            "http_request_duration_seconds", "Time to the end of the response.", ("handler", "method"), registry=self.registry
+        )
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def submitted(self, exchange: Exchange) -> None:
+        """A request was admitted."""
+        self._n.observe(exchange.params.n)
+        if exchange.params.max_tokens is not None:
+            self._max_tokens.observe(exchange.params.max_tokens)
+
+    def sequence_ended(
+        self, exchange: Exchange, choice: Choice, reason: FinishReason, ended: RequestEnded | None, now_ns: int
+    ) -> None:
+        """A sequence had its one end, `ended` being the engine's account of it if there is one."""
+        self._success[reason].inc()
+        self._e2e.observe((now_ns - exchange.arrival_ns) * 1e-9)
+        self._prompt_tokens.observe(len(choice.prompt.token_ids))
+        self._generation_tokens.observe(choice.num_tokens)
+        if choice.num_tokens > 1 and choice.first_token_ns:
+            self._tpot.observe((choice.last_token_ns - choice.first_token_ns) * 1e-9 / (choice.num_tokens - 1))
+        if choice.first_token_ns:
+            self._decode.observe((now_ns - choice.first_token_ns) * 1e-9)
+        if ended is None:
+            return
+        self._preemptions.observe(ended.num_preemptions)
+        scheduled_ns = ended.first_scheduled_ns
+        # A simulated engine's clock is not ours; times across the two would be nonsense.
+        if not 0 <= (scheduled_ns - exchange.arrival_ns) * 1e-9 < MAX_PLAUSIBLE_S:
+            return
+        self._queue.observe((scheduled_ns - exchange.arrival_ns) * 1e-9)
+        self._inference.observe((now_ns - scheduled_ns) * 1e-9)
+        if choice.first_token_ns:
+            self._prefill.observe(max(choice.first_token_ns - scheduled_ns, 0) * 1e-9)
+
+    def request_failed(self, ended: RequestEnded) -> None:
+        """A request was refused or failed after it was submitted."""
+        code = ended.error_code if ended.error_code in ERROR_CODES else "request_failed"
+        self._failed.labels(*self._labels, code).inc()
+        self._success["refused" if ended.reason == "refused" else "error"].inc()
+
+    def http_ended(self, handler: str, method: str, status: int, seconds: float) -> None:
+        """A response is over; `handler` is a route's path or `other`."""
+        method = method if method in METHODS else "other"
+        self._http.labels(handler, method, str(status)).inc()
+        self._http_seconds.labels(handler, method).observe(seconds)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(name, text, _LABELS, buckets=buckets, registry=self.registry).labels(*self._labels)
+
+
+def token_buckets(max_model_len: int) -> tuple[int, ...]:
+    """1, 2, 5, 10, 20, 50 ... up to the longest sequence."""
+    buckets = []
+    power = 1
+    while power <= max_model_len:
+        buckets += [digit * power for digit in (1, 2, 5) if digit * power <= max_model_len]
+        power *= 10
+    return tuple(buckets or [1])

@@ -1,0 +1,46 @@
+"""How the HTTP server behaves; checked once, never written to."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Names, keys and bounds of the HTTP side.
+
+    Attributes:
+        served_model_names: names clients may use, the first one answers; empty means the engine's own.
+        api_keys: any of these is accepted; none means that no key is asked for.
+        allowed_origins: browser pages from these origins may call (`*` for all); empty means no CORS at all.
+        allowed_hosts: names a `Host` header may carry, against DNS rebinding; addresses always may. Empty: no check.
+        max_body_bytes: of a request.
+        max_n: sequences per prompt.
+        max_prompts: prompts in one completions request.
+        max_messages: in one chat request.
+        header_timeout_s, body_timeout_s, keepalive_timeout_s: for a client that does not send.
+        stream_buffer_bytes: unsent bytes of a stream before it counts as stalled, and as much again before it is cut.
+        stream_stall_s: a stream that cannot be written to for so long is cut.
+        sse_keep_alive_s: a comment line after so much silence on a stream; 0 for none.
+        request_timeout_s: a generation that takes longer ends with what it has; None for no limit.
+        shutdown_timeout_s: how long open responses may go on once the server is told to stop; None for as long as it
+            takes.
+        log_requests: one log line for each request, at its end.
+    """
+
+    served_model_names: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    max_body_bytes: int = 4 * 1024 * 1024
+    max_n: int = 16
+    max_prompts: int = 64
+    max_messages: int = 2048
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 30.0
+    keepalive_timeout_s: float = 75.0
+    stream_buffer_bytes: int = 256 * 1024
+    stream_stall_s: float = 30.0
+    sse_keep_alive_s: float = 0.0
+    request_timeout_s: float | None = None
+    shutdown_timeout_s: float | None = None
+    log_requests: bool = True

@@ -1,0 +1,206 @@
+"""Server-sent events without a task per stream: one pump writes what all streams gained, and waits for none of them.
+
+Between two turns of the event loop a stream's chunks gather and leave in one write, so that the cost per token falls
+when the server is busy. A client that does not read is measured by what lies unsent for it; past a bound, or after a
+time, it is cut off, and nobody else notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+from aiohttp.http import StreamWriter
+
+DONE: Final = b"data: [DONE]\n\n"
+STALL_CHECK_S: Final = 1.0
+SEND_BUFFER_BYTES: Final = 256 * 1024
+
+_encode = msgspec.json.Encoder().encode
+
+
+def json_text(text: str) -> bytes:
+    """A text as a JSON string that is one line by anybody's idea of lines (some clients split at U+2028 too)."""
+    encoded = _encode(text)
+    if text.isascii():
+        return encoded
+    return (
+        encoded.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029").replace(b"\xc2\x85", b"\\u0085")
+    )
+
+
+class StreamPump:
+    """Writes the gathered chunks of all streams, once each turn of the event loop.
+
+    Args:
+        buffer_bytes: unsent bytes of a stream before it counts as stalled; it may park as many again.
+        stall_s: how long a stream may be stalled.
+    """
+
+    def __init__(self, *, buffer_bytes: int, stall_s: float) -> None:
+        self.buffer_bytes = buffer_bytes
+        self.stall_s = stall_s
+        self.num_shed = 0
+        self.num_open = 0
+        self._dirty: list[EventStream] = []
+        self._stalled: dict[EventStream, float] = {}
+        self._check: asyncio.TimerHandle | None = None
+
+    def mark(self, stream: EventStream) -> None:
+        """Write this stream's chunks before the next turn."""
+        if not self._dirty:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._dirty.append(stream)
+
+    def stall(self, stream: EventStream) -> None:
+        """Keep an eye on a stream that cannot be written to."""
+        loop = asyncio.get_running_loop()
+        self._stalled.setdefault(stream, loop.time())
+        if self._check is None:
+            self._check = loop.call_later(min(STALL_CHECK_S, self.stall_s), self._check_stalled)
+
+    def forget(self, stream: EventStream) -> None:
+        self._stalled.pop(stream, None)
+
+    def _flush(self) -> None:
+        dirty, self._dirty = self._dirty, []
+        for stream in dirty:
+            stream.flush()
+
+    def _check_stalled(self) -> None:
+        self._check = None
+        loop = asyncio.get_running_loop()
+        for stream, since in list(self._stalled.items()):
+            stream.flush()
+            if stream in self._stalled and loop.time() - since >= self.stall_s:
+                stream.shed()
+        if self._stalled:
+            self._check = loop.call_later(min(STALL_CHECK_S, self.stall_s), self._check_stalled)
+
+
+class EventStream:
+    """One open response of server-sent events.
+
+    Args:
+        pump: shared by all streams.
+        on_lost: called once if the client is gone or was cut off.
+    """
+
+    __slots__ = ("_is_dirty", "_is_lost", "_on_lost", "_parked", "_parked_bytes", "_pump", "_request", "_response", "_writer")
+
+    def __init__(self, pump: StreamPump, on_lost: Callable[[], None]) -> None:
+        self._pump = pump
+        self._on_lost = on_lost
+        self._parked: list[bytes] = []
+        self._parked_bytes = 0
+        self._is_dirty = False
+        self._is_lost = False
+        self._request: web.Request | None = None
+        self._response: web.StreamResponse | None = None
+        self._writer: StreamWriter | None = None
+
+    async def open(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Prepare the response; its headers leave with the first chunk."""
+        if request.transport is not None:
+            _bound_send_buffer(request.transport)
+        writer = await response.prepare(request)
+        assert isinstance(writer, StreamWriter), writer
+        self._request, self._response, self._writer = request, response, writer
+        self._pump.num_open += 1
+        if self._parked and not self._is_dirty:
+            self._is_dirty = True
+            self._pump.mark(self)
+
+    def write(self, chunk: bytes) -> None:
+        """Add a whole event; never waits."""
+        if self._is_lost:
+            return
+        self._parked.append(chunk)
+        self._parked_bytes += len(chunk)
+        if not self._is_dirty and self._writer is not None:
+            self._is_dirty = True
+            self._pump.mark(self)
+
+    def flush(self) -> None:
+        """Hand what is parked to the transport, if it has room."""
+        self._is_dirty = False
+        writer = self._writer
+        if writer is None or self._is_lost:
+            return
+        transport = writer.transport
+        if transport is None or transport.is_closing():
+            self._lose()
+            return
+        if transport.get_write_buffer_size() > self._pump.buffer_bytes:
+            if self._parked_bytes > self._pump.buffer_bytes:
+                self.shed()
+            else:
+                self._pump.stall(self)
+            return
+        self._pump.forget(self)
+        if self._parked:
+            _run_now(writer.write(self._take(), drain=False))
+
+    async def close(self) -> None:
+        """Write what is left and the end of the response; a client that does not take it is cut off."""
+        if self._response is None or self._is_lost:
+            return
+        try:
+            async with asyncio.timeout(self._pump.stall_s):
+                await self._response.write_eof(self._take())
+        except TimeoutError:
+            self.shed()
+        except ConnectionError:
+            self._lose()
+
+    def release(self) -> None:
+        """The response is over, one way or the other."""
+        self._pump.forget(self)
+        if self._writer is not None:
+            self._pump.num_open -= 1
+            self._writer = None
+        self._is_lost = True
+        self._parked.clear()
+
+    def shed(self) -> None:
+        """Cut off a client that does not read."""
+        self._pump.num_shed += 1
+        if self._request is not None and self._request.transport is not None:
+            self._request.transport.abort()
+        self._lose()
+
+    def _take(self) -> bytes:
+        parked = self._parked
+        data = parked[0] if len(parked) == 1 else b"".join(parked)
+        parked.clear()
+        self._parked_bytes = 0
+        return data
+
+    def _lose(self) -> None:
+        self._pump.forget(self)
+        if not self._is_lost:
+            self._is_lost = True
+            self._parked.clear()
+            self._on_lost()
+
+
+def _run_now(write: Coroutine[Any, Any, None]) -> None:
+    # Without draining a write never waits; its coroutine ends at the first step, and needs no task.
+    try:
+        write.send(None)
+    except StopIteration:
+        return
+    except ConnectionError:
+        return
+    raise RuntimeError("a write that must not wait did")
+
+
+def _bound_send_buffer(transport: asyncio.BaseTransport) -> None:
+    # The kernel would grow its buffer to megabytes for a client that does not read, and hide it from us.
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)

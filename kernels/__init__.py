@@ -1,0 +1,1 @@
+"""One file per operation: its meaning in torch, its kernels, its launcher."""

@@ -1,0 +1,211 @@
+/* Vectors of float32 in GCC's and Clang's portable extension, and loads and stores of the three storage types.
+ *
+ * Nothing here reassociates: which sums are made in which order is written out, so a result depends on its inputs alone.
+ */
+#ifndef OCTAVO_VECTOR_H
+#define OCTAVO_VECTOR_H
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#ifdef __AVX512F__
+#define VL 16 /* lanes of a vector */
+#else
+#define VL 8
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef float vf __attribute__((vector_size(4 * VL)));
+typedef int32_t vi __attribute__((vector_size(4 * VL)));
+typedef uint32_t vu __attribute__((vector_size(4 * VL)));
+typedef uint16_t vh __attribute__((vector_size(2 * VL)));
+typedef float v8 __attribute__((vector_size(32)));
+/* As they lie in memory: no more aligned than their elements. */
+typedef float vf_mem __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+typedef uint16_t vh_mem __attribute__((vector_size(2 * VL), aligned(2), may_alias));
+
+enum { F32 = 0, BF16 = 1, F16 = 2 }; /* as in cpu_build.py */
+
+INLINE int64_t size_of(int dtype) { return dtype == F32 ? 4 : 2; }
+INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t round_up(int64_t n) { return (n + VL - 1) / VL * VL; }
+INLINE const void *at(const void *base, int64_t element, int dtype) {
+    return (const char *)base + element * size_of(dtype);
+}
+
+INLINE vf select_f(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+INLINE vf max_f(vf a, vf b) { return select_f(a > b, a, b); }
+INLINE vf splat(float x) { return x - (vf){0}; }
+
+INLINE vf load(const void *base, int64_t element, int dtype) {
+    if (dtype == F32) return *(const vf_mem *)((const float *)base + element);
+    const uint16_t *p = (const uint16_t *)base + element;
+    if (dtype == BF16) return (vf)(__builtin_convertvector((vh)(*(const vh_mem *)p), vu) << 16);
+#if defined(__F16C__) && VL == 8
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__F16C__) && VL == 16
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#else
+    _Float16 half[VL];
+    memcpy(half, p, sizeof half);
+    vf x;
+    for (int i = 0; i < VL; i++) x[i] = (float)half[i];
+    return x;
+#endif
+}
+
+/* Rounds to nearest, ties to even; a NaN stays one. */
+INLINE void store(void *base, int64_t element, vf x, int dtype) {
+    if (dtype == F32) {
+        *(vf_mem *)((float *)base + element) = x;
+        return;
+    }
+    uint16_t *p = (uint16_t *)base + element;
+    if (dtype == BF16) {
+        vu bits = (vu)x;
+        vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        vu quiet = (bits >> 16) | 0x40;
+        vu nan = (vu)(x != x);
+        *(vh_mem *)p = __builtin_convertvector((nan & quiet) | (~nan & rounded), vh);
+        return;
+    }
+#if defined(__F16C__) && VL == 8
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && VL == 16
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    _Float16 half[VL];
+    for (int i = 0; i < VL; i++) half[i] = (_Float16)x[i];
+    memcpy(p, half, sizeof half);
+#endif
+}
+
+/* The first n < VL elements; the other lanes are zero. */
+INLINE vf load_some(const void *base, int64_t element, int64_t n, int dtype) {
+    char buffer[4 * VL] = {0};
+    memcpy(buffer, at(base, element, dtype), n * size_of(dtype));
+    return load(buffer, 0, dtype);
+}
+
+INLINE void store_some(void *base, int64_t element, vf x, int64_t n, int dtype) {
+    char buffer[4 * VL];
+    store(buffer, 0, x, dtype);
+    memcpy((char *)base + element * size_of(dtype), buffer, n * size_of(dtype));
+}
+
+INLINE vf load_upto(const void *base, int64_t element, int64_t n, int dtype) {
+    return n >= VL ? load(base, element, dtype) : load_some(base, element, n, dtype);
+}
+
+INLINE void store_upto(void *base, int64_t element, vf x, int64_t n, int dtype) {
+    if (n >= VL)
+        store(base, element, x, dtype);
+    else
+        store_some(base, element, x, n, dtype);
+}
+
+/* n elements to float32, with zeros up to the next multiple of VL. */
+INLINE void widen(float *to, const void *from, int64_t n, int dtype) {
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) store(to, i, load(from, i, dtype), F32);
+    if (i < n) store(to, i, load_some(from, i, n - i, dtype), F32);
+}
+
+/* Lanes of a 16-lane vector folded onto 8; the identity where VL is 8. */
+INLINE v8 fold(vf x) {
+#if VL == 16
+    return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+           __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    return x;
+#endif
+}
+
+INLINE v8 add_pairs(v8 a, v8 b) {
+    return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+}
+
+/* Sums of the lanes of eight vectors; each is associated alike: ((0+1)+(2+3)) + ((4+5)+(6+7)). */
+INLINE v8 sum_each(const vf x[8]) {
+    v8 a = add_pairs(add_pairs(fold(x[0]), fold(x[1])), add_pairs(fold(x[2]), fold(x[3])));
+    v8 b = add_pairs(add_pairs(fold(x[4]), fold(x[5])), add_pairs(fold(x[6]), fold(x[7])));
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+/* rows * cols = 8 dot products: out[r * stride + c] = x[r] . y[c] over dim, a multiple of VL. Each is summed in VL lanes
+ * and then by one tree, whatever rows and cols are. */
+INLINE void dot_block(float *out, int64_t stride, const float *x, const void *const *y, int64_t dim, int rows, int cols,
+                      int dtype) {
+    vf acc[8] = {{0}};
+    for (int64_t d = 0; d < dim; d += VL) {
+        vf a[8];
+        UNROLL for (int r = 0; r < rows; r++) a[r] = load(x, r * dim + d, F32);
+        UNROLL for (int c = 0; c < cols; c++) {
+            vf b = load(y[c], d, dtype);
+            UNROLL for (int r = 0; r < rows; r++) acc[r * cols + c] += a[r] * b;
+        }
+    }
+    v8 sums = sum_each(acc);
+    float result[8];
+    memcpy(result, &sums, sizeof result);
+    for (int r = 0; r < rows; r++) memcpy(out + r * stride, result + r * cols, cols * sizeof *out);
+}
+
+INLINE float sum_lanes(vf x) {
+    v8 a = fold(x);
+    return ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]));
+}
+
+INLINE float max_lanes(vf x) {
+    float m = x[0];
+    UNROLL for (int i = 1; i < VL; i++) m = x[i] > m ? x[i] : m;
+    return m;
+}
+
+/* e^x within 2 ulp for -87.3 <= x <= 88; exactly 1 at 0, exactly 0 below -87.3 (and at -inf). NaN stays NaN.
+ * Source: Cephes expf (Moshier). */
+INLINE vf exp_f(vf x) {
+    const vf magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer, held in the low bits */
+    vi tiny = x < -87.3f;
+    vf clamped = select_f(x > 88.0f, splat(88.0f), x);
+    vf shifted = clamped * 1.44269504088896341f + magic;
+    vf n = shifted - magic;
+    vf r = clamped - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vf y = splat(1.9875691500e-4f);
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    vi scale = ((vi)shifted << 23) + (127 << 23);
+    vf result = y * (vf)scale;
+    return (vf)(~tiny & (vi)result);
+}
+
+/* tanh x within 2 ulp. Source: Cephes tanhf (Moshier). */
+INLINE vf tanh_f(vf x) {
+    vf z = x * x;
+    vf y = splat(-5.70498872745e-3f);
+    y = y * z + 2.06390887954e-2f;
+    y = y * z - 5.37397155531e-2f;
+    y = y * z + 1.33314422036e-1f;
+    y = y * z - 3.33332819422e-1f;
+    vf small = y * z * x + x;
+    vf magnitude = (vf)((vi)x & 0x7fffffff);
+    vf large = 1.0f - 2.0f / (exp_f(magnitude + magnitude) + 1.0f);
+    large = (vf)((vi)large | ((vi)x & (vi)splat(-0.0f)));
+    return select_f(magnitude < 0.625f, small, large);
+}
+
+#endif

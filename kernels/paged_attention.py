@@ -1,0 +1,293 @@
+"""Attention over a paged KV cache: its meaning, its torch path, and the launcher of its C kernel.
+
+The cache of one layer is head-major, `[num_blocks, num_kv_heads, block_size, head_dim]`, so that the tokens of one head
+within a block are contiguous. Source: PagedAttention (Kwon et al., SOSP 2023), section 4.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from . import cpu_build
+from .attention_batch import AttentionBatch
+
+_NEGATIVE_INFINITY = float("-inf")
+
+
+def write_kv_ref(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """What `write_kv` means."""
+    block_size = k_cache.shape[2]
+    keep = slot_mapping >= 0
+    if not bool(keep.all()):
+        k, v, slot_mapping = k[keep], v[keep], slot_mapping[keep]
+    block_ids = torch.div(slot_mapping, block_size, rounding_mode="floor")
+    offsets = slot_mapping - block_ids * block_size
+    # Indices around a slice put the indexed axis first: [num_tokens, num_kv_heads, head_dim].
+    k_cache[block_ids, :, offsets] = k.to(k_cache.dtype)
+    v_cache[block_ids, :, offsets] = v.to(v_cache.dtype)
+
+
+def write_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Write the new tokens' keys and values to their slots, in place.
+
+    Args:
+        k, v: `[num_tokens, num_kv_heads, k_head_dim]` and `[num_tokens, num_kv_heads, v_head_dim]`, any strides.
+        k_cache, v_cache: `[num_blocks, num_kv_heads, block_size, head_dim]`, each with its own head_dim, contiguous.
+        slot_mapping: `[num_tokens]` int64; a token whose slot is -1 is padding and is skipped.
+    """
+    kernels = _kernels() if _same_cpu_dtype(k, v, k_cache, v_cache) else None
+    if kernels is None or slot_mapping.dtype != torch.int64 or not slot_mapping.is_contiguous():
+        write_kv_ref(k, v, k_cache, v_cache, slot_mapping)
+        return
+    slots = slot_mapping.data_ptr()
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        num_blocks, num_kv_heads, block_size, head_dim = cache.shape
+        stride_token, stride_head, stride_dim = x.stride()
+        if stride_dim != 1:
+            x = x.contiguous()  # noqa: PLW2901 - the same tensor, laid out anew
+            stride_token, stride_head, _ = x.stride()
+        size = x.itemsize
+        refused = kernels.octavo_write_kv(
+            x.data_ptr(),
+            cache.data_ptr(),
+            slots,
+            x.shape[0],
+            num_kv_heads,
+            num_blocks,
+            block_size,
+            head_dim * size,
+            stride_token * size,
+            stride_head * size,
+        )
+        if refused:
+            raise IndexError(f"a slot of slot_mapping is outside the cache's {num_blocks * block_size} slots")
+
+
+def _same_cpu_dtype(*tensors: torch.Tensor) -> bool:
+    first = tensors[0].dtype
+    return first in cpu_build.DTYPE_CODES and all(x.dtype == first and x.device.type == "cpu" for x in tensors)
+
+
+def gather_kv(cache: torch.Tensor, block_table: torch.Tensor, context_len: int) -> torch.Tensor:
+    """The first `context_len` tokens of one row, `[num_kv_heads, context_len, head_dim]`, a copy."""
+    _, num_kv_heads, block_size, head_dim = cache.shape
+    num_blocks = -(-context_len // block_size)
+    blocks = cache.index_select(0, block_table[:num_blocks].long())
+    return blocks.transpose(0, 1).reshape(num_kv_heads, num_blocks * block_size, head_dim)[:, :context_len]
+
+
+def _attend_row(
+    q: torch.Tensor,  # [num_new, num_heads, k_head_dim]
+    k: torch.Tensor,  # [num_kv_heads, context_len, k_head_dim]
+    v: torch.Tensor,  # [num_kv_heads, context_len, v_head_dim]
+    *,
+    scale: float,
+    sliding_window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+) -> torch.Tensor:
+    """One row's attention in the dtype of `q`; `[num_new, num_heads, v_head_dim]`."""
+    num_new, num_heads, _ = q.shape
+    num_kv_heads, context_len, _ = k.shape
+    group = num_heads // num_kv_heads
+    queries = q.transpose(0, 1).reshape(num_kv_heads, group * num_new, -1)
+    logits = torch.matmul(queries, k.transpose(1, 2)).mul_(scale).view(num_kv_heads, group, num_new, context_len)
+    if softcap > 0:
+        logits = torch.tanh(logits / softcap) * softcap
+    key_positions = torch.arange(context_len, device=q.device)
+    query_positions = torch.arange(context_len - num_new, context_len, device=q.device)
+    distance = key_positions[None, :] - query_positions[:, None]  # [num_new, context_len], <= 0 where visible
+    if alibi_slopes is not None:
+        logits = logits + alibi_slopes.to(q.dtype).view(num_kv_heads, group, 1, 1) * distance
+    hidden = distance > 0
+    if sliding_window > 0:
+        hidden = hidden | (distance <= -sliding_window)
+    logits = logits.masked_fill(hidden, _NEGATIVE_INFINITY)
+    if sinks is not None:
+        sink = sinks.to(q.dtype).view(num_kv_heads, group, 1, 1).expand(-1, -1, num_new, 1)
+        weights = torch.softmax(torch.cat((logits, sink), dim=-1), dim=-1)[..., :-1]
+    else:
+        weights = torch.softmax(logits, dim=-1)
+    out = torch.matmul(weights.reshape(num_kv_heads, group * num_new, context_len), v)
+    return out.view(num_heads, num_new, -1).transpose(0, 1)
+
+
+def paged_attention_ref(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What `paged_attention` means, row by row, in float32 (float64 for float64 queries)."""
+    num_tokens, num_heads, _ = q.shape
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_zeros(num_tokens, num_heads, v_cache.shape[3])
+    query_start = batch.query_start.tolist()
+    for row, context_len in enumerate(batch.context_lens.tolist()):
+        start, end = query_start[row], query_start[row + 1]
+        if start == end:
+            continue
+        out[start:end] = _attend_row(
+            q[start:end].to(compute),
+            gather_kv(k_cache, batch.block_tables[row], context_len).to(compute),
+            gather_kv(v_cache, batch.block_tables[row], context_len).to(compute),
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+        ).to(q.dtype)
+    return out
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of each new token over its row's cached tokens, itself included.
+
+    The new tokens' keys and values must be in the cache already (`write_kv`). Query heads are grouped: head h reads KV
+    head `h // (num_heads // num_kv_heads)`.
+
+    Args:
+        q: `[num_tokens, num_heads, k_head_dim]`.
+        k_cache, v_cache: `[num_blocks, num_kv_heads, block_size, head_dim]`, each with its own head_dim.
+        batch: which tokens belong to which row, and where each row's blocks are.
+        scale: factor on the dot products.
+        sliding_window: w > 0 lets the query at position p see keys `p - w < j <= p`; 0 sees all.
+        softcap: c > 0 replaces each scaled logit s by `c * tanh(s / c)`.
+        sinks: `[num_heads]`, for each head one extra logit in the softmax's denominator, with no value.
+        alibi_slopes: `[num_heads]`, adds `slope * (j - p)` to the logit of key j.
+
+    Returns:
+        `[num_tokens, num_heads, v_head_dim]`, dtype of `q`. Tokens of no row (padding) are zero.
+    """
+    kernels = None
+    if q.dtype in cpu_build.DTYPE_CODES and _same_cpu_dtype(k_cache, v_cache) and q.device.type == "cpu":
+        kernels = _kernels()
+    if kernels is None or not k_cache.is_contiguous() or not v_cache.is_contiguous():
+        return paged_attention_ref(
+            q,
+            k_cache,
+            v_cache,
+            batch,
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+        )
+    num_tokens, num_heads, k_head_dim = q.shape
+    _, num_kv_heads, block_size, v_head_dim = v_cache.shape
+    if q.stride(2) != 1:
+        q = q.contiguous()
+    # Tensors made here must outlive the call: only their addresses are passed on.
+    sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
+    alibi_slopes = None if alibi_slopes is None else alibi_slopes.to(torch.float32).contiguous()
+    out = torch.empty((num_tokens, num_heads, v_head_dim), dtype=q.dtype)
+    status = kernels.octavo_paged_attention(
+        _AttentionArgs(
+            q.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            out.data_ptr(),
+            batch.query_start.data_ptr(),
+            batch.context_lens.data_ptr(),
+            batch.block_tables.data_ptr(),
+            None if sinks is None else sinks.data_ptr(),
+            None if alibi_slopes is None else alibi_slopes.data_ptr(),
+            q.stride(0),
+            q.stride(1),
+            batch.block_tables.stride(0),
+            batch.num_rows,
+            num_tokens,
+            num_heads,
+            num_kv_heads,
+            k_head_dim,
+            v_head_dim,
+            block_size,
+            sliding_window,
+            torch.get_num_threads(),
+            scale,
+            softcap,
+            cpu_build.DTYPE_CODES[q.dtype],
+            cpu_build.DTYPE_CODES[k_cache.dtype],
+        )
+    )
+    if status != 0:
+        raise MemoryError("paged_attention could not allocate its scratch memory")
+    return out
+
+
+class _AttentionArgs(ctypes.Structure):
+    """`attention_args` of csrc/attention.c."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("k_cache", ctypes.c_void_p),
+        ("v_cache", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("query_start", ctypes.c_void_p),
+        ("context_lens", ctypes.c_void_p),
+        ("block_tables", ctypes.c_void_p),
+        ("sinks", ctypes.c_void_p),
+        ("alibi_slopes", ctypes.c_void_p),
+        ("q_stride_token", ctypes.c_int64),
+        ("q_stride_head", ctypes.c_int64),
+        ("block_table_stride", ctypes.c_int64),
+        ("num_rows", ctypes.c_int64),
+        ("num_tokens", ctypes.c_int64),
+        ("num_heads", ctypes.c_int64),
+        ("num_kv_heads", ctypes.c_int64),
+        ("k_dim", ctypes.c_int64),
+        ("v_dim", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("num_threads", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("q_dtype", ctypes.c_int32),
+        ("cache_dtype", ctypes.c_int32),
+    )
+
+
+@functools.cache
+def _kernels() -> ctypes.CDLL | None:
+    """The C library with this module's functions declared; None where there is none."""
+    kernels = cpu_build.library()
+    if kernels is not None:
+        kernels.octavo_paged_attention.argtypes = (ctypes.POINTER(_AttentionArgs),)
+        kernels.octavo_paged_attention.restype = ctypes.c_int
+        kernels.octavo_write_kv.argtypes = (ctypes.c_void_p,) * 3 + (ctypes.c_int64,) * 7
+        kernels.octavo_write_kv.restype = ctypes.c_int
+    return kernels

@@ -1,0 +1,78 @@
+"""Public errors: what went wrong, what is possible, what to change. Only the gateway knows HTTP."""
+
+from __future__ import annotations
+
+
+class OctavoError(Exception):
+    """Base of all errors that a caller may act on."""
+
+    code = "octavo_error"
+
+
+class InvalidRequestError(OctavoError, ValueError):
+    """A parameter is malformed, out of range, or contradicts another."""
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        self.param = param
+        super().__init__(message)
+
+
+class ContextLengthExceededError(InvalidRequestError):
+    """Prompt (and output asked for) do not fit the model's context or the KV cache."""
+
+    code = "context_length_exceeded"
+
+
+class QueueFullError(OctavoError):
+    """Too many requests wait already; try again later."""
+
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
+class EngineClosedError(OctavoError):
+    """The engine is draining or closed."""
+
+    code = "engine_closed"
+
+
+class RequestFailedError(OctavoError):
+    """The engine could not finish this request; others are not affected."""
+
+    code = "request_failed"
+
+
+class UnsupportedModelError(OctavoError):
+    """The checkpoint cannot be served; the message names what is missing."""
+
+    code = "unsupported_model"
+
+
+class ModelNotFoundError(OctavoError):
+    """No model at this path or hub name."""
+
+    code = "model_not_found"
+
+
+class KVCacheTooSmallError(OctavoError):
+    """The asked-for context does not fit the KV cache."""
+
+    code = "kv_cache_too_small"
+
+    def __init__(self, *, max_model_len: int, num_blocks: int, block_size: int) -> None:
+        self.max_model_len_possible = num_blocks * block_size
+        super().__init__(
+            f"max_model_len={max_model_len} does not fit {num_blocks} KV blocks of {block_size}: "
+            f"lower --max-model-len to {self.max_model_len_possible}, or give the KV cache more memory"
+        )
+
+
+class ExecutorLostError(OctavoError):
+    """The executor died and could not be restarted."""
+
+    code = "executor_lost"

@@ -1,0 +1,218 @@
+"""Gemma 2 and the text part of Gemma 3.
+
+Sources: Gemma Team 2024 (Gemma 2), Gemma Team 2025 (Gemma 3), and their implementations in `transformers`, to which
+the tokens are equal. Against Llama: norms multiply by 1 + weight in float32 and stand before and behind each block;
+embeddings are scaled; most layers slide; Gemma 2 caps its logits softly; Gemma 3 normalises queries and keys and turns
+them by other angles in sliding layers than in global ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels.attention_batch import AttentionBatch
+from ..kernels.paged_attention import paged_attention, write_kv
+from .errors import UnsupportedModelError
+from .interface import KVCache, KVCacheSpec
+from .layers import Activation, activation, gated, head_shape, layer_windows, rms_norm_float32
+from .rotary import RotaryTable, rotate_
+from .weights import WeightReader, take_embedding_and_head
+
+
+@dataclass(frozen=True, slots=True)
+class GemmaSettings:
+    """What a layer has to know.
+
+    Attributes:
+        scale: on the dot products, from `query_pre_attn_scalar` and not from the width of a head.
+        attention_softcap: 0 for none.
+        qk_norm: queries and keys are normalised, head by head, before they turn.
+        windows: sliding window of each layer, 0 for global ones.
+        layer_types: `sliding_attention` or `full_attention`, for each layer.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
+    act: Activation
+    scale: float
+    attention_softcap: float
+    attention_bias: bool
+    qk_norm: bool
+    windows: tuple[int, ...]
+    layer_types: tuple[str, ...]
+
+
+def read_settings(config: Any) -> GemmaSettings:
+    """Settings of a `transformers` configuration.
+
+    Raises:
+        UnsupportedModelError: of another family, or with an option that is not implemented here.
+    """
+    if config.model_type not in {"gemma2", "gemma3_text"}:
+        raise UnsupportedModelError(f"model_type {config.model_type!r} is neither gemma2 nor gemma3_text")
+    if config.use_bidirectional_attention:
+        raise UnsupportedModelError("use_bidirectional_attention makes an encoder; only causal attention is supported")
+    is_gemma3 = config.model_type == "gemma3_text"
+    num_heads, num_kv_heads, head_dim = head_shape(config)
+    return GemmaSettings(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        eps=config.rms_norm_eps,
+        act=activation(config.hidden_activation),
+        scale=config.query_pre_attn_scalar**-0.5,
+        # Gemma 3 has the option in its configuration, but its attention does not read it.
+        attention_softcap=0.0 if is_gemma3 else config.attn_logit_softcapping or 0.0,
+        attention_bias=bool(config.attention_bias),
+        qk_norm=is_gemma3,
+        windows=layer_windows(config, config.layer_types),
+        layer_types=tuple(config.layer_types),
+    )
+
+
+class GemmaLayer:
+    """Attention and gated MLP, each between two norms and added to the residual stream."""
+
+    def __init__(self, reader: WeightReader, prefix: str, settings: GemmaSettings, index: int) -> None:
+        s = settings
+        hidden, inner = s.hidden_size, s.intermediate_size
+        q_width, kv_width = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+        qkv = [f"{prefix}.self_attn.{name}_proj" for name in "qkv"]
+        qkv_widths = (q_width, kv_width, kv_width)
+        gate_up = [f"{prefix}.mlp.{name}_proj.weight" for name in ("gate", "up")]
+
+        self.eps, self.act = s.eps, s.act
+        self.window, self.softcap, self.scale = s.windows[index], s.attention_softcap, s.scale
+        self.num_heads, self.num_kv_heads, self.head_dim = s.num_heads, s.num_kv_heads, s.head_dim
+        self.num_qk_heads, self.qk_width = s.num_heads + s.num_kv_heads, q_width + kv_width
+
+        self.input_norm = take_gain(reader, f"{prefix}.input_layernorm.weight", hidden)
+        self.qkv = reader.take_fused((f"{name}.weight" for name in qkv), ((width, hidden) for width in qkv_widths))
+        self.qkv_bias = (
+            reader.take_fused((f"{name}.bias" for name in qkv), ((width,) for width in qkv_widths))
+            if s.attention_bias
+            else None
+        )
+        self.qk_norm: torch.Tensor | None = None  # [num_qk_heads, head_dim], the queries' gain and then the keys'
+        if s.qk_norm:
+            q_norm = take_gain(reader, f"{prefix}.self_attn.q_norm.weight", s.head_dim)
+            k_norm = take_gain(reader, f"{prefix}.self_attn.k_norm.weight", s.head_dim)
+            self.qk_norm = torch.cat((q_norm.expand(s.num_heads, -1), k_norm.expand(s.num_kv_heads, -1)))
+        self.o = reader.take(f"{prefix}.self_attn.o_proj.weight", hidden, q_width)
+        self.o_bias = reader.take(f"{prefix}.self_attn.o_proj.bias", hidden) if s.attention_bias else None
+        self.post_attention_norm = take_gain(reader, f"{prefix}.post_attention_layernorm.weight", hidden)
+
+        self.pre_mlp_norm = take_gain(reader, f"{prefix}.pre_feedforward_layernorm.weight", hidden)
+        self.gate_up = reader.take_fused(gate_up, ((inner, hidden),) * 2)
+        self.down = reader.take(f"{prefix}.mlp.down_proj.weight", hidden, inner)
+        self.post_mlp_norm = take_gain(reader, f"{prefix}.post_feedforward_layernorm.weight", hidden)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: AttentionBatch, cache: KVCache
+    ) -> None:
+        """Add this layer's two contributions to the residual stream `x` `[num_tokens, hidden_size]`, in place."""
+        num_tokens = x.shape[0]
+        qkv = F.linear(rms_norm_float32(x, self.input_norm, self.eps), self.qkv, self.qkv_bias)
+        qk = qkv[:, : self.qk_width].view(num_tokens, self.num_qk_heads, self.head_dim)
+        v = qkv[:, self.qk_width :].view(num_tokens, self.num_kv_heads, self.head_dim)
+        if self.qk_norm is not None:
+            normed = F.rms_norm(qk.float(), (self.head_dim,), None, self.eps)
+            qk = normed.mul_(self.qk_norm).to(qk.dtype)
+        rotate_(qk, cos, sin)
+        write_kv(qk[:, self.num_heads :], v, cache.k, cache.v, batch.slot_mapping)
+        attended = paged_attention(
+            qk[:, : self.num_heads],
+            cache.k,
+            cache.v,
+            batch,
+            scale=self.scale,
+            sliding_window=self.window,
+            softcap=self.softcap,
+        )
+        attended = F.linear(attended.reshape(num_tokens, -1), self.o, self.o_bias)
+        x.add_(rms_norm_float32(attended, self.post_attention_norm, self.eps))
+
+        gate_up = F.linear(rms_norm_float32(x, self.pre_mlp_norm, self.eps), self.gate_up)
+        x.add_(rms_norm_float32(F.linear(gated(gate_up, self.act), self.down), self.post_mlp_norm, self.eps))
+
+
+def take_gain(reader: WeightReader, name: str, width: int) -> torch.Tensor:
+    """A norm's factor, `1 + weight`, `[width]` float32."""
+    return reader.take(name, width).float() + 1.0
+
+
+class GemmaForCausalLM:
+    """A `CausalLM` of Gemma 2 or Gemma 3 text.
+
+    Args:
+        folder: the checkpoint, with safetensors.
+        config: its `transformers` configuration.
+        dtype: of weights, activations and KV.
+        max_model_len: positions to prepare for; None takes the configuration's.
+
+    Raises:
+        UnsupportedModelError: an option that is not implemented here.
+        WeightsError: the files do not hold the model.
+    """
+
+    def __init__(
+        self, folder: Path, config: Any, *, dtype: torch.dtype, device: torch.device, max_model_len: int | None = None
+    ) -> None:
+        settings = read_settings(config)
+        self.vocab_size: int = config.vocab_size
+        self.max_position: int = config.max_position_embeddings
+        self.dtype = dtype
+        self.device = device
+        self.kv_cache_specs = tuple(
+            KVCacheSpec(settings.num_kv_heads, settings.head_dim, settings.head_dim) for _ in settings.windows
+        )
+        self._eps = settings.eps
+        self._final_softcap: float = config.final_logit_softcapping or 0.0
+        # Rounded to the model's dtype, as the checkpoints were trained: 55.4256 is 55.5 in bfloat16.
+        self._embedding_scale = float(torch.tensor(settings.hidden_size**0.5, dtype=dtype))
+        # Gemma 3 has angles for each type of layer; Gemma 2 shares one set, named None.
+        self._angle_keys = settings.layer_types if settings.qk_norm else (None,) * len(settings.layer_types)
+        self._rotary = {
+            key: RotaryTable(
+                config, settings.head_dim, max_model_len or self.max_position, dtype, device, layer_type=key
+            )
+            for key in dict.fromkeys(self._angle_keys)
+        }
+        with torch.inference_mode(), WeightReader(folder, dtype=dtype, device=device) as reader:
+            self._embedding, self._head = take_embedding_and_head(
+                reader, self.vocab_size, settings.hidden_size, tied=config.tie_word_embeddings
+            )
+            self._layers = [
+                GemmaLayer(reader, f"model.layers.{index}", settings, index) for index in range(len(settings.windows))
+            ]
+            self._norm = take_gain(reader, "model.norm.weight", settings.hidden_size)
+            reader.finish()
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, kv_caches: list[KVCache]
+    ) -> torch.Tensor:
+        """See `CausalLM.forward`. Call under `torch.inference_mode()`."""
+        x = F.embedding(input_ids, self._embedding).mul_(self._embedding_scale)
+        angles = {key: table(positions) for key, table in self._rotary.items()}
+        for layer, key, cache in zip(self._layers, self._angle_keys, kv_caches, strict=True):
+            cos, sin = angles[key]
+            layer.forward(x, cos, sin, batch, cache)
+        return rms_norm_float32(x, self._norm, self._eps)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `CausalLM.compute_logits`."""
+        logits = F.linear(hidden, self._head).float()
+        if self._final_softcap > 0:
+            logits.div_(self._final_softcap).tanh_().mul_(self._final_softcap)
+        return logits

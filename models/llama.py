@@ -1,0 +1,208 @@
+"""Llama and the families built like it: Mistral, Qwen2, Qwen3, SmolLM3.
+
+Sources: Touvron et al. 2023 (Llama), Jiang et al. 2023 (Mistral 7B), Yang et al. 2024 (Qwen2), Yang et al. 2025
+(Qwen3), and their implementations in `transformers`, to which the tokens are equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels.attention_batch import AttentionBatch
+from ..kernels.paged_attention import paged_attention, write_kv
+from .errors import UnsupportedModelError
+from .interface import KVCache, KVCacheSpec
+from .layers import Activation, activation, gated, head_shape, layer_windows, rms_norm
+from .rotary import RotaryTable, rotate_
+from .weights import WeightReader, take_embedding_and_head
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaSettings:
+    """What tells these families apart.
+
+    Attributes:
+        qkv_bias, o_bias, mlp_bias: which projections add a bias.
+        qk_norm: queries and keys are normalised, head by head, before they turn.
+        windows: sliding window of each layer, 0 for none.
+        uses_rope: whether a layer's queries and keys turn.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
+    act: Activation
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int, ...]
+    uses_rope: tuple[bool, ...]
+
+
+def read_settings(config: Any) -> LlamaSettings:
+    """Settings of a `transformers` configuration.
+
+    Raises:
+        UnsupportedModelError: of another family, or with an option that is not implemented here.
+    """
+    num_layers = config.num_hidden_layers
+    attention_bias = bool(getattr(config, "attention_bias", False))
+    qkv_bias, o_bias = attention_bias, attention_bias
+    mlp_bias, qk_norm = bool(getattr(config, "mlp_bias", False)), False
+    windows, uses_rope = (0,) * num_layers, (True,) * num_layers
+    match config.model_type:
+        case "llama":
+            pass
+        case "mistral":
+            qkv_bias = o_bias = mlp_bias = False
+            windows = (config.sliding_window or 0,) * num_layers
+        case "qwen2":
+            qkv_bias, o_bias, mlp_bias = True, False, False
+            windows = layer_windows(config, config.layer_types)
+        case "qwen3":
+            mlp_bias, qk_norm = False, True
+            windows = layer_windows(config, config.layer_types)
+        case "smollm3":
+            windows = layer_windows(config, config.layer_types)
+            uses_rope = tuple(bool(rope) for rope in config.no_rope_layers[:num_layers])  # 0 there means none
+        case other:
+            raise UnsupportedModelError(f"model_type {other!r} is not a Llama-like family")
+    num_heads, num_kv_heads, head_dim = head_shape(config)
+    return LlamaSettings(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        eps=config.rms_norm_eps,
+        act=activation(config.hidden_act),
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        mlp_bias=mlp_bias,
+        qk_norm=qk_norm,
+        windows=windows,
+        uses_rope=uses_rope,
+    )
+
+
+class LlamaLayer:
+    """Attention and gated MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, reader: WeightReader, prefix: str, settings: LlamaSettings, index: int) -> None:
+        s = settings
+        hidden, inner = s.hidden_size, s.intermediate_size
+        q_width, kv_width = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+        qkv = [f"{prefix}.self_attn.{name}_proj" for name in "qkv"]
+        qkv_widths = (q_width, kv_width, kv_width)
+        gate_up = [f"{prefix}.mlp.{name}_proj" for name in ("gate", "up")]
+
+        self.eps, self.act = s.eps, s.act
+        self.window, self.uses_rope = s.windows[index], s.uses_rope[index]
+        self.num_heads, self.num_kv_heads, self.head_dim = s.num_heads, s.num_kv_heads, s.head_dim
+        self.num_qk_heads = s.num_heads + s.num_kv_heads
+        self.qk_width, self.scale = q_width + kv_width, s.head_dim**-0.5
+
+        self.input_norm = reader.take(f"{prefix}.input_layernorm.weight", hidden)
+        self.qkv = reader.take_fused((f"{name}.weight" for name in qkv), ((width, hidden) for width in qkv_widths))
+        self.qkv_bias = (
+            reader.take_fused((f"{name}.bias" for name in qkv), ((width,) for width in qkv_widths))
+            if s.qkv_bias
+            else None
+        )
+        self.qk_norm: torch.Tensor | None = None  # [num_qk_heads, head_dim], the queries' weight and then the keys'
+        if s.qk_norm:
+            q_norm = reader.take(f"{prefix}.self_attn.q_norm.weight", s.head_dim)
+            k_norm = reader.take(f"{prefix}.self_attn.k_norm.weight", s.head_dim)
+            self.qk_norm = torch.cat((q_norm.expand(s.num_heads, -1), k_norm.expand(s.num_kv_heads, -1)))
+        self.o = reader.take(f"{prefix}.self_attn.o_proj.weight", hidden, q_width)
+        self.o_bias = reader.take(f"{prefix}.self_attn.o_proj.bias", hidden) if s.o_bias else None
+
+        self.post_attention_norm = reader.take(f"{prefix}.post_attention_layernorm.weight", hidden)
+        self.gate_up = reader.take_fused((f"{name}.weight" for name in gate_up), ((inner, hidden),) * 2)
+        self.gate_up_bias = (
+            reader.take_fused((f"{name}.bias" for name in gate_up), ((inner,),) * 2) if s.mlp_bias else None
+        )
+        self.down = reader.take(f"{prefix}.mlp.down_proj.weight", hidden, inner)
+        self.down_bias = reader.take(f"{prefix}.mlp.down_proj.bias", hidden) if s.mlp_bias else None
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: AttentionBatch, cache: KVCache
+    ) -> None:
+        """Add this layer's two contributions to the residual stream `x` `[num_tokens, hidden_size]`, in place."""
+        num_tokens = x.shape[0]
+        qkv = F.linear(rms_norm(x, self.input_norm, self.eps), self.qkv, self.qkv_bias)
+        qk = qkv[:, : self.qk_width].view(num_tokens, self.num_qk_heads, self.head_dim)
+        v = qkv[:, self.qk_width :].view(num_tokens, self.num_kv_heads, self.head_dim)
+        if self.qk_norm is not None:
+            qk = rms_norm(qk, self.qk_norm, self.eps)
+        if self.uses_rope:
+            rotate_(qk, cos, sin)
+        write_kv(qk[:, self.num_heads :], v, cache.k, cache.v, batch.slot_mapping)
+        attended = paged_attention(
+            qk[:, : self.num_heads], cache.k, cache.v, batch, scale=self.scale, sliding_window=self.window
+        )
+        x.add_(F.linear(attended.reshape(num_tokens, -1), self.o, self.o_bias))
+
+        gate_up = F.linear(rms_norm(x, self.post_attention_norm, self.eps), self.gate_up, self.gate_up_bias)
+        x.add_(F.linear(gated(gate_up, self.act), self.down, self.down_bias))
+
+
+class LlamaForCausalLM:
+    """A `CausalLM` of the Llama-like families.
+
+    Args:
+        folder: the checkpoint, with safetensors.
+        config: its `transformers` configuration.
+        dtype: of weights, activations and KV.
+        max_model_len: positions to prepare for; None takes the configuration's.
+
+    Raises:
+        UnsupportedModelError: an option that is not implemented here.
+        WeightsError: the files do not hold the model.
+    """
+
+    def __init__(
+        self, folder: Path, config: Any, *, dtype: torch.dtype, device: torch.device, max_model_len: int | None = None
+    ) -> None:
+        settings = read_settings(config)
+        self.vocab_size: int = config.vocab_size
+        self.max_position: int = config.max_position_embeddings
+        self.dtype = dtype
+        self.device = device
+        self.kv_cache_specs = tuple(
+            KVCacheSpec(settings.num_kv_heads, settings.head_dim, settings.head_dim) for _ in settings.windows
+        )
+        self._eps = settings.eps
+        self._rotary = RotaryTable(config, settings.head_dim, max_model_len or self.max_position, dtype, device)
+        with torch.inference_mode(), WeightReader(folder, dtype=dtype, device=device) as reader:
+            self._embedding, self._head = take_embedding_and_head(
+                reader, self.vocab_size, settings.hidden_size, tied=config.tie_word_embeddings
+            )
+            self._layers = [
+                LlamaLayer(reader, f"model.layers.{index}", settings, index) for index in range(len(settings.windows))
+            ]
+            self._norm = reader.take("model.norm.weight", settings.hidden_size)
+            reader.finish()
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, kv_caches: list[KVCache]
+    ) -> torch.Tensor:
+        """See `CausalLM.forward`. Call under `torch.inference_mode()`."""
+        x = F.embedding(input_ids, self._embedding)
+        cos, sin = self._rotary(positions)
+        for layer, cache in zip(self._layers, kv_caches, strict=True):
+            layer.forward(x, cos, sin, batch, cache)
+        return rms_norm(x, self._norm, self._eps)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `CausalLM.compute_logits`."""
+        return F.linear(hidden, self._head).float()

@@ -1,0 +1,156 @@
+"""From a checkpoint's folder to a model: which implementation serves it, in which dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig
+
+from .errors import ModelNotFoundError, QuantizedModelError, UnsupportedModelError
+from .gemma import GemmaForCausalLM
+from .interface import CausalLM
+from .llama import LlamaForCausalLM
+from .weights import checkpoint_dtype
+
+ModelImpl = Literal["auto", "native", "transformers"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# model_type -> the architecture that a native class serves, and the class.
+NATIVE: dict[str, tuple[str, type[LlamaForCausalLM] | type[GemmaForCausalLM]]] = {
+    "llama": ("LlamaForCausalLM", LlamaForCausalLM),
+    "mistral": ("MistralForCausalLM", LlamaForCausalLM),
+    "qwen2": ("Qwen2ForCausalLM", LlamaForCausalLM),
+    "qwen3": ("Qwen3ForCausalLM", LlamaForCausalLM),
+    "smollm3": ("SmolLM3ForCausalLM", LlamaForCausalLM),
+    "gemma2": ("Gemma2ForCausalLM", GemmaForCausalLM),
+    "gemma3_text": ("Gemma3ForCausalLM", GemmaForCausalLM),
+}
+
+
+def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The `transformers` configuration in a folder.
+
+    Raises:
+        ModelNotFoundError: no folder, or no config.json in it.
+        UnsupportedModelError: `transformers` does not know the type, or refuses the values.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"there is no folder {folder}")
+    if not (folder / "config.json").is_file():
+        raise ModelNotFoundError(f"{folder} has no config.json: is it a checkpoint in the Hugging Face layout?")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # noqa: BLE001,RUF100 - each configuration class raises what it likes on bad values
+        reason = str(error).strip() or type(error).__name__
+        advice = ""
+        if "trust_remote_code" in reason:
+            reason = f"{folder / 'config.json'} names a model type that comes with its own code"
+            advice = ". Read that code, and start with --trust-remote-code if you trust it"
+        raise UnsupportedModelError(f"cannot use the configuration in {folder}: {reason}{advice}") from error
+
+
+def resolve_dtype(dtype: str, config: Any, folder: Path, device: torch.device) -> torch.dtype:
+    """The dtype to compute in; `auto` takes the checkpoint's, or float32 where the CPU would emulate it."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise UnsupportedModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    stored = getattr(config, "dtype", None)
+    if isinstance(stored, str):
+        stored = DTYPES.get(stored)
+    if stored is None:
+        stored = checkpoint_dtype(folder)
+    if stored not in DTYPES.values():  # float64, float8
+        stored = torch.float32
+    return torch.float32 if device.type == "cpu" and not cpu_multiplies_in(stored) else stored
+
+
+def cpu_multiplies_in(dtype: torch.dtype) -> bool:
+    """Whether the CPU has instructions that multiply matrices of `dtype`."""
+    capabilities = torch.cpu.get_capabilities()
+    match dtype:
+        case torch.bfloat16:
+            return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+        case torch.float16:
+            return bool(capabilities.get("avx512_fp16") or capabilities.get("amx_fp16") or capabilities.get("fp16"))
+        case _:
+            return True
+
+
+def check_supported(config: Any, path: str | Path) -> None:
+    """Refuse what neither implementation can serve.
+
+    Raises:
+        QuantizedModelError: the weights are quantised.
+        UnsupportedModelError: the model is an encoder, or encoder and decoder.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        method = getattr(method, "value", method)
+        raise QuantizedModelError(
+            f"the weights of {path} are quantised ({method}), which is not supported. "
+            "Take the checkpoint in float32, bfloat16 or float16"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{path} is an encoder-decoder ({config.model_type}); only decoders that continue a text are supported"
+        )
+
+
+def native_class(config: Any) -> type[LlamaForCausalLM] | type[GemmaForCausalLM] | None:
+    """The native implementation of a configuration's family, None where there is none."""
+    architecture, implementation = NATIVE.get(config.model_type, (None, None))
+    named = getattr(config, "architectures", None)
+    return implementation if not named or architecture in named else None
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    model_impl: ModelImpl = "auto",
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    max_model_len: int | None = None,
+) -> CausalLM:
+    """Load a checkpoint, natively where its family is and through `transformers` otherwise.
+
+    Args:
+        path: a folder; `checkpoint.resolve_checkpoint` turns a hub name into one.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        model_impl: `auto` falls back to `transformers` for an option that the native class lacks; `native` does not.
+        trust_remote_code: allow a model type that brings its own code.
+        device: where the weights go.
+        max_model_len: longest context that will be served; None takes the checkpoint's.
+
+    Raises:
+        ModelLoadError: with a message that says what is missing.
+    """
+    folder = Path(path)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    check_supported(config, folder)
+    target = torch.device(device)
+    torch_dtype = resolve_dtype(dtype, config, folder, target)
+    implementation = None if model_impl == "transformers" else native_class(config)
+    if implementation is not None:
+        try:
+            return implementation(folder, config, dtype=torch_dtype, device=target, max_model_len=max_model_len)
+        except UnsupportedModelError as error:
+            if model_impl == "native":
+                raise UnsupportedModelError(f"{folder} cannot be served natively: {error}") from error
+    elif model_impl == "native":
+        named = ", ".join(getattr(config, "architectures", None) or [config.model_type])
+        raise UnsupportedModelError(
+            f"{folder} is {named}, which has no native implementation; native are "
+            f"{', '.join(architecture for architecture, _ in NATIVE.values())}. Leave --model-impl at auto"
+        )
+    from .transformers_backend import load_transformers_model
+
+    return load_transformers_model(
+        folder, config, dtype=torch_dtype, trust_remote_code=trust_remote_code, device=target
+    )

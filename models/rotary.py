@@ -1,0 +1,91 @@
+"""Rotary position embedding: angles as `transformers` computes them, looked up from one table.
+
+Source: Su et al. 2021 (RoFormer), section 3.2, in the "rotate half" layout: dimension i turns together with i + D/2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .errors import UnsupportedModelError
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
+
+
+class RotaryTable:
+    """Cosines and sines of every position up to `max_len`.
+
+    The scalings `dynamic` and `longrope` depend on how long the sequence is. `transformers` takes the length so far,
+    which changes as a sequence grows, while its cached keys keep the old angles. Here it is the longest length that
+    will be served, fixed once: a token's key is then a function of the tokens before it alone, not of how the
+    prompt was cut into steps. Where `max_len` is within the length of pre-training both are the same.
+
+    Args:
+        config: a `transformers` configuration with standardised `rope_parameters`.
+        head_dim: width of a head, all of which turns.
+        max_len: number of positions.
+        dtype: of the table; angles are computed in float32 whatever it is.
+        layer_type: key into `rope_parameters` where the layer types have their own.
+
+    Raises:
+        UnsupportedModelError: the rope type is unknown, or only a part of a head turns.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        head_dim: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        layer_type: str | None = None,
+    ) -> None:
+        inv_freq, scaling = rotary_frequencies(config, head_dim, max_len, layer_type)
+        angles = torch.arange(max_len, dtype=torch.float32)[:, None] * inv_freq
+        cos, sin = angles.cos() * scaling, angles.sin() * scaling
+        # The sine's sign is folded in, so that turning is a product with the head rolled by half: see `rotate_`.
+        table = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)), dim=1)
+        self._table = table[:, :, None].to(device=device, dtype=dtype)  # [max_len, 2, 1, head_dim]
+
+    def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(cos, sin)`, each `[num_tokens, 1, head_dim]`, for `positions` `[num_tokens]`."""
+        cos, sin = self._table.index_select(0, positions).unbind(1)
+        return cos, sin
+
+
+def rotate_(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn every head in place by its token's angles.
+
+    Args:
+        heads: `[num_tokens, num_heads, head_dim]`; queries and keys together save a call.
+        cos, sin: from `RotaryTable`.
+    """
+    half = heads.shape[-1] // 2
+    rolled = heads.roll(half, -1)  # x2, x1
+    return heads.mul_(cos).addcmul_(rolled, sin)  # x1 cos - x2 sin, x2 cos + x1 sin
+
+
+def rotary_frequencies(
+    config: Any, head_dim: int, max_len: int, layer_type: str | None = None
+) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies `[head_dim / 2]`, float32, and the factor on cosine and sine."""
+    parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+    rope_type = parameters.get("rope_type")
+    if rope_type not in ROPE_TYPES:
+        raise UnsupportedModelError(f"rope_type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+    if rope_type != "proportional" and parameters.get("partial_rotary_factor") not in {None, 1.0}:
+        raise UnsupportedModelError(
+            f"partial_rotary_factor={parameters['partial_rotary_factor']} is not supported: whole heads turn"
+        )
+    if "mrope_section" in parameters:
+        raise UnsupportedModelError("mrope_section (positions of several axes) is not supported")
+    if rope_type == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+    inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, None, seq_len=max_len, layer_type=layer_type)
+    if inv_freq.shape[0] != head_dim // 2:
+        raise UnsupportedModelError(f"rope_type {rope_type!r} gives {inv_freq.shape[0]} angles for heads of {head_dim}")
+    return inv_freq.float(), float(scaling)

@@ -1,0 +1,355 @@
+"""Any decoder of `transformers`, with our paged KV cache: for architectures that have no file of their own here.
+
+Two ways, tried in this order at load and checked there against the model's own eager attention:
+
+1. *paged attention*: the model calls attention through transformers' attention interface, and ours takes its place. The
+   step's ragged batch goes through the model in one pass of `[1, num_tokens]`.
+2. *paged cache*: the model computes attention itself, over K and V that its cache gathers from our blocks. Decodes go
+   through in one pass, each prefill chunk in its own.
+
+A model for which neither gives the hidden states that it computes by itself is refused, at load.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+
+from ..kernels.attention_batch import AttentionBatch
+from .errors import ModelLoadError
+from .interface import CausalLM, KVCache, KVCacheSpec
+from .transformers_attention import PAGED, RECORDING, AttentionPlan, UnsupportedAttentionError
+from .transformers_cache import ShapeRecorder, paged_cache, row_groups
+from .transformers_head import head_of
+from .transformers_support import (
+    LENGTH_DEPENDENT_ROPE_TYPES,
+    max_position_of,
+    refuse_recurrent,
+    refuse_unsafe_weights,
+    refuse_unsupported_config,
+    rope_parameters_of,
+)
+
+_CHECK_LENGTHS = (9, 4)  # tokens of the rows in the check at load
+_CHECK_BLOCK_SIZE = 4
+
+
+class TransformersCausalLM:
+    """A decoder of transformers behind `CausalLM`; see the module's docstring for the two ways of attention.
+
+    Attributes:
+        attention: which of the two ways this model goes.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        head: nn.Module,
+        *,
+        vocab_size: int,
+        max_position: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_cache_specs: tuple[KVCacheSpec, ...],
+        plan: AttentionPlan | None,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.max_position = max_position
+        self.dtype = dtype
+        self.device = device
+        self.kv_cache_specs = kv_cache_specs
+        self.attention: Literal["paged attention", "paged cache"] = "paged cache" if plan is None else "paged attention"
+        self._decoder = decoder
+        self._head = head
+        self._plan = plan
+        self._takes_positions = takes_positions(decoder)
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, kv_caches: list[KVCache]
+    ) -> torch.Tensor:
+        """See `CausalLM.forward`."""
+        if self._plan is not None:
+            with self._plan.stepping(batch, kv_caches):
+                return self._run(input_ids[None], positions[None])[0]
+        parts = []
+        for group in row_groups(batch):
+            hidden = self._run(
+                input_ids[group.tokens].view(group.num_rows, group.num_new),
+                positions[group.tokens].view(group.num_rows, group.num_new),
+                attention_mask=group.mask,
+                past_key_values=paged_cache(kv_caches, group),
+                use_cache=True,
+            )
+            parts.append(hidden.flatten(0, 1))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `CausalLM.compute_logits`."""
+        return _logits(self._head, hidden)
+
+    def _run(self, input_ids: torch.Tensor, positions: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        if self._takes_positions:
+            kwargs["position_ids"] = positions
+        kwargs.setdefault("use_cache", False)
+        hidden: torch.Tensor = self._decoder(input_ids=input_ids, **kwargs)[0]
+        return hidden
+
+
+def takes_positions(decoder: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(decoder.forward).parameters
+
+
+def _logits(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = head(inputs_embeds=hidden[None], use_cache=False).logits
+    return logits[0].float()
+
+
+def load_transformers_model(
+    path: str,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    device: torch.device,
+    max_model_len: int | None = None,
+) -> CausalLM:
+    """Load a checkpoint in the Hugging Face layout and find out how to page its KV.
+
+    Args:
+        path: folder with config and safetensors.
+        config: `transformers.PretrainedConfig` of the checkpoint.
+        dtype: of weights, activations and KV.
+        trust_remote_code: run code that the checkpoint brings.
+        device: where to put the weights.
+        max_model_len: longest context that will be asked for; only for checkpoints with two sets of rotary
+            frequencies (longrope). None, or within the first set's length, uses the short one, which is exact there; more
+            uses the long one at every length, so that a token's KV never depends on what came after it.
+
+    Raises:
+        ModelLoadError: the checkpoint cannot be served; the message names what is missing.
+    """
+    refuse_unsupported_config(config, trust_remote_code=trust_remote_code)
+    refuse_unsafe_weights(path)
+    with _quiet():
+        model = _load(path, config, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
+    refuse_recurrent(type(model), model.config)
+    return page_model(model, dtype=dtype, device=device, max_model_len=max_model_len)
+
+
+@torch.no_grad()
+def page_model(
+    model: Any, *, dtype: torch.dtype, device: torch.device, max_model_len: int | None = None
+) -> TransformersCausalLM:
+    """Give a loaded `ForCausalLM` of transformers the paged cache, by the first way that passes the check.
+
+    Raises:
+        ModelLoadError: none does.
+    """
+    model.eval().requires_grad_(False)
+    max_position = _settle_rope(model.config, max_model_len)
+    decoder = _decoder_of(model)
+    head = head_of(model, decoder)
+    with _quiet():
+        model.set_attn_implementation("eager")
+        expected = _own_hidden(model, decoder, device)
+        vocab_size = _logits(head, expected[0][:1]).shape[-1]
+        reasons = []
+        for way in (_paged_attention, _paged_cache):
+            try:
+                specs, plan = way(model, decoder, device, max_position)
+                paged = TransformersCausalLM(
+                    decoder,
+                    head,
+                    vocab_size=vocab_size,
+                    max_position=max_position,
+                    dtype=dtype,
+                    device=device,
+                    kv_cache_specs=specs,
+                    plan=plan,
+                )
+                error = _largest_error(paged, expected)
+            except UnsupportedAttentionError as unsupported:
+                reasons.append(str(unsupported))
+                continue
+            except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as failure:
+                # Whatever a model that nobody here has seen does with a cache or an attention function unlike its own.
+                reasons.append(f"{type(failure).__name__}: {failure}")
+                continue
+            if error <= (1e-3 if dtype == torch.float32 else 0.1):
+                return paged
+            reasons.append(f"its hidden states differ from the model's own by {error:.2g}")
+    raise ModelLoadError(
+        f"'{model.config.model_type}' cannot be served with a paged KV cache. With paged attention: {reasons[0]}. "
+        f"With a paged cache under its own attention: {reasons[1]}."
+    )
+
+
+def _decoder_of(model: Any) -> nn.Module:
+    """The part of `model` between token ids and the head."""
+    decoder: nn.Module = model.get_decoder()
+    if decoder is not model:
+        return decoder
+    # Some classes name another prefix than the attribute they have (Llama 4's text model).
+    parts = [child for child in model.children() if isinstance(child, transformers.PreTrainedModel)]
+    if len(parts) != 1:
+        raise ModelLoadError(f"'{model.config.model_type}' has no decoder apart from its head: its parts are not known")
+    return parts[0]
+
+
+def _paged_attention(
+    model: Any, decoder: nn.Module, device: torch.device, max_position: int
+) -> tuple[tuple[KVCacheSpec, ...], AttentionPlan | None]:
+    """Record the model's attention calls, and put ours in their place."""
+    if not model._can_set_attn_implementation():
+        raise UnsupportedAttentionError("it does not use the attention interface of transformers")
+    plan = AttentionPlan()
+    plan.attach(decoder)
+    model.set_attn_implementation(RECORDING)
+    input_ids, positions = _check_tokens(max(_CHECK_LENGTHS), device)
+    with plan.recording(max_position):
+        kwargs = {"position_ids": positions[None]} if takes_positions(decoder) else {}
+        decoder(input_ids=input_ids[None], use_cache=False, **kwargs)
+    if not takes_positions(decoder):
+        raise UnsupportedAttentionError("it does not take the tokens' positions")
+    if not plan.calls:
+        raise UnsupportedAttentionError("no layer uses the attention interface of transformers")
+    model.set_attn_implementation(PAGED)
+    return tuple(plan.specs), plan
+
+
+def _paged_cache(
+    model: Any, decoder: nn.Module, device: torch.device, max_position: int
+) -> tuple[tuple[KVCacheSpec, ...], AttentionPlan | None]:
+    """Find out what the model puts into its cache, and go back to its own attention."""
+    model.set_attn_implementation("eager")
+    recorder = ShapeRecorder()
+    input_ids, _ = _check_tokens(max(_CHECK_LENGTHS), device)
+    decoder(input_ids=input_ids[None], past_key_values=recorder, use_cache=True)
+    if recorder.specs is None:
+        raise UnsupportedAttentionError("it does not put K and V of every layer into its cache")
+    if model._supports_sdpa:
+        model.set_attn_implementation("sdpa")
+    return recorder.specs, None
+
+
+def _check_tokens(length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and positions of the check; small ids, which every vocabulary has."""
+    positions = torch.arange(length, device=device)
+    return positions * 7 % 31 + 1, positions
+
+
+def _own_hidden(model: Any, decoder: nn.Module, device: torch.device) -> list[torch.Tensor]:
+    """The hidden states of the check's rows by the model's own attention, one pass for each row and no cache."""
+    return [
+        decoder(input_ids=_check_tokens(length, device)[0][None], use_cache=False)[0][0] for length in _CHECK_LENGTHS
+    ]
+
+
+def _largest_error(paged: TransformersCausalLM, expected: list[torch.Tensor]) -> float:
+    """How far hidden states with the paged cache are from `expected`, relative to their norm.
+
+    The rows go through in two ragged steps, the first of which stops in the middle of a block. It is the median over the
+    second step's tokens: in a mixture of experts rounding may send a single token to another expert.
+    """
+    long_row, short_row = _CHECK_LENGTHS
+    num_blocks = -(-long_row // _CHECK_BLOCK_SIZE) + -(-short_row // _CHECK_BLOCK_SIZE)
+    kv_caches = [
+        KVCache(
+            torch.zeros(num_blocks, s.num_kv_heads, _CHECK_BLOCK_SIZE, s.k_head_dim, dtype=paged.dtype, device=paged.device),
+            torch.zeros(num_blocks, s.num_kv_heads, _CHECK_BLOCK_SIZE, s.v_head_dim, dtype=paged.dtype, device=paged.device),
+        )
+        for s in paged.kv_cache_specs
+    ]
+    tables = torch.full((2, num_blocks), 0, dtype=torch.int32)
+    order = list(range(num_blocks - 1, -1, -1))
+    num_short = -(-short_row // _CHECK_BLOCK_SIZE)
+    tables[0, :num_short] = torch.tensor(order[:num_short], dtype=torch.int32)
+    tables[1, : num_blocks - num_short] = torch.tensor(order[num_short:], dtype=torch.int32)
+    ids, _ = _check_tokens(long_row, paged.device)
+    errors: list[float] = []
+    for step in (((0, short_row - 1), (0, long_row - 4)), ((short_row - 1, short_row), (long_row - 4, long_row))):
+        positions = [torch.arange(start, end) for start, end in step]
+        slots = torch.cat(
+            [tables[row, p // _CHECK_BLOCK_SIZE].long() * _CHECK_BLOCK_SIZE + p % _CHECK_BLOCK_SIZE for row, p in enumerate(positions)]
+        )
+        num_new = [end - start for start, end in step]
+        batch = AttentionBatch(
+            query_start=torch.tensor([0, num_new[0], sum(num_new)], dtype=torch.int32, device=paged.device),
+            context_lens=torch.tensor([end for _, end in step], dtype=torch.int32, device=paged.device),
+            block_tables=tables.to(paged.device),
+            slot_mapping=slots.to(paged.device),
+            block_size=_CHECK_BLOCK_SIZE,
+            max_query_len=max(num_new),
+            max_context_len=max(end for _, end in step),
+            num_decodes=sum(n == 1 for n in num_new),
+        )
+        flat = torch.cat(positions).to(paged.device)
+        hidden = paged.forward(ids[flat], flat, batch, kv_caches)
+        wanted = torch.cat([expected[1][step[0][0] : step[0][1]], expected[0][step[1][0] : step[1][1]]])
+        distance = (hidden.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1).clamp(min=1e-6)
+        errors.append(float(distance.median()))
+    return max(errors) if all(e == e for e in errors) else float("inf")
+
+
+def _settle_rope(config: Any, max_model_len: int | None) -> int:
+    """Fix rotary frequencies that would follow the length of the batch; returns the longest context that is exact."""
+    max_position = max_position_of(config)
+    for parameters in rope_parameters_of(config):
+        if parameters.get("rope_type") not in LENGTH_DEPENDENT_ROPE_TYPES:
+            continue
+        original = parameters.get("original_max_position_embeddings") or max_position
+        if parameters["rope_type"] == "longrope" and max_model_len is not None and max_model_len > original:
+            parameters["original_max_position_embeddings"] = 0  # every context is longer: the long set, always
+        else:
+            max_position = min(max_position, original)
+    return max_position
+
+
+def _load(path: str, config: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ImportError, KeyError, ValueError, RuntimeError) as error:
+        raise ModelLoadError(f"transformers cannot load {path}: {error}") from error
+    for what in ("missing_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in info[what])
+        if keys:
+            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise ModelLoadError(
+                f"the weights in {path} do not fit its config.json: {what.replace('_', ' ')} {shown}. Fetch the "
+                "checkpoint again, or check that config.json belongs to it"
+            )
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars, advice and warnings away from our users while it loads a model."""
+    logging = transformers.utils.logging
+    verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,197 @@
+"""Reading the tensors of a checkpoint in the Hugging Face layout, from safetensors files only."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import WeightsError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+# Older checkpoints carry buffers that are recomputed from the configuration.
+_IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
+
+_MAX_NAMES_SHOWN = 8
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files that hold a checkpoint's tensors.
+
+    Raises:
+        WeightsError: there are none (the message says what there is instead), or the index names files not there.
+    """
+    index_path = folder / _INDEX
+    if index_path.is_file():
+        try:
+            weight_map: dict[str, str] = json.loads(index_path.read_text())["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightsError(f"{index_path} is not a safetensors index: {error!r}. Download it again.") from error
+        foreign = [name for name in names if Path(name).name != name]
+        if foreign:  # an index must not be able to point outside its folder
+            raise WeightsError(f"{index_path} names files outside its folder: {_shown(foreign)}")
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise WeightsError(
+                f"{folder} lacks {len(absent)} of the {len(names)} weight files that {_INDEX} names: {_shown(absent)}. "
+                "Finish the download."
+            )
+        return tuple(folder / name for name in names)
+    if (folder / _SINGLE).is_file():
+        return (folder / _SINGLE,)
+    # `consolidated*.safetensors` are Mistral's own layout of the same tensors, under other names.
+    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
+    if len(files) == 1:
+        return (files[0],)
+    if files:
+        raise WeightsError(
+            f"{folder} has {len(files)} safetensors files but no {_INDEX} that says which tensor is where: "
+            f"{_shown(path.name for path in files)}"
+        )
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        raise WeightsError(
+            f"{folder} has its weights only as pickle files ({_shown(pickled)}), which can run any code when read. "
+            "Take a revision with safetensors, or convert them where you trust them: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    if any(folder.glob("*.gguf")):
+        raise WeightsError(f"{folder} has its weights as GGUF, which is not read. Take the safetensors checkpoint.")
+    raise WeightsError(f"{folder} has no weights: neither {_SINGLE} nor {_INDEX}. Was the download finished?")
+
+
+class WeightReader:
+    """Hands out tensors by name and keeps account of what was asked for and what is there.
+
+    A tensor that is missing or has another shape is noted and stood in for by zeros, so that `finish` can name all
+    problems in one error; nothing may use the tensors before `finish` has returned. Use as a context manager.
+
+    Args:
+        folder: the checkpoint.
+        dtype, device: of every tensor handed out.
+    """
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._folder = folder
+        self._stack = ExitStack()
+        self._handles: dict[str, Any] = {}  # name of tensor -> open file that holds it
+        self._taken: set[str] = set()
+        self._missing: list[str] = []
+        self._mismatched: list[str] = []
+        self._problems: list[str] = []
+        for path in weight_files(folder):
+            try:
+                handle = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            except (SafetensorError, OSError) as error:
+                self._stack.close()
+                raise WeightsError(f"{path} is not a whole safetensors file ({error}). Download it again.") from error
+            for name in handle.keys():  # noqa: SIM118 - a handle is no mapping
+                self._handles[name] = handle
+
+    def __enter__(self) -> WeightReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handles.clear()
+        self._stack.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._handles
+
+    def take(self, name: str, *shape: int) -> torch.Tensor:
+        """The tensor called `name`, which must have this shape: a copy of our own, never a view of the file."""
+        return self._read(name, shape).to(device=self.device, dtype=self.dtype, copy=True)
+
+    def take_fused(self, names: Iterable[str], shapes: Iterable[tuple[int, ...]]) -> torch.Tensor:
+        """Several tensors behind each other along their first axis, for one matrix product instead of several."""
+        parts = [self._read(name, shape).to(self.dtype) for name, shape in zip(names, shapes, strict=True)]
+        return torch.cat(parts).to(self.device)
+
+    def finish(self) -> None:
+        """Say that all has been taken.
+
+        Raises:
+            WeightsError: tensors are missing, have another shape, or nothing asked for them.
+        """
+        unexpected = sorted(name for name in self._handles if name not in self._taken and not _IGNORED.search(name))
+        problems = []
+        if self._missing:
+            problems.append(f"{len(self._missing)} tensors are missing: {_shown(self._missing)}")
+        if self._mismatched:
+            problems.append(f"{len(self._mismatched)} have another shape: {_shown(self._problems)}")
+        if unexpected:
+            problems.append(f"{len(unexpected)} are not part of the model: {_shown(unexpected)}")
+        if problems:
+            raise WeightsError(
+                f"the weights in {self._folder} do not fit its config.json: {'; '.join(problems)}. "
+                "Check that both are of the same model and that the download is whole.",
+                missing=tuple(self._missing),
+                unexpected=tuple(unexpected),
+                mismatched=tuple(self._mismatched),
+            )
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        self._taken.add(name)
+        handle = self._handles.get(name)
+        if handle is None:
+            self._missing.append(name)
+            return torch.zeros(shape)
+        found = tuple(handle.get_slice(name).get_shape())
+        if found != shape:
+            self._mismatched.append(name)
+            self._problems.append(f"{name} {list(found)} instead of {list(shape)}")
+            return torch.zeros(shape)
+        tensor: torch.Tensor = handle.get_tensor(name)
+        if not tensor.is_floating_point():
+            self._mismatched.append(name)
+            self._problems.append(f"{name} holds {tensor.dtype} instead of floating point")
+        return tensor
+
+
+def take_embedding_and_head(
+    reader: WeightReader, vocab_size: int, hidden_size: int, *, tied: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token embedding and output projection, each `[vocab_size, hidden_size]`; one tensor where they are tied.
+
+    As `transformers` has it: a checkpoint that promises tied weights but brings two different ones keeps both.
+    """
+    embedding_name, head_name = "model.embed_tokens.weight", "lm_head.weight"
+    if tied and embedding_name not in reader and head_name in reader:
+        embedding_name = head_name
+    embedding = reader.take(embedding_name, vocab_size, hidden_size)
+    if tied and (head_name not in reader or head_name == embedding_name):
+        return embedding, embedding
+    head = reader.take(head_name, vocab_size, hidden_size)
+    return embedding, embedding if tied and torch.equal(head, embedding) else head
+
+
+def checkpoint_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the checkpoint's first floating tensor, for configurations that do not name one."""
+    for tensor in _tensors(folder):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    raise WeightsError(f"the weights in {folder} hold no floating-point tensor")
+
+
+def _tensors(folder: Path) -> Iterator[torch.Tensor]:
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            for name in handle.keys():  # noqa: SIM118 - a handle is no mapping
+                yield handle.get_tensor(name)
+
+
+def _shown(names: Iterable[str]) -> str:
+    listed = list(names)
+    rest = len(listed) - _MAX_NAMES_SHOWN
+    return ", ".join(listed[:_MAX_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

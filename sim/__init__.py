@@ -1,0 +1,1 @@
+"""Virtual time, workloads, step-time models."""
