@@ -102,7 +102,11 @@ class Engine:
 
         config = self.config
         folder, self.model_name = await asyncio.to_thread(
-            locate_model, config.model, revision=config.revision, offline=config.offline
+            locate_model,
+            config.model,
+            revision=config.revision,
+            offline=config.offline,
+            trust_remote_code=config.trust_remote_code,
         )
         executor = ExecutorThread(_executor_config(config, folder), self._send_from_executor)
         tokenizer_folder = folder

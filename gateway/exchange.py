@@ -124,6 +124,7 @@ class Exchange:
         self._chunks: ChunkSink | None = None
         self._held: list[tuple[Choice, TextDelta]] = []
         self._keep = True
+        self._is_open = False
 
     def submit(self, prompts: Sequence[PromptState], options: SubmitOptions) -> None:
         """Start every prompt.
@@ -171,8 +172,6 @@ class Exchange:
             self._chunks.delta(choice, delta)
         if not self._live:
             self._finish()
-
-    _is_open = False
 
     def take(self, event: EngineEvent) -> None:
         """What the engine says; called on the event loop."""
@@ -231,7 +230,9 @@ class Exchange:
     def usage(self, *, num_output_tokens: int | None = None) -> Usage:
         """Token counts so far; `num_output_tokens` overrules what was counted."""
         num_prompt = self.num_prompt_tokens
-        num_output = sum(choice.num_tokens for choice in self.choices) if num_output_tokens is None else num_output_tokens
+        num_output = (
+            sum(choice.num_tokens for choice in self.choices) if num_output_tokens is None else num_output_tokens
+        )
         num_cached = sum(prompt.num_cached_tokens for prompt in self.prompts)
         return Usage(num_prompt, num_output, num_prompt + num_output, PromptTokensDetails(num_cached))
 

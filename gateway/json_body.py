@@ -114,7 +114,9 @@ def refuse_by_headers(request: web.Request, max_bytes: int) -> None:
     media_type, _, options = content_type.partition(";")
     media_type = media_type.strip().lower()
     charset = options.strip().lower().removeprefix("charset=").strip('"')
-    if media_type != "application/json" and not (media_type.startswith("application/") and media_type.endswith("+json")):
+    if media_type != "application/json" and not (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    ):
         raise ApiError(415, "send the body with Content-Type: application/json", code="unsupported_media_type")
     if options.strip().lower().startswith("charset=") and charset not in ("utf-8", "utf8", "us-ascii"):
         raise ApiError(415, "send the body in UTF-8", code="unsupported_charset")
@@ -156,7 +158,11 @@ def _refuse_unsupported(request: Unsupported) -> None:
         if not isinstance(raw, msgspec.Raw):
             continue
         value = bytes(raw).strip()
-        if value in (b"", b"null") or value in HARMLESS.get(name, ()) or b"".join(value.split()) in HARMLESS.get(name, ()):
+        if (
+            value in (b"", b"null")
+            or value in HARMLESS.get(name, ())
+            or b"".join(value.split()) in HARMLESS.get(name, ())
+        ):
             continue
         if name == "response_format" and _is_text_format(raw):
             continue

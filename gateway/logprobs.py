@@ -57,7 +57,12 @@ class TextOffsets:
             if token_id in self._skipped:
                 continue
             data = self._engine.token_bytes(token_id)
-            if self._is_first and data.startswith(b" ") and text_starts_at == self._position and text[:1] not in ("", " "):
+            if (
+                self._is_first
+                and data.startswith(b" ")
+                and text_starts_at == self._position
+                and text[:1] not in ("", " ")
+            ):
                 data = data[1:]  # tokenizers that mark words by a leading space drop the first one
             self._is_first = False
             self._position += len(self._decoder.decode(data))

@@ -83,7 +83,11 @@ class EngineCollector(Collector):
             ("vllm:num_requests_waiting", "Sequences that wait to be scheduled.", stats.num_waiting),
             ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", stats.kv_cache_usage),
             ("vllm:gpu_cache_usage_perc", "Older name of vllm:kv_cache_usage_perc.", stats.kv_cache_usage),
-            ("vllm:prefix_cache_hit_rate", "Share of queried tokens found in the cache.", hits / queries if queries else 0),
+            (
+                "vllm:prefix_cache_hit_rate",
+                "Share of queried tokens found in the cache.",
+                hits / queries if queries else 0,
+            ),
             ("octavo:engine_ready", "1 if a request sent now would be answered.", int(self._engine.is_ready)),
             ("octavo:open_streams", "Responses that are being streamed.", self._pump.num_open),
         )
@@ -148,7 +152,9 @@ class GatewayMetrics:
         self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "Arrival to end.", LATENCY_BUCKETS)
         self._queue = self._histogram("vllm:request_queue_time_seconds", "Arrival to first step.", LATENCY_BUCKETS)
         self._inference = self._histogram("vllm:request_inference_time_seconds", "First step to end.", LATENCY_BUCKETS)
-        self._prefill = self._histogram("vllm:request_prefill_time_seconds", "First step to first token.", LATENCY_BUCKETS)
+        self._prefill = self._histogram(
+            "vllm:request_prefill_time_seconds", "First step to first token.", LATENCY_BUCKETS
+        )
         self._decode = self._histogram("vllm:request_decode_time_seconds", "First token to end.", LATENCY_BUCKETS)
         self._tpot = self._histogram(
             "vllm:request_time_per_output_token_seconds", "Mean time per token after the first.", ITL_BUCKETS
@@ -167,13 +173,17 @@ class GatewayMetrics:
         reasons: tuple[FinishReason, ...] = ("stop", "length", "abort", "error", "refused")
         self._success = {reason: success.labels(*self._labels, reason) for reason in reasons}
         self._failed = Counter(
-            "octavo:requests_failed", "Requests refused or failed, by error code.", (*_LABELS, "code"), registry=self.registry
+            "octavo:requests_failed",
+            "Requests refused or failed, by error code.",
+            (*_LABELS, "code"),
+            registry=self.registry,
         )
-        self._http = Counter(
-            "http_requests", "HTTP requests.", ("handler", "method", "status"), registry=self.registry
-        )
+        self._http = Counter("http_requests", "HTTP requests.", ("handler", "method", "status"), registry=self.registry)
         self._http_seconds = Histogram(
-            "http_request_duration_seconds", "Time to the end of the response.", ("handler", "method"), registry=self.registry
+            "http_request_duration_seconds",
+            "Time to the end of the response.",
+            ("handler", "method"),
+            registry=self.registry,
         )
 
     def render(self) -> bytes:

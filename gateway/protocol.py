@@ -10,8 +10,6 @@ Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 
-ABSENT = msgspec.Raw()
-
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """How a stream is told.
@@ -30,26 +28,26 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class Unsupported(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Fields of other servers that are refused by name, unless their value asks for nothing (see `HARMLESS`)."""
 
-    best_of: msgspec.Raw = ABSENT
-    use_beam_search: msgspec.Raw = ABSENT
-    length_penalty: msgspec.Raw = ABSENT
-    early_stopping: msgspec.Raw = ABSENT
-    response_format: msgspec.Raw = ABSENT
-    structured_outputs: msgspec.Raw = ABSENT
-    guided_json: msgspec.Raw = ABSENT
-    guided_regex: msgspec.Raw = ABSENT
-    guided_choice: msgspec.Raw = ABSENT
-    guided_grammar: msgspec.Raw = ABSENT
-    thinking_token_budget: msgspec.Raw = ABSENT
-    repetition_detection: msgspec.Raw = ABSENT
-    kv_transfer_params: msgspec.Raw = ABSENT
-    ec_transfer_params: msgspec.Raw = ABSENT
-    vllm_xargs: msgspec.Raw = ABSENT
-    logprob_token_ids: msgspec.Raw = ABSENT
-    truncation_side: msgspec.Raw = ABSENT
-    stream_interval: msgspec.Raw = ABSENT
-    return_token_offsets: msgspec.Raw = ABSENT
-    mm_processor_kwargs: msgspec.Raw = ABSENT
+    best_of: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    use_beam_search: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    length_penalty: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    early_stopping: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    response_format: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    structured_outputs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    guided_json: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    guided_regex: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    guided_choice: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    guided_grammar: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    thinking_token_budget: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    repetition_detection: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    kv_transfer_params: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    ec_transfer_params: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    vllm_xargs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    logprob_token_ids: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    truncation_side: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    stream_interval: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    return_token_offsets: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    mm_processor_kwargs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
 
 
 HARMLESS: dict[str, tuple[bytes, ...]] = {
@@ -96,7 +94,7 @@ class SamplingFields(Unsupported, kw_only=True, forbid_unknown_fields=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: msgspec.Raw = ABSENT
+    logit_bias: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     allowed_token_ids: list[TokenId] | None = None
     bad_words: list[str] | None = None
     max_tokens: Int | None = None
@@ -120,12 +118,12 @@ class SamplingFields(Unsupported, kw_only=True, forbid_unknown_fields=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     user: str | None = None
-    metadata: msgspec.Raw = ABSENT
-    store: msgspec.Raw = ABSENT
-    service_tier: msgspec.Raw = ABSENT
-    safety_identifier: msgspec.Raw = ABSENT
-    prompt_cache_key: msgspec.Raw = ABSENT
-    prompt_cache_retention: msgspec.Raw = ABSENT
+    metadata: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    store: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    service_tier: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    safety_identifier: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    prompt_cache_key: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    prompt_cache_retention: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
 
 
 class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
@@ -139,8 +137,8 @@ class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
 
     prompt: str | list[str | TokenId | list[TokenId]] | None = None
     logprobs: Int | None = None
-    suffix: msgspec.Raw = ABSENT
-    prompt_embeds: msgspec.Raw = ABSENT
+    suffix: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    prompt_embeds: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
 
 
 class ContentPart(msgspec.Struct, kw_only=True):
@@ -166,7 +164,7 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     Attributes:
         max_completion_tokens: wins over `max_tokens`; neither means as many as the context has room for.
         logprobs, top_logprobs: whether to report log-probabilities, and of how many alternatives.
-        echo: with `continue_final_message`, the answer begins with the message that it continues.
+        echo: if the last message is an assistant's, the answer begins with it.
         reasoning_effort: given to the chat template, with `enable_thinking` false for `none`.
         chat_template_kwargs: more variables for the chat template; plain values.
         parallel_tool_calls, include_reasoning: accepted; they have no effect without tools and reasoning.
@@ -182,18 +180,18 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
-    tools: msgspec.Raw = ABSENT
-    tool_choice: msgspec.Raw = ABSENT
-    functions: msgspec.Raw = ABSENT
-    function_call: msgspec.Raw = ABSENT
-    documents: msgspec.Raw = ABSENT
-    chat_template: msgspec.Raw = ABSENT
-    modalities: msgspec.Raw = ABSENT
-    audio: msgspec.Raw = ABSENT
-    prediction: msgspec.Raw = ABSENT
-    web_search_options: msgspec.Raw = ABSENT
-    verbosity: msgspec.Raw = ABSENT
-    media_io_kwargs: msgspec.Raw = ABSENT
+    tools: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    tool_choice: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    functions: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    function_call: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    documents: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    chat_template: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    modalities: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    audio: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    prediction: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    web_search_options: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    verbosity: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    media_io_kwargs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -117,7 +117,7 @@ def _logit_bias(raw: msgspec.Raw) -> dict[int, float] | None:
     for key in biases:
         # `int` takes more than clients should send: spaces, underscores, digits of other scripts.
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            raise InvalidRequestError("the keys of logit_bias must be token ids, such as \"42\"", param="logit_bias")
+            raise InvalidRequestError('the keys of logit_bias must be token ids, such as "42"', param="logit_bias")
     if len({int(key) for key in biases}) != len(biases):
         raise InvalidRequestError("logit_bias names a token id twice", param="logit_bias")
     return {int(key): bias for key, bias in biases.items()}

@@ -48,7 +48,7 @@ async def _serve(config: EngineConfig, arguments: argparse.Namespace) -> int:
                 settings,
                 arguments.host,
                 arguments.port,
-                on_ready=lambda: _greet(engine, names[0], arguments, time.monotonic() - started),
+                on_listening=lambda port: _greet(engine, names[0], arguments, port, time.monotonic() - started),
             )
         finally:
             reporter.cancel()
@@ -56,12 +56,12 @@ async def _serve(config: EngineConfig, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _greet(engine: Engine, name: str, arguments: argparse.Namespace, seconds: float) -> None:
+def _greet(engine: Engine, name: str, arguments: argparse.Namespace, port: int, seconds: float) -> None:
     """One block that says what is served, with which memory, and how to try it."""
     host = "127.0.0.1" if arguments.host in ("0.0.0.0", "::") else arguments.host  # noqa: S104  # a comparison, not a bind
     if arguments.host not in ("127.0.0.1", "localhost", "::1") and not arguments.api_key:
         log.warning("server.open", host=arguments.host, advice="anyone who reaches this address may use it: --api-key")
-    url = f"http://{host}:{arguments.port}"
+    url = f"http://{host}:{port}"
     log.info(
         "server.ready",
         url=url,

@@ -20,17 +20,31 @@ DONE: Final = b"data: [DONE]\n\n"
 STALL_CHECK_S: Final = 1.0
 SEND_BUFFER_BYTES: Final = 256 * 1024
 
+_LINE_SEPARATORS: Final = (
+    ("\u2028".encode(), b"\\u2028"),
+    ("\u2029".encode(), b"\\u2029"),
+    ("\x85".encode(), b"\\u0085"),
+)
+
 _encode = msgspec.json.Encoder().encode
 
 
 def json_text(text: str) -> bytes:
     """A text as a JSON string that is one line by anybody's idea of lines (some clients split at U+2028 too)."""
     encoded = _encode(text)
-    if text.isascii():
-        return encoded
-    return (
-        encoded.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029").replace(b"\xc2\x85", b"\\u0085")
-    )
+    return encoded if text.isascii() else _without_line_separators(encoded)
+
+
+def json_line(value: Any) -> bytes:
+    """Any value as JSON that is one line in the same sense."""
+    encoded = _encode(value)
+    return encoded if encoded.isascii() else _without_line_separators(encoded)
+
+
+def _without_line_separators(encoded: bytes) -> bytes:
+    for separator, escaped in _LINE_SEPARATORS:
+        encoded = encoded.replace(separator, escaped)
+    return encoded
 
 
 class StreamPump:
@@ -90,13 +104,25 @@ class EventStream:
         on_lost: called once if the client is gone or was cut off.
     """
 
-    __slots__ = ("_is_dirty", "_is_lost", "_on_lost", "_parked", "_parked_bytes", "_pump", "_request", "_response", "_writer")
+    __slots__ = (
+        "_is_dirty",
+        "_is_lost",
+        "_on_lost",
+        "_parked",
+        "_parked_bytes",
+        "_pump",
+        "_request",
+        "_response",
+        "_writer",
+        "num_written",
+    )
 
     def __init__(self, pump: StreamPump, on_lost: Callable[[], None]) -> None:
         self._pump = pump
         self._on_lost = on_lost
         self._parked: list[bytes] = []
         self._parked_bytes = 0
+        self.num_written = 0
         self._is_dirty = False
         self._is_lost = False
         self._request: web.Request | None = None
@@ -119,6 +145,7 @@ class EventStream:
         """Add a whole event; never waits."""
         if self._is_lost:
             return
+        self.num_written += 1
         self._parked.append(chunk)
         self._parked_bytes += len(chunk)
         if not self._is_dirty and self._writer is not None:

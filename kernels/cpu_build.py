@@ -20,6 +20,7 @@ import subprocess  # noqa: S404 - the C compiler
 import tempfile
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _SOURCES = Path(__file__).parent / "csrc"
 # No -ffast-math: masks rely on infinities, and sums are made in the order in which the source writes them.
-_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _NATIVE = {"aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
 _BUILD_TIMEOUT_S = 120
 
@@ -73,16 +74,15 @@ def build(directory: Path, environ: Mapping[str, str]) -> Path:
     library = directory / f"cpu_kernels_{digest.hexdigest()[:24]}.so"
     if library.exists():
         return library
-    c_files = [str(source) for source in sources if source.suffix == ".c"]
+    c_files = [source for source in sources if source.suffix == ".c"]
     try:
         with tempfile.TemporaryDirectory(dir=directory, prefix="build_") as scratch:
             built = Path(scratch) / "library.so"
-            command = [compiler, *flags, *c_files, "-o", str(built), "-lm"]
             try:
-                _run([*command, "-fopenmp"])
+                _compile(compiler, [*flags, "-fopenmp"], c_files, built)
             except BuildError:
                 log.info("cpu_kernels.single_threaded reason=%r", f"{compiler} does not take -fopenmp")
-                _run([*command, "-Wno-unknown-pragmas"])
+                _compile(compiler, [*flags, "-Wno-unknown-pragmas"], c_files, built)
             built.replace(library)  # atomic: another process sees all of it or nothing
     except OSError as error:
         raise BuildError(f"the cache directory {directory} cannot be written ({error}): set XDG_CACHE_HOME") from error
@@ -123,6 +123,17 @@ def _find_compiler(environ: Mapping[str, str]) -> str:
         if found:
             return found
     raise BuildError("no C compiler: install gcc or clang, or name one in CC")
+
+
+def _compile(compiler: str, flags: list[str], sources: list[Path], library: Path) -> None:
+    """Compile the sources side by side, a few seconds each, then link them."""
+    objects = [str(library.with_name(f"{source.stem}.o")) for source in sources]
+    commands = [
+        [compiler, *flags, "-c", str(source), "-o", target] for source, target in zip(sources, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(len(commands)) as pool:
+        list(pool.map(_run, commands))
+    _run([compiler, *flags, "-shared", *objects, "-o", str(library), "-lm"])
 
 
 def _cpu_identity() -> str:

@@ -230,8 +230,8 @@ def top_columns(values: torch.Tensor, k: int) -> torch.Tensor:
 def keep_heaviest(keys: torch.Tensor, weights: torch.Tensor, enough: torch.Tensor) -> torch.Tensor:
     """Mark the largest elements of each row, as few as together weigh `enough`.
 
-    A radix select: histograms of the weights over 11, 11 and 10 bits of the keys find the last key that is needed,
-    without a sort. Sums of integers do not depend on their order, so this holds on every device.
+    A radix select: histograms of the weights over the leading bits of the keys, then the next ones, find the last key
+    that is needed, without a sort. Sums of integers do not depend on their order, so this holds on every device.
 
     Args:
         keys: `[N, W]` int32.
@@ -245,10 +245,10 @@ def keep_heaviest(keys: torch.Tensor, weights: torch.Tensor, enough: torch.Tenso
     missing = enough.unsqueeze(1)
     last = torch.zeros_like(missing)
     inside = weights  # those with the leading bits of the last key
-    for shift, bits in ((21, 11), (10, 11), (0, 10)):
+    for shift, bits in ((21, 11), (10, 11), (0, 10)) if keys.shape[1] > 32768 else ((24, 8), (16, 8), (8, 8), (0, 8)):
         digits = (keys >> shift) & ((1 << bits) - 1)
-        if shift == 21:
-            digits ^= 1 << 10  # the sign bit, so that negative keys come first
+        if shift + bits == 32:
+            digits ^= 1 << (bits - 1)  # the sign bit, so that negative keys come first
         digits = digits.to(torch.int64)
         histogram = torch.zeros((num_rows, 1 << bits), dtype=torch.int64, device=keys.device)
         histogram.scatter_add_(1, digits, inside)
@@ -274,7 +274,9 @@ def _draw_narrow(
     uniforms: torch.Tensor,
 ) -> torch.Tensor:
     """See `sample_filtered`; every `top_k` is in [1, MAX_NARROW_TOP_K]."""
-    width = min(MAX_NARROW_TOP_K, logits.shape[1])  # the same for every k, so that a row's sums round alike in any batch
+    width = min(
+        MAX_NARROW_TOP_K, logits.shape[1]
+    )  # the same for every k, so that a row's sums round alike in any batch
     scaled = logits / temperature.unsqueeze(1)
     good = scaled.amax(dim=-1).isfinite()
     token_ids = top_columns(scaled, width)

@@ -38,7 +38,7 @@ class _WordCodec:
         return b"".join(map(self.token_bytes, token_ids)).decode(errors="replace")
 
 
-def microseconds_per_step(params: SamplingParams, *, emoji: bool = False) -> float:
+def microseconds_per_step(params: SamplingParams, *, emoji: bool = False, num_steps: int = NUM_STEPS) -> float:
     """Median CPU time of one step of `NUM_ROWS` rows, us."""
     core = DetokenizerCore(_WordCodec())
     # Ids and counts past the small-int cache, as a server has them after a while.
@@ -47,7 +47,7 @@ def microseconds_per_step(params: SamplingParams, *, emoji: bool = False) -> flo
         core.handle(PromptReady((request_id,), (1, 2, 3), params), 0)
     logprobs = () if params.logprobs is None else tuple((request_id, TokenLogprobs(1, -0.5, 1)) for request_id in ids)
     times = []
-    for i in range(NUM_STEPS):
+    for i in range(num_steps):
         token = 1000 + i % 4 if emoji else 0
         tokens = tuple(token or (i * 31 + row * 7) % 1000 for row in range(NUM_ROWS))
         step = StepExecuted(Epoch(0), StepId(i), ids, tokens, logprobs=logprobs)
@@ -55,7 +55,7 @@ def microseconds_per_step(params: SamplingParams, *, emoji: bool = False) -> flo
         deltas = core.handle(step, 0)
         times.append(time.thread_time_ns() - start)
         assert len(deltas) == NUM_ROWS
-    return sorted(times)[NUM_STEPS // 2] / 1000
+    return sorted(times)[num_steps // 2] / 1000
 
 
 def main() -> None:

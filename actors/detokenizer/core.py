@@ -46,6 +46,7 @@ class _Stream:
         remaining: tokens until `limit`; 0 once no more tokens count.
         pieces: table of the texts while the next token's text is simply its own, else `_NEVER`.
         plain_pieces: the table, if nothing but text was asked for, else `_NEVER`.
+        find_candidate: finds in a text what a stop string may begin with; None without stop strings.
         wants_logprobs: each delta carries its tokens' log-probabilities.
         discards: `max_tokens=0`: a token is sampled for the prompt's sake, and not sent.
         prompt_logprobs: what is to be sent with the first delta; empty afterwards.
@@ -57,6 +58,7 @@ class _Stream:
         "decoder",
         "discards",
         "ended",
+        "find_candidate",
         "limit",
         "params",
         "pieces",
@@ -82,6 +84,7 @@ class _Stream:
         self.params = params
         self.decoder = decoder
         self.stop = stop
+        self.find_candidate = None if stop is None else stop.strings.search
         self.discards = params.max_tokens == 0
         self.wants_logprobs = params.logprobs is not None and not self.discards
         self.limit = params.max_tokens or _NO_LIMIT
@@ -91,7 +94,7 @@ class _Stream:
         self.prompt_logprobs: list[TokenLogprobs | None] = (
             [] if params.prompt_logprobs is None else [None] * len(message.prompt_token_ids)
         )
-        is_plain = isinstance(decoder, ByteDecoder) and stop is None and not self.wants_logprobs and not self.discards
+        is_plain = isinstance(decoder, ByteDecoder) and not self.wants_logprobs and not self.discards
         self.plain_pieces: dict[int, TokenPiece] = pieces if is_plain else _NEVER
         # The first token goes the slow way, which looks after the prompt's log-probabilities and the first space.
         self.pieces: dict[int, TokenPiece] = _NEVER
@@ -192,7 +195,11 @@ class DetokenizerCore:
             if stream is None:
                 continue
             text, ids, _ = stream.pieces[token_id]
-            if text is not None and (remaining := stream.remaining - 1):
+            if (
+                text is not None
+                and (remaining := stream.remaining - 1)
+                and ((find_candidate := stream.find_candidate) is None or find_candidate(text) is None)
+            ):
                 stream.remaining = remaining
                 send(TextDelta(request_id, text, ids))
             elif stream.remaining:
@@ -220,7 +227,8 @@ class DetokenizerCore:
         if is_stop or stream.stop_string or not remaining:
             self._take_last_token(stream, text, token_ids, logprobs, deltas)
             return
-        stream.pieces = _NEVER if stream.decoder.is_pending else stream.plain_pieces
+        is_slow = stream.decoder.is_pending or (stream.stop is not None and stream.stop.is_waiting)
+        stream.pieces = _NEVER if is_slow else stream.plain_pieces
         if stream.wants_logprobs and logprobs is not None:
             delta = TextDelta(stream.request_id, text, token_ids, (logprobs,))
         else:
@@ -302,5 +310,7 @@ class DetokenizerCore:
             is_eos = ended.stop_token_id in self._codec.eos_token_ids and not stream.params.ignore_eos
             stop_reason = None if is_eos else ended.stop_token_id
         if stream.discards:
-            ended = msgspec.structs.replace(ended, num_output_tokens=0)
+            # Whatever the token was that nobody asked for, it ended nothing.
+            finish_reason, stop_reason = ("length", None) if finish_reason == "stop" else (finish_reason, None)
+            ended = msgspec.structs.replace(ended, reason=finish_reason, num_output_tokens=0, stop_token_id=-1)
         return msgspec.structs.replace(delta, finish_reason=finish_reason, stop_reason=stop_reason, ended=ended)

@@ -98,14 +98,14 @@ class StopStrings:
 class StopStream:
     """One stream's place in the automaton, and the text that waits."""
 
-    __slots__ = ("_include", "_state", "_strings", "held", "matched")
+    __slots__ = ("_include", "_state", "held", "matched", "strings")
 
     def __init__(self, strings: StopStrings, include_stop_str: bool) -> None:
         """Args:
         strings: what to look for.
         include_stop_str: the stop string belongs to the text; then nothing ever waits.
         """
-        self._strings = strings
+        self.strings = strings
         self._include = include_stop_str
         self._state = 0
         self.held = ""
@@ -113,9 +113,9 @@ class StopStream:
 
     def feed(self, text: str, may_match: bool) -> str:
         """The text that may be sent now that `text` came; `matched` tells whether it is the last."""
-        if not self._state and self._strings.search(text) is None:
+        if not self._state and self.strings.search(text) is None:
             return text
-        self._state, self.matched, end = self._strings.scan(self._state, text, may_match)
+        self._state, self.matched, end = self.strings.scan(self._state, text, may_match)
         if self._include:
             return text[:end]
         whole = self.held + text
@@ -123,9 +123,14 @@ class StopStream:
             cut = len(self.held) + end - len(self.matched)
             self.held = ""
             return whole[:cut]
-        cut = len(whole) - self._strings.depth[self._state]
+        cut = len(whole) - self.strings.depth[self._state]
         self.held = whole[cut:]
         return whole[:cut]
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the text so far ends with what a stop string begins with."""
+        return self._state != 0
 
     def flush(self) -> str:
         """The text that waited, now that no more comes."""

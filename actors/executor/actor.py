@@ -13,8 +13,8 @@ from ...messages.errors import ModelNotFoundError, UnsupportedModelError
 from ...messages.ids import Epoch
 from ...messages.step import ExecuteStep
 from ...messages.system import ExecutorFailed, ExecutorReady, StartExecutor
-from ...models.checkpoint import CheckpointNotFoundError, resolve_checkpoint
-from ...models.errors import ModelLoadError
+from ...models import errors as model_errors
+from ...models.checkpoint import resolve_checkpoint
 from .device import Device, ExecutorConfig
 from .runner import StepRunner
 
@@ -22,17 +22,28 @@ _STOP = None
 
 
 def locate_model(
-    model: str | None, *, revision: str | None = None, offline: bool = False, weights: bool = True
+    model: str | None,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    weights: bool = True,
+    trust_remote_code: bool = False,
 ) -> tuple[Path, str]:
     """Folder and name of a model: a folder, a hub name, or None for the one that ships with octavo.
 
     Raises:
         ModelNotFoundError: no such folder or hub name, or the hub cannot be reached.
+        UnsupportedModelError: what was found cannot be loaded.
     """
     try:
-        return resolve_checkpoint(model, revision=revision, offline=offline, weights=weights)
-    except CheckpointNotFoundError as error:
+        folder = resolve_checkpoint(
+            model, revision=revision, offline=offline, weights=weights, trust_remote_code=trust_remote_code
+        )
+    except model_errors.ModelNotFoundError as error:
         raise ModelNotFoundError(str(error)) from error
+    except model_errors.ModelLoadError as error:
+        raise UnsupportedModelError(str(error)) from error
+    return folder, folder.name if model is None or Path(model).is_dir() else model
 
 
 class ExecutorThread:
@@ -66,7 +77,9 @@ class ExecutorThread:
         """
         try:
             device = Device(self._config)
-        except ModelLoadError as error:
+        except model_errors.ModelNotFoundError as error:
+            raise ModelNotFoundError(str(error)) from error
+        except model_errors.ModelLoadError as error:
             raise UnsupportedModelError(str(error)) from error
         self._runner = StepRunner(
             device,

@@ -330,7 +330,12 @@ class Sampler:
         )
 
     def _build_group(
-        self, requests: list[_Request], rows: list[int] | None, is_greedy: bool, filtering: _Filtering, is_processed: bool
+        self,
+        requests: list[_Request],
+        rows: list[int] | None,
+        is_greedy: bool,
+        filtering: _Filtering,
+        is_processed: bool,
     ) -> _Group:
         params = [request.params for request in requests]
         return _Group(

@@ -27,6 +27,8 @@ from .sequence import Sequence, State
 from .stats import SchedulerStats
 from .waiting_queue import WaitingQueue
 
+__all__ = ["SchedulerConfig", "SchedulerCore", "SchedulerInbox", "SchedulerOutbox", "SchedulerStats"]
+
 SchedulerInbox = (
     SubmitRequest
     | CancelRequest

@@ -50,7 +50,7 @@ static int scratch_init(scratch *s, int64_t rows, int64_t k_dim, int64_t v_dim) 
 }
 
 /* logits[row, key] for all rows and the first num_keys (rounded up to 8) of a tile. */
-INLINE void dot_tile(float *logits, const float *q, const void *const *keys, int64_t num_keys, int64_t dim, int64_t rows,
+INLINE void dot_tile_of(float *logits, const float *q, const void *const *keys, int64_t num_keys, int64_t dim, int64_t rows,
                      int dtype) {
     if (rows == 1) {
         for (int64_t j = 0; j < num_keys; j += 8) dot_block(logits + j, KEYS, q, keys + j, dim, 1, 8, dtype);
@@ -95,7 +95,7 @@ INLINE void weigh_rows(float *acc, const float *weights, const float *rescale, c
 #undef WEIGH
 }
 
-INLINE void weigh_tile(float *acc, const float *weights, const float *rescale, const void *const *values,
+INLINE void weigh_tile_of(float *acc, const float *weights, const float *rescale, const void *const *values,
                        int64_t num_keys, int64_t dim, int64_t rows, int dtype) {
     int64_t d = 0;
 #define STRIPE(n) \
@@ -108,8 +108,27 @@ INLINE void weigh_tile(float *acc, const float *weights, const float *rescale, c
 #undef STRIPE
 }
 
+/* One instance of the two loops for each dtype of the cache, so that they do not branch within. */
+#define TILES(name, T) \
+    static void dot_##name(float *logits, const float *q, const void *const *keys, int64_t num_keys, int64_t dim, \
+                           int64_t rows) { \
+        dot_tile_of(logits, q, keys, num_keys, dim, rows, T); \
+    } \
+    static void weigh_##name(float *acc, const float *weights, const float *rescale, const void *const *values, \
+                             int64_t num_keys, int64_t dim, int64_t rows) { \
+        weigh_tile_of(acc, weights, rescale, values, num_keys, dim, rows, T); \
+    }
+TILES(f32, F32)
+TILES(bf16, BF16)
+TILES(f16, F16)
+
+static void (*const dot_tile[])(float *, const float *, const void *const *, int64_t, int64_t,
+                                int64_t) = {dot_f32, dot_bf16, dot_f16};
+static void (*const weigh_tile[])(float *, const float *, const float *, const void *const *, int64_t, int64_t,
+                                  int64_t) = {weigh_f32, weigh_bf16, weigh_f16};
+
 /* Turns a row's logits into weights relative to the maximum so far, and says how to rescale what came before. */
-INLINE void softmax_tile(const attention_args *a, float *logits, float *maximum, float *rescale, float *sums,
+static void softmax_tile(const attention_args *a, float *logits, float *maximum, float *rescale, float *sums,
                          int64_t first_key, int64_t num_vectors, int64_t position, float slope) {
     vf lane;
     for (int i = 0; i < VL; i++) lane[i] = (float)i;
@@ -144,8 +163,9 @@ INLINE void softmax_tile(const attention_args *a, float *logits, float *maximum,
     *rescale = factor[0];
 }
 
-INLINE void attend(const attention_args *a, scratch *s, int64_t row, int64_t kv_head, int64_t first_query,
-                   int64_t num_queries, int dtype) {
+static void attend(const attention_args *a, scratch *s, int64_t row, int64_t kv_head, int64_t first_query,
+                   int64_t num_queries) {
+    int dtype = a->cache_dtype;
     int64_t group = a->num_heads / a->num_kv_heads, rows = num_queries * group;
     int64_t k_pad = round_up(a->k_dim), v_pad = round_up(a->v_dim);
     int64_t token = a->query_start[row] + first_query;
@@ -193,9 +213,9 @@ INLINE void attend(const attention_args *a, scratch *s, int64_t row, int64_t kv_
                 keys[j] = s->k + j * k_pad;
             }
             for (int64_t j = num_keys; j < KEYS; j++) keys[j] = s->k;
-            dot_tile(s->logits, s->q, keys, num_vectors * VL, k_pad, rows, F32);
+            dot_tile[F32](s->logits, s->q, keys, num_vectors * VL, k_pad, rows);
         } else {
-            dot_tile(s->logits, s->q, keys, num_vectors * VL, k_pad, rows, dtype);
+            dot_tile[dtype](s->logits, s->q, keys, num_vectors * VL, k_pad, rows);
         }
         for (int64_t r = 0; r < rows; r++) {
             float slope = a->alibi_slopes ? a->alibi_slopes[kv_head * group + r % group] : 0.0f;
@@ -207,9 +227,9 @@ INLINE void attend(const attention_args *a, scratch *s, int64_t row, int64_t kv_
                 widen(s->v + j * v_pad, values[j], a->v_dim, dtype);
                 values[j] = s->v + j * v_pad;
             }
-            weigh_tile(s->acc, s->logits, s->rescale, values, num_keys, v_pad, rows, F32);
+            weigh_tile[F32](s->acc, s->logits, s->rescale, values, num_keys, v_pad, rows);
         } else {
-            weigh_tile(s->acc, s->logits, s->rescale, values, num_keys, v_pad, rows, dtype);
+            weigh_tile[dtype](s->acc, s->logits, s->rescale, values, num_keys, v_pad, rows);
         }
     }
 
@@ -224,19 +244,6 @@ INLINE void attend(const attention_args *a, scratch *s, int64_t row, int64_t kv_
             if (a->q_dtype == F16) store_upto(a->out, to + d, x, a->v_dim - d, F16);
         }
     }
-}
-
-static __attribute__((noinline)) void attend_f32(const attention_args *a, scratch *s, int64_t row, int64_t h, int64_t q,
-                                                 int64_t n) {
-    attend(a, s, row, h, q, n, F32);
-}
-static __attribute__((noinline)) void attend_bf16(const attention_args *a, scratch *s, int64_t row, int64_t h, int64_t q,
-                                                  int64_t n) {
-    attend(a, s, row, h, q, n, BF16);
-}
-static __attribute__((noinline)) void attend_f16(const attention_args *a, scratch *s, int64_t row, int64_t h, int64_t q,
-                                                 int64_t n) {
-    attend(a, s, row, h, q, n, F16);
 }
 
 /* Returns 0, or -1 when out of memory. */
@@ -280,9 +287,7 @@ int octavo_paged_attention(const attention_args *a) {
             int64_t head = task % a->num_kv_heads;
             int64_t num_new = a->query_start[row + 1] - a->query_start[row], n = min64(tile, num_new - q);
             if (!ok) continue;
-            if (a->cache_dtype == F32) attend_f32(a, &s, row, head, q, n);
-            if (a->cache_dtype == BF16) attend_bf16(a, &s, row, head, q, n);
-            if (a->cache_dtype == F16) attend_f16(a, &s, row, head, q, n);
+            attend(a, &s, row, head, q, n);
         }
         if (ok) free(s.memory);
     }

@@ -81,6 +81,18 @@ def test_keep_heaviest_keeps_the_shortest_prefix_that_weighs_enough(data: st.Dat
     assert torch.equal(sampling.keep_heaviest(keys, weights, enough), expected)
 
 
+@pytest.mark.parametrize("width", [1000, 40_000])
+@pytest.mark.parametrize("spread", [3, 1000, 2**31 - 1])
+def test_keep_heaviest_counts_k_of_a_large_vocabulary(width: int, spread: int) -> None:
+    generator = torch.Generator().manual_seed(12)
+    keys = torch.randint(-spread - 1, spread + 1, (3, width), generator=generator).to(torch.int32)
+    k = torch.tensor([1, 77, width - 1])
+    kept = sampling.keep_heaviest(keys, torch.ones_like(keys, dtype=torch.int64), k)
+    for row in range(3):
+        expected = np.lexsort((np.arange(width), -keys[row].numpy().astype(np.int64)))[: k[row]]
+        assert kept[row].nonzero().squeeze(1).tolist() == sorted(expected)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_invert_cdf_finds_the_column_where_the_cumulative_weight_passes(width: int) -> None:
     weights = torch.rand(1, width, generator=torch.Generator().manual_seed(4))

@@ -282,7 +282,9 @@ def test_masks_that_exclude_everything_fail_the_row_and_no_other(temperature: fl
 
 
 @pytest.mark.parametrize(
-    ("value", "word"), [(math.nan, "NaN"), (math.inf, "infinite"), (-math.inf, "no finite")], ids=["nan", "+inf", "-inf"]
+    ("value", "word"),
+    [(math.nan, "NaN"), (math.inf, "infinite"), (-math.inf, "no finite")],
+    ids=["nan", "+inf", "-inf"],
 )
 @pytest.mark.parametrize(
     "params",

@@ -1,0 +1,129 @@
+"""Routes about the server itself: models, tokens, health, version, metrics."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+import prometheus_client
+from aiohttp import web
+
+from ..messages.errors import InvalidRequestError, OctavoError
+from ..messages.request import ChatPrompt
+from .chat_messages import chat_prompt
+from .context import CONTEXT, GatewayContext
+from .http_errors import ApiError, from_public_error
+from .json_body import BodyDecoder
+from .protocol import DetokenizeRequest, TokenizeRequest
+from .respond import json_response
+
+_TOKENIZE = BodyDecoder(TokenizeRequest)
+_DETOKENIZE = BodyDecoder(DetokenizeRequest)
+_HEALTH_HEADERS = {"Cache-Control": "no-store"}
+
+
+async def handle_models(request: web.Request) -> web.Response:
+    """All names under which the model is served."""
+    context = request.app[CONTEXT]
+    return json_response({"object": "list", "data": [_model_card(context, name) for name in context.model_names]})
+
+
+async def handle_model(request: web.Request) -> web.Response:
+    """One of them; names may hold slashes."""
+    context = request.app[CONTEXT]
+    return json_response(_model_card(context, context.model_name(request.match_info["model"])))
+
+
+def _model_card(context: GatewayContext, name: str) -> dict[str, Any]:
+    engine = context.engine
+    return {
+        "id": name,
+        "object": "model",
+        "created": engine.created,
+        "owned_by": "octavo",
+        "root": engine.model_name,
+        "parent": None,
+        "max_model_len": engine.max_model_len,
+        "permission": [],
+    }
+
+
+async def handle_tokenize(http_request: web.Request) -> web.Response:
+    """Token ids of a text or of a conversation."""
+    context = http_request.app[CONTEXT]
+    settings, engine = context.settings, context.engine
+    request = await _TOKENIZE.read(http_request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    context.model_name(request.model)
+    try:
+        if (request.prompt is None) == (request.messages is None):
+            raise InvalidRequestError("send either prompt or messages", param="prompt")
+        if request.messages is not None:
+            prompt: str | ChatPrompt = chat_prompt(
+                request.messages,
+                add_generation_prompt=request.add_generation_prompt,
+                continue_final_message=request.continue_final_message,
+                template_kwargs=request.chat_template_kwargs or {},
+                max_messages=settings.max_messages,
+            )
+            tokens = await engine.tokenize(prompt, bool(request.add_special_tokens))
+        else:
+            tokens = await engine.tokenize(request.prompt or "", request.add_special_tokens is not False)
+    except OctavoError as error:
+        raise from_public_error(error) from None
+    answer: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.max_model_len, "tokens": tokens}
+    answer["token_strs"] = [engine.token_text(token_id) for token_id in tokens] if request.return_token_strs else None
+    return json_response(answer)
+
+
+async def handle_detokenize(http_request: web.Request) -> web.Response:
+    """Text of token ids."""
+    context = http_request.app[CONTEXT]
+    settings, engine = context.settings, context.engine
+    request = await _DETOKENIZE.read(http_request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    context.model_name(request.model)
+    if request.tokens and max(request.tokens) >= engine.vocab_size:
+        raise ApiError(
+            400,
+            f"tokens holds id {max(request.tokens)}, but the model's are 0 to {engine.vocab_size - 1}",
+            param="tokens",
+            code="invalid_request",
+        )
+    try:
+        text = await engine.detokenize(request.tokens)
+    except OctavoError as error:
+        raise from_public_error(error) from None
+    return json_response({"prompt": text})
+
+
+async def handle_health(request: web.Request) -> web.Response:
+    """200 only if a chat sent now would be answered."""
+    context = request.app[CONTEXT]
+    if context.is_draining:
+        why = "the server is shutting down"
+    elif not context.engine.is_ready:
+        why = context.engine.why_not_ready
+    else:
+        return web.json_response({"status": "ok"}, headers=_HEALTH_HEADERS)
+    raise ApiError(503, f"not ready: {why}", code="not_ready", headers={"Retry-After": "1", **_HEALTH_HEADERS})
+
+
+async def handle_live(request: web.Request) -> web.Response:
+    """200 as long as the process answers at all."""
+    return web.json_response({"status": "ok"}, headers=_HEALTH_HEADERS)
+
+
+async def handle_version(request: web.Request) -> web.Response:
+    """The package's version."""
+    return json_response({"version": importlib.metadata.version("octavo")})
+
+
+async def handle_metrics(request: web.Request) -> web.Response:
+    """Prometheus' text format."""
+    context = request.app[CONTEXT]
+    return web.Response(body=context.metrics.render(), headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
+
+
+async def handle_load(request: web.Request) -> web.Response:
+    """How much is going on, for load balancers."""
+    context = request.app[CONTEXT]
+    return json_response({"server_load": context.engine.stats().num_live})

@@ -1,0 +1,375 @@
+"""The HTTP server: routes, what surrounds each request, and the life of the process's socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.resources
+import ipaddress
+import re
+import secrets
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import msgspec
+import structlog
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from .auth import KeyRing, check_host, check_origin, cors_headers, preflight_response
+from .context import CONTEXT, CORS, REQUEST_ID, SERVER_NAME, GatewayContext
+from .engine_protocol import EngineLike
+from .http_errors import ApiError
+from .model_routes import (
+    handle_detokenize,
+    handle_health,
+    handle_live,
+    handle_load,
+    handle_metrics,
+    handle_model,
+    handle_models,
+    handle_tokenize,
+    handle_version,
+)
+from .openai_chat import handle_chat_completions
+from .openai_completions import handle_completions
+from .openapi import handle_openapi
+from .settings import ServerSettings
+
+log = structlog.get_logger("octavo.http")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+_EXPECT_CONTINUE: Final = "100-continue"
+_PAGE_HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
+
+
+def create_app(engine: EngineLike, settings: ServerSettings) -> web.Application:
+    """The application: serve it with `serve_http`, or with `GatewayRunner` under your own control.
+
+    Args:
+        engine: must be running by the time requests come.
+    """
+    app = web.Application(middlewares=[_surround], client_max_size=settings.max_body_bytes)
+    app[CONTEXT] = GatewayContext(engine, settings)
+    app[_KEYS] = KeyRing(settings.api_keys)
+    for method, path, handler in (
+        ("GET", "/", handle_playground),
+        ("GET", "/health", handle_health),
+        ("GET", "/ready", handle_health),
+        ("GET", "/ping", handle_health),
+        ("POST", "/ping", handle_health),
+        ("GET", "/live", handle_live),
+        ("GET", "/version", handle_version),
+        ("GET", "/metrics", handle_metrics),
+        ("GET", "/load", handle_load),
+        ("GET", "/openapi.json", handle_openapi),
+        ("GET", "/v1/models", handle_models),
+        ("GET", "/v1/models/{model:.+}", handle_model),
+        ("POST", "/v1/completions", handle_completions),
+        ("POST", "/v1/chat/completions", handle_chat_completions),
+        ("POST", "/tokenize", handle_tokenize),
+        ("POST", "/detokenize", handle_detokenize),
+    ):
+        app.router.add_route(method, path, handler, expect_handler=_expect)
+    return app
+
+
+async def handle_playground(request: web.Request) -> web.Response:
+    """A page to chat with the model."""
+    return web.Response(text=_playground(), content_type="text/html", headers=_PAGE_HEADERS)
+
+
+def _playground() -> str:
+    return (importlib.resources.files(__package__) / "playground.html").read_text(encoding="utf-8")
+
+
+_KEYS = web.AppKey("keys", KeyRing)
+
+
+@web.middleware
+async def _surround(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """What every request has round it: an id, the right to be here, errors in one shape, a count, a log line."""
+    context = request.app[CONTEXT]
+    settings = context.settings
+    started = time.monotonic()
+    asked_id = request.headers.get("X-Request-Id", "")
+    request[REQUEST_ID] = asked_id if _REQUEST_ID.fullmatch(asked_id) else secrets.token_hex(16)
+    request[CORS] = cors_headers(request, settings.allowed_origins)
+    resource = request.match_info.route.resource
+    path = resource.canonical if resource is not None else "other"
+    status = 499  # the client left before there was an answer
+    error_code = None
+    try:
+        try:
+            response = await _admit(request, handler)
+        except ApiError as error:
+            error_code = error.code
+            response = error.response()
+        except web.HTTPException as error:
+            response = _of_http_exception(error).response()
+        except (asyncio.CancelledError, ConnectionError):
+            raise
+        except Exception:
+            log.exception("request.crashed", request_id=request[REQUEST_ID], path=path)
+            error_code = "internal_error"
+            response = ApiError(500, "an error inside the server; it was logged", code=error_code).response()
+        status = response.status
+        if not response.prepared:
+            response.headers["x-request-id"] = request[REQUEST_ID]
+            response.headers["Server"] = SERVER_NAME
+            response.headers.update(request[CORS])
+        return response
+    finally:
+        seconds = time.monotonic() - started
+        context.metrics.http_ended(path, request.method, status, seconds)
+        if settings.log_requests and request.method == "POST":
+            log.info(
+                "request.finished",
+                request_id=request[REQUEST_ID],
+                path=path,
+                status=status,
+                code=error_code,
+                ms=round(seconds * 1e3, 1),
+            )
+
+
+async def _admit(request: web.Request, handler: Handler) -> web.StreamResponse:
+    settings = request.app[CONTEXT].settings
+    check_host(request, settings.allowed_hosts)
+    preflight = preflight_response(request, settings.allowed_origins)
+    if preflight is not None:
+        return preflight
+    check_origin(request, settings.allowed_origins)
+    request.app[_KEYS].check(request)
+    return await handler(request)
+
+
+async def _expect(request: web.Request) -> web.StreamResponse | None:
+    if request.headers.get("Expect", "").lower() != _EXPECT_CONTINUE:
+        return ApiError(417, "of expectations only 100-continue can be met", code="expectation_failed").response()
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    # What was written so far belongs to no response yet.
+    request.writer.output_size = 0
+    return None
+
+
+def _of_http_exception(error: web.HTTPException) -> ApiError:
+    if error.status == 404:
+        return ApiError(404, "there is nothing at this path: GET /openapi.json names what there is", code="not_found")
+    if error.status == 405:
+        allow = error.headers.get("Allow", "")
+        return ApiError(405, f"this path answers to {allow} only", code="method_not_allowed", headers={"Allow": allow})
+    if error.status == 413:
+        return ApiError(413, "the body is too long", code="body_too_large", headers={"Connection": "close"})
+    return ApiError(error.status, error.reason, code="http_error")
+
+
+class GatewayProtocol(RequestHandler):
+    """A connection whose broken requests are answered in the shape of all other errors, and not waited for for ever."""
+
+    __slots__ = ("_header_timer", "_settings")
+
+    def __init__(self, *args: Any, settings: ServerSettings, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settings = settings
+        self._header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._header_timer = self._loop.call_later(self._settings.header_timeout_s, self._headers_overdue)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+        super().connection_lost(exc)
+
+    def _headers_overdue(self) -> None:
+        self._header_timer = None
+        if self._request_count == 0 and self.transport is not None:
+            body = ApiError(408, "the request's headers did not arrive in time", code="request_timeout").body()
+            head = f"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            self.transport.write(head.encode() + b"Connection: close\r\n\r\n" + body)
+            self.force_close()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what could not be parsed, or what went wrong outside every handler."""
+        if status >= 500:
+            log.error("request.crashed", exc_info=exc)
+            error = ApiError(500, "an error inside the server; it was logged", code="internal_error")
+        else:
+            # The parser's words quote what was sent; they are of no use to an honest client.
+            error = ApiError(status, "this is not a well-formed HTTP request", code="malformed_http")
+        if request.writer.output_size > 0:
+            raise ConnectionError("part of a response was sent already")
+        response = error.response()
+        response.headers["Server"] = SERVER_NAME
+        response.force_close()
+        return response
+
+
+class GatewayServer(web.Server):
+    """Makes a `GatewayProtocol` for each connection."""
+
+    def __init__(self, *args: Any, settings: ServerSettings, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settings = settings
+
+    def __call__(self) -> GatewayProtocol:
+        return GatewayProtocol(self, loop=self._loop, settings=self._settings, **self._kwargs)
+
+
+class GatewayRunner(web.AppRunner):
+    """Runs the application with this gateway's timers, limits and errors."""
+
+    __slots__ = ("_settings",)
+
+    def __init__(self, app: web.Application) -> None:
+        settings = app[CONTEXT].settings
+        super().__init__(
+            app,
+            access_log=None,
+            handler_cancellation=True,
+            auto_decompress=False,
+            keepalive_timeout=settings.keepalive_timeout_s,
+            # Open responses were waited for before; what is left then is cut.
+            shutdown_timeout=1.0,
+        )
+        self._settings = settings
+
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        return GatewayServer(
+            made.request_handler,
+            request_factory=made.request_factory,
+            handler_cancellation=made.handler_cancellation,
+            loop=asyncio.get_running_loop(),
+            settings=self._settings,
+            **made._kwargs,
+        )
+
+
+class RunningServer:
+    """A server that accepts connections.
+
+    Attributes:
+        port: the one it listens on.
+    """
+
+    def __init__(self, runner: GatewayRunner, context: GatewayContext, port: int) -> None:
+        self.port = port
+        self._runner = runner
+        self._context = context
+
+    async def drain(self) -> None:
+        """Accept no more, refuse new work on open connections, and let open responses end."""
+        self._context.is_draining = True
+        for site in list(self._runner.sites):
+            await site.stop()
+        drained = asyncio.ensure_future(self._context.engine.drain())
+        try:
+            await asyncio.wait([drained], timeout=self._context.settings.shutdown_timeout_s)
+            # The last bytes of finished streams are on their way out.
+            deadline = time.monotonic() + self._context.settings.stream_stall_s
+            while self._context.pump.num_open and drained.done() and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+        finally:
+            drained.cancel()
+
+    async def close(self) -> None:
+        """Cut what is still open."""
+        self._context.is_draining = True
+        await self._runner.cleanup()
+
+
+async def start_http(
+    engine: EngineLike, settings: ServerSettings, host: str = "127.0.0.1", port: int = 8000
+) -> RunningServer:
+    """Listen, and return once connections are accepted. Port 0 takes a free one.
+
+    Raises:
+        OSError: the address is taken or not this machine's.
+    """
+    if _is_loopback(host) and not settings.api_keys and not settings.allowed_hosts:
+        # Without a key, any web page could reach a local server by binding its own name to 127.0.0.1.
+        settings = msgspec.structs.replace(settings, allowed_hosts=("localhost",))
+    app = create_app(engine, settings)
+    runner = GatewayRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port, backlog=4096, reuse_address=True).start()
+    except BaseException:
+        await runner.cleanup()
+        raise
+    return RunningServer(runner, app[CONTEXT], runner.addresses[0][1])
+
+
+async def serve_http(
+    engine: EngineLike,
+    settings: ServerSettings,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    stop: asyncio.Event | None = None,
+    handle_signals: bool = True,
+    on_listening: Callable[[int], None] | None = None,
+) -> None:
+    """Serve until told to stop, then let open responses end.
+
+    Args:
+        stop: set it to stop; SIGTERM and SIGINT do the same, and a second one cuts open responses off.
+        handle_signals: whether to take those signals while serving.
+        on_listening: called with the port once connections are accepted.
+    """
+    stop = stop or asyncio.Event()
+    abort = asyncio.Event()
+    server = await start_http(engine, settings, host, port)
+
+    def on_signal() -> None:
+        if stop.is_set():
+            abort.set()
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT) if handle_signals else ()
+    for number in signals:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        if on_listening is not None:
+            on_listening(server.port)
+        await stop.wait()
+        log.info("server.draining")
+        draining = asyncio.ensure_future(server.drain())
+        aborting = asyncio.ensure_future(abort.wait())
+        await asyncio.wait([draining, aborting], return_when=asyncio.FIRST_COMPLETED)
+        for task in (draining, aborting):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await draining
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+        await server.close()
+
+
+def _is_loopback(host: str) -> bool:
+    if host in ("localhost", ""):
+        return host == "localhost"
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

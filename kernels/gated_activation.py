@@ -1,0 +1,86 @@
+"""Gated activations of a feed-forward layer: the activated gate times the up projection (Shazeer 2020)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from . import cpu_build
+
+_SILU, _GELU_TANH = 0, 1  # as in csrc/fused.c
+
+
+def silu_and_mul_ref(gate_up: torch.Tensor) -> torch.Tensor:
+    """What `silu_and_mul` means: in float32 (float64 for float64), rounded once."""
+    gate, up = _widen(gate_up).chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def gelu_tanh_and_mul_ref(gate_up: torch.Tensor) -> torch.Tensor:
+    """What `gelu_tanh_and_mul` means: in float32 (float64 for float64), rounded once."""
+    gate, up = _widen(gate_up).chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up`.
+
+    Args:
+        gate_up: `[num_tokens, 2 * intermediate_size]`, the gates in the first half.
+
+    Returns:
+        `[num_tokens, intermediate_size]`, new; for each token bitwise the same, whatever else is in the batch.
+    """
+    out = _launch(gate_up, _SILU)
+    return silu_and_mul_ref(gate_up) if out is None else out
+
+
+def gelu_tanh_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """`gelu(gate) * up` with the tanh approximation of gelu; otherwise as `silu_and_mul`."""
+    out = _launch(gate_up, _GELU_TANH)
+    return gelu_tanh_and_mul_ref(gate_up) if out is None else out
+
+
+def _widen(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _launch(gate_up: torch.Tensor, kind: int) -> torch.Tensor | None:
+    """The C kernel's result; None where it does not apply."""
+    if (
+        gate_up.device.type != "cpu"
+        or gate_up.dtype not in cpu_build.DTYPE_CODES
+        or gate_up.dim() != 2
+        or gate_up.shape[1] % 2
+        or gate_up.stride(1) != 1
+    ):
+        return None
+    kernels = _kernels()
+    if kernels is None:
+        return None
+    num_tokens, intermediate_size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((num_tokens, intermediate_size), dtype=gate_up.dtype)
+    kernels.octavo_gated_activation(
+        gate_up.data_ptr(),
+        gate_up.stride(0),
+        out.data_ptr(),
+        num_tokens,
+        intermediate_size,
+        kind,
+        cpu_build.DTYPE_CODES[gate_up.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@functools.cache
+def _kernels() -> ctypes.CDLL | None:
+    kernels = cpu_build.library()
+    if kernels is not None:
+        pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        kernels.octavo_gated_activation.argtypes = (pointer, size, pointer, size, size, code, code, code)
+        kernels.octavo_gated_activation.restype = None
+    return kernels

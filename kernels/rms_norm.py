@@ -1,0 +1,96 @@
+"""RMS norm, alone and fused with the residual addition before it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from . import cpu_build
+
+
+def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """What `rms_norm` means: in float32 (float64 for float64), rounded once. Source: Zhang and Sennrich 2019, eq. 4."""
+    y = x if x.dtype == torch.float64 else x.float()
+    return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Divide each token by its root mean square, summing in float32.
+
+    Args:
+        x: `[num_tokens, hidden_size]`, any float dtype.
+        weight: gain, `[hidden_size]`, float32 or the dtype of `x` (Gemma's `1 + w` is the caller's to make).
+        eps: added to the mean square, > 0.
+
+    Returns:
+        A new contiguous tensor like `x`; for each token bitwise the same, whatever else is in the batch.
+    """
+    kernels = _kernels_for(x, weight)
+    if kernels is None:
+        return rms_norm_ref(x, weight, eps)
+    return _launch(kernels, x, None, weight, eps)[0]
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(rms_norm(x + residual), x + residual)`, both new tensors; arguments as for `rms_norm`."""
+    kernels = _kernels_for(x, weight)
+    if kernels is None or residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
+        total = x + residual
+        return rms_norm_ref(total, weight, eps), total
+    return _launch(kernels, x, residual, weight, eps)
+
+
+def _kernels_for(x: torch.Tensor, weight: torch.Tensor) -> ctypes.CDLL | None:
+    if (
+        x.device.type != "cpu"
+        or x.dtype not in cpu_build.DTYPE_CODES
+        or (weight.dtype is not x.dtype and weight.dtype is not torch.float32)
+        or x.dim() != 2
+        or x.stride(1) != 1
+        or weight.shape != x.shape[1:]
+        or not weight.is_contiguous()
+    ):
+        return None
+    return _kernels()
+
+
+def _launch(
+    kernels: ctypes.CDLL, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, hidden_size = x.shape
+    out = torch.empty((num_tokens, hidden_size), dtype=x.dtype)
+    total = x if residual is None else torch.empty((num_tokens, hidden_size), dtype=x.dtype)
+    status = kernels.octavo_rms_norm(
+        x.data_ptr(),
+        x.stride(0),
+        None if residual is None else residual.data_ptr(),
+        None if residual is None else total.data_ptr(),
+        out.data_ptr(),
+        weight.data_ptr(),
+        num_tokens,
+        hidden_size,
+        eps,
+        cpu_build.DTYPE_CODES[x.dtype],
+        cpu_build.DTYPE_CODES[weight.dtype],
+        torch.get_num_threads(),
+    )
+    if status != 0:
+        raise MemoryError("rms_norm could not allocate its scratch memory")
+    return out, total
+
+
+@functools.cache
+def _kernels() -> ctypes.CDLL | None:
+    kernels = cpu_build.library()
+    if kernels is not None:
+        pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        kernels.octavo_rms_norm.argtypes = (
+            *(pointer, size, pointer, pointer, pointer, pointer),
+            *(size, size, ctypes.c_float, code, code, code),
+        )
+        kernels.octavo_rms_norm.restype = code
+    return kernels
