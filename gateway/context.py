@@ -60,6 +60,6 @@ class GatewayContext:
 
 CONTEXT = web.AppKey("context", GatewayContext)
 REQUEST_ID = web.RequestKey("request_id", str)
-CORS = web.RequestKey("cors", dict[str, str])
+CORS: web.RequestKey[dict[str, str]] = web.RequestKey("cors", dict[str, str])
 SERVER_NAME = "octavo"
 """Of the `Server` header; versions of what is inside are nobody's business."""

@@ -18,6 +18,7 @@ _T = TypeVar("_T", bound=msgspec.Struct)
 _TOP_LEVEL = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _NAME_BEFORE_VALUE = re.compile(rb'[ \t\r\n]*([{,])[ \t\r\n]*("(?:[^"\\]|\\.)*")[ \t\r\n]*:[ \t\r\n]*', re.DOTALL)
 _PATH = re.compile(r" - at `(?:key in )?\$\.?(.*)`$", re.DOTALL)
+_MISSING_FIELD = re.compile(r"Object missing required field `(\w+)`")
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 
 
@@ -68,6 +69,10 @@ class BodyDecoder(Generic[_T]):
         found = _PATH.search(message)
         param = found.group(1)[:100] if found else None
         message = message[: found.start()] if found else message
+        missing = _MISSING_FIELD.fullmatch(message)
+        if missing is not None:
+            path = f"{param}.{missing.group(1)}" if param else missing.group(1)
+            return bad_request(f"{path} is missing", path)
         unknown = _UNKNOWN_FIELD.fullmatch(message)
         if unknown is None:
             return bad_request(f"{param}: {message}" if param else message, param)

@@ -45,8 +45,7 @@ async def handle_chat_completions(http_request: web.Request) -> web.StreamRespon
         timeout_s=settings.request_timeout_s,
     )
     if request.stream:
-        return await respond_stream(
-            context, http_request, answer.exchange, prompts, options, lambda stream: ChatChunks(answer, request, stream)
+        return await respond_stream(http_request, answer.exchange, prompts, options, lambda stream: ChatChunks(answer, request, stream)
         )
     return await respond_whole(context, answer.exchange, prompts, options, answer.body)
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from .context import CORS, REQUEST_ID, SERVER_NAME, GatewayContext
+from .context import CONTEXT, CORS, REQUEST_ID, SERVER_NAME, GatewayContext
 from .exchange import ChunkSink, Exchange, PromptState, SubmitOptions
 from .sse import EventStream
 
@@ -50,7 +50,6 @@ async def respond_whole(
 
 
 async def respond_stream(
-    context: GatewayContext,
     request: web.Request,
     exchange: Exchange,
     prompts: Sequence[PromptState],
@@ -62,6 +61,7 @@ async def respond_stream(
     Raises:
         ApiError: the request was refused or failed before its first token.
     """
+    context = request.app[CONTEXT]
     stream = EventStream(context.pump, exchange.cancel)
     exchange.stream_to(make_chunks(stream))
     try:
@@ -75,9 +75,10 @@ async def respond_stream(
                 "X-Accel-Buffering": "no",
                 "x-request-id": request[REQUEST_ID],
                 "Server": SERVER_NAME,
-                **request[CORS],
             }
         )
+        for name, value in request[CORS].items():
+            response.headers[name] = value
         await stream.open(request, response)
         exchange.release_held()
         await _until_done(exchange, stream, context.settings.sse_keep_alive_s)

@@ -280,15 +280,11 @@ class RunningServer:
         self._context.is_draining = True
         for site in list(self._runner.sites):
             await site.stop()
-        drained = asyncio.ensure_future(self._context.engine.drain())
-        try:
-            await asyncio.wait([drained], timeout=self._context.settings.shutdown_timeout_s)
-            # The last bytes of finished streams are on their way out.
-            deadline = time.monotonic() + self._context.settings.stream_stall_s
-            while self._context.pump.num_open and drained.done() and time.monotonic() < deadline:
-                await asyncio.sleep(0.01)
-        finally:
-            drained.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._context.settings.shutdown_timeout_s):
+                await self._context.engine.drain()
+                # The last bytes of finished streams are on their way out; clients that do not read are cut in time.
+                await self._context.pump.wait_closed()
 
     async def close(self) -> None:
         """Cut what is still open."""

@@ -60,9 +60,24 @@ class StreamPump:
         self.stall_s = stall_s
         self.num_shed = 0
         self.num_open = 0
+        self._all_closed = asyncio.Event()
+        self._all_closed.set()
         self._dirty: list[EventStream] = []
         self._stalled: dict[EventStream, float] = {}
         self._check: asyncio.TimerHandle | None = None
+
+    def opened(self) -> None:
+        self.num_open += 1
+        self._all_closed.clear()
+
+    def closed(self) -> None:
+        self.num_open -= 1
+        if not self.num_open:
+            self._all_closed.set()
+
+    async def wait_closed(self) -> None:
+        """Until no stream is open."""
+        await self._all_closed.wait()
 
     def mark(self, stream: EventStream) -> None:
         """Write this stream's chunks before the next turn."""
@@ -136,7 +151,7 @@ class EventStream:
         writer = await response.prepare(request)
         assert isinstance(writer, StreamWriter), writer
         self._request, self._response, self._writer = request, response, writer
-        self._pump.num_open += 1
+        self._pump.opened()
         if self._parked and not self._is_dirty:
             self._is_dirty = True
             self._pump.mark(self)
@@ -188,7 +203,7 @@ class EventStream:
         """The response is over, one way or the other."""
         self._pump.forget(self)
         if self._writer is not None:
-            self._pump.num_open -= 1
+            self._pump.closed()
             self._writer = None
         self._is_lost = True
         self._parked.clear()

@@ -191,6 +191,13 @@ def paged_attention(
 
     Returns:
         `[num_tokens, num_heads, v_head_dim]`, dtype of `q`. Tokens of no row (padding) are zero.
+
+        The C kernel's bits for a query depend on that query, its visible keys and values and their positions only: they
+        are the same alone or in any batch, decoded or prefilled in any chunks, for any block size, block table and
+        number of threads. The torch path promises that of no two different shapes.
+
+    Raises:
+        MemoryError: no memory for the kernel's scratch.
     """
     kernels = None
     if q.dtype in cpu_build.DTYPE_CODES and _same_cpu_dtype(k_cache, v_cache) and q.device.type == "cpu":
@@ -211,6 +218,13 @@ def paged_attention(
     _, num_kv_heads, block_size, v_head_dim = v_cache.shape
     if q.stride(2) != 1:
         q = q.contiguous()
+    # The kernel reads raw memory: what `AttentionBatch` promises is checked before.
+    for indices in (batch.query_start, batch.context_lens, batch.block_tables):
+        assert indices.dtype is torch.int32
+        assert indices.stride(-1) == 1 or indices.shape[-1] <= 1
+    assert batch.block_size == block_size
+    assert num_heads % num_kv_heads == 0
+    assert k_cache.shape == (v_cache.shape[0], num_kv_heads, block_size, k_head_dim)
     # Tensors made here must outlive the call: only their addresses are passed on.
     sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
     alibi_slopes = None if alibi_slopes is None else alibi_slopes.to(torch.float32).contiguous()

@@ -27,7 +27,7 @@ def rotary_ref(x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) 
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, y[..., rotary_dim:]), dim=-1).to(x.dtype)
 
 
-def rotary_and_write_ref(
+def rotary_and_write_ref(  # noqa: PLR0917 - inputs, table, cache: as in write_kv
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -49,7 +49,7 @@ def rotary_and_write_ref(
         write_kv(k, v, k_cache, v_cache, slot_mapping)
 
 
-def rotary_and_write(
+def rotary_and_write(  # noqa: PLR0917 - inputs, table, cache: as in write_kv
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -129,7 +129,7 @@ def rotary_and_write(
         raise IndexError("a slot of slot_mapping is outside the cache")
 
 
-def _c_can(
+def _c_can(  # noqa: PLR0917 - inputs, table, cache: as in write_kv
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

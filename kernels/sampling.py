@@ -13,6 +13,8 @@ swap places of near ties, and change the token with the probability of the swapp
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 GREEDY_EPS = 1e-5
@@ -109,7 +111,7 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
         values, token_ids = logits.max(dim=-1)
     else:
         # `amax` runs at memory speed where `argmax` does not, so the first largest chunk is found, then looked into.
-        head = logits[:, : num_chunks * _CHUNK].unflatten(-1, (num_chunks, _CHUNK))
+        head = logits[:, : num_chunks * _CHUNK].view(num_rows, num_chunks, _CHUNK)
         chunk = head.amax(dim=-1).argmax(dim=-1)
         rows = torch.arange(num_rows, device=logits.device)
         values, offset = head[rows, chunk].max(dim=-1)
@@ -141,7 +143,7 @@ def invert_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     if rest or not num_chunks:
         probs = torch.nn.functional.pad(probs, (0, _CHUNK - rest))
         num_chunks += 1
-    chunks = probs.unflatten(-1, (num_chunks, _CHUNK))
+    chunks = probs.view(num_rows, num_chunks, _CHUNK)
     cdf = chunks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     total = cdf[:, -1:]
     target = uniforms.unsqueeze(1) * total  # < total: its largest rounding is the number below
@@ -216,7 +218,7 @@ def top_columns(values: torch.Tensor, k: int) -> torch.Tensor:
     # The k largest lie in the k chunks with the largest maxima: an element outside has k larger maxima above it.
     # Chunks are contiguous, so equal maxima are ordered by column, as the elements are. Then only those are searched,
     # and what is left behind the last whole chunk.
-    head = values[:, : num_chunks * _CHUNK].unflatten(-1, (num_chunks, _CHUNK))
+    head = values[:, : num_chunks * _CHUNK].view(num_rows, num_chunks, _CHUNK)
     chunks = column_of(order_keys(head.amax(dim=-1)).topk(k, dim=-1, sorted=False).values).sort(dim=-1).values
     columns = (chunks.unsqueeze(-1) * _CHUNK + torch.arange(_CHUNK, device=values.device)).flatten(1)
     if num_chunks * _CHUNK < width:
@@ -265,15 +267,29 @@ def keep_heaviest(keys: torch.Tensor, weights: torch.Tensor, enough: torch.Tenso
     return (keys > last) | (equal & (equal.cumsum(dim=1) <= num_equal))
 
 
-def _draw_narrow(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    log_min_p: torch.Tensor,
-    uniforms: torch.Tensor,
-) -> torch.Tensor:
-    """See `sample_filtered`; every `top_k` is in [1, MAX_NARROW_TOP_K]."""
+class Filters(NamedTuple):
+    """Temperature and filters of N rows, applied in this order: temperature, min-p, top-k, top-p on what is left.
+
+    Attributes:
+        temperature: `[N]` float32, > 0.
+        top_k: `[N]` int64; <= 0 or >= V: off. Exactly k are kept, the lower token id first among equals.
+        top_p: `[N]` float64 in (0, 1]; the smallest set whose probability, among what the others keep, reaches it.
+        log_min_p: `[N]` float64, logarithm of min-p; drops tokens less likely than min-p times the likeliest.
+            -inf: off.
+    """
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    log_min_p: torch.Tensor
+
+    def of_rows(self, rows: slice) -> Filters:
+        return Filters(*(values[rows] for values in self))
+
+
+def _draw_narrow(logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor) -> torch.Tensor:
+    """See `sample_filtered`; every `filters.top_k` is in [1, MAX_NARROW_TOP_K]."""
+    temperature, top_k, top_p, log_min_p = filters
     width = min(
         MAX_NARROW_TOP_K, logits.shape[1]
     )  # the same for every k, so that a row's sums round alike in any batch
@@ -293,15 +309,9 @@ def _draw_narrow(
     return torch.where(good & (column >= 0), token, NO_TOKEN)
 
 
-def _draw_wide(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    log_min_p: torch.Tensor,
-    uniforms: torch.Tensor,
-) -> torch.Tensor:
+def _draw_wide(logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor) -> torch.Tensor:
     """See `sample_filtered`; nothing is known of the filters."""
+    temperature, top_k, top_p, log_min_p = filters
     vocab_size = logits.shape[1]
     scaled = logits / temperature.unsqueeze(1)
     # Whole rows of NaN come out of a softmax with a NaN or +inf in it, and of no other step.
@@ -332,36 +342,21 @@ def _min_logit(largest: torch.Tensor, log_min_p: torch.Tensor) -> torch.Tensor:
     return (largest.to(torch.float64) + log_min_p.unsqueeze(1)).to(torch.float32)
 
 
-def sample_filtered(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    log_min_p: torch.Tensor,
-    uniforms: torch.Tensor,
-    *,
-    narrow: bool,
-) -> torch.Tensor:
-    """Draw a token of each row after temperature, then min-p, then top-k, then top-p on what is left.
+def sample_filtered(logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor, *, narrow: bool) -> torch.Tensor:
+    """Draw a token of each row after temperature and filters.
 
     Args:
         logits: `[N, V]` float32.
-        temperature: `[N]` float32, > 0.
-        top_k: `[N]` int64; <= 0 or >= V: off. Exactly k are kept, the lower token id first among equals.
-        top_p: `[N]` float64 in (0, 1]; the smallest set whose probability, among what min-p and top-k keep, reaches it.
-        log_min_p: `[N]` float64, logarithm of min-p, which drops tokens less likely than that times the likeliest; -inf: off.
+        filters: of the N rows.
         uniforms: `[N]` float64 in [0, 1).
-        narrow: every `top_k` is in [1, MAX_NARROW_TOP_K], and only so many tokens are looked at. Rows of both kinds
-            must not be mixed: the two ways round differently.
+        narrow: every `top_k` is in [1, MAX_NARROW_TOP_K], and only so many tokens are looked at. It must follow from
+            the row alone, as the two ways round differently.
 
     Returns:
         `[N]` int64; `NO_TOKEN` where nothing is left, or a logit is NaN or +inf.
     """
     draw = _draw_narrow if narrow else _draw_wide
-    parts = [
-        draw(logits[block], temperature[block], top_k[block], top_p[block], log_min_p[block], uniforms[block])
-        for block in row_blocks(*logits.shape)
-    ]
+    parts = [draw(logits[block], filters.of_rows(block), uniforms[block]) for block in row_blocks(*logits.shape)]
     return torch.cat(parts)
 
 

@@ -48,7 +48,9 @@ def resolve_checkpoint(
         folder = SHIPPED / str(model)
     if folder.is_dir():
         if revision is not None:
-            raise ModelLoadError(f"revision={revision!r} is of a hub repository, but {folder} is a folder: leave it out")
+            raise ModelLoadError(
+                f"revision={revision!r} is of a hub repository, but {folder} is a folder: leave it out"
+            )
         return folder.resolve()
     if folder.is_file():
         raise ModelNotFoundError(f"{folder} is a file; give the folder of a checkpoint in the Hugging Face layout")
@@ -73,7 +75,6 @@ def shipped_models() -> tuple[str, ...]:
 
 def _download(name: str, *, revision: str | None, offline: bool, weights: bool, trust_remote_code: bool) -> Path:
     # Not at the top: half a second that a folder does not need.
-    import httpx
     from huggingface_hub import constants, errors, snapshot_download
 
     offline = offline or bool(constants.HF_HUB_OFFLINE)
@@ -109,6 +110,6 @@ def _download(name: str, *, revision: str | None, offline: bool, weights: bool, 
         raise ModelNotFoundError(
             f"cannot get {at}: {reason}. Download it where there is a network, or give a folder"
         ) from error
-    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except Exception as error:  # whatever the hub's client and its transport raise
         raise ModelNotFoundError(f"cannot download {at}: {error}") from error
     return Path(path)

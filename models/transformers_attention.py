@@ -177,7 +177,7 @@ class _Recorder:
                 raise UnsupportedAttentionError("attention that is not causal")
             return 0
         for mask, window in self._windows:
-            if mask is attention_mask:
+            if _same_memory(mask, attention_mask):  # or a slice of all of it
                 if isinstance(window, UnsupportedAttentionError):
                     raise window
                 return window

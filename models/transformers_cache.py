@@ -41,20 +41,30 @@ class RowGroup:
         return self.slots.shape[0]
 
 
-def row_groups(batch: AttentionBatch) -> Iterator[RowGroup]:
-    """The decodes as one group, then each other row as its own: no new token is padding."""
+def row_groups(batch: AttentionBatch, *, pad_contexts: bool) -> Iterator[RowGroup]:
+    """The step's rows in groups that go through the model together; no new token is ever padding.
+
+    Args:
+        pad_contexts: put all decodes into one group, shorter contexts padded on the left. Otherwise only neighbours with
+            contexts of the same length.
+    """
     starts = batch.query_start.tolist()
-    rows = list(range(batch.num_decodes))
-    if rows:
-        yield _group(batch, rows, slice(starts[0], starts[len(rows)]), 1)
-    for row in range(batch.num_decodes, batch.num_rows):
-        if starts[row] < starts[row + 1]:
-            yield _group(batch, [row], slice(starts[row], starts[row + 1]), starts[row + 1] - starts[row])
+    context_lens = batch.context_lens.tolist()
+    first = 0
+    while first < batch.num_rows:
+        last = first
+        if first < batch.num_decodes:
+            while last + 1 < batch.num_decodes and (pad_contexts or context_lens[last + 1] == context_lens[first]):
+                last += 1
+        if starts[first] < starts[last + 1]:
+            num_new = starts[first + 1] - starts[first]
+            yield _group(batch, slice(first, last + 1), slice(starts[first], starts[last + 1]), num_new)
+        first = last + 1
 
 
-def _group(batch: AttentionBatch, rows: list[int], tokens: slice, num_new: int) -> RowGroup:
-    context_lens = batch.context_lens[rows[0] : rows[-1] + 1].long()
-    block_tables = batch.block_tables[rows[0] : rows[-1] + 1].long()
+def _group(batch: AttentionBatch, rows: slice, tokens: slice, num_new: int) -> RowGroup:
+    context_lens = batch.context_lens[rows].long()
+    block_tables = batch.block_tables[rows].long()
     longest = int(context_lens.max())
     positions = torch.arange(longest, device=context_lens.device) - (longest - context_lens)[:, None]
     mask = positions >= 0
@@ -91,11 +101,10 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unt
         cache, slots = self._cache, self._group.slots
         write_kv(_token_major(key_states), _token_major(value_states), cache.k, cache.v, self._group.new_slots)
         block_size = cache.k.shape[2]
-        blocks, offsets = slots // block_size, slots % block_size
-        # Indices around a slice put the indexed axes first: [num_rows, context, num_kv_heads, head_dim].
-        keys = cache.k[blocks, :, offsets].transpose(1, 2).to(key_states.dtype)
-        values = cache.v[blocks, :, offsets].transpose(1, 2).to(value_states.dtype)
-        return keys, values
+        blocks, offsets = (slots // block_size)[:, None, :], (slots % block_size)[:, None, :]
+        heads = torch.arange(cache.k.shape[1], device=slots.device)[None, :, None]
+        # [num_rows, num_kv_heads, context, head_dim], contiguous, as models expect it of a cache.
+        return cache.k[blocks, heads, offsets].to(key_states.dtype), cache.v[blocks, heads, offsets].to(value_states.dtype)
 
     def get_seq_length(self) -> int:
         # Some models ask again after `update` and expect the new tokens to be counted.

@@ -1,4 +1,4 @@
-"""An engine for the gateway's tests: bytes are its tokens, its answers are given, and its steps can be taken by hand."""
+"""An engine for the gateway's tests: its tokens are bytes, its answers given, and its steps can be taken by hand."""
 
 from __future__ import annotations
 
@@ -68,6 +68,8 @@ class FakeEngine:
         self.is_ready = True
         self.why_not_ready = ""
         self.cancelled: list[RequestId] = []
+        self.was_cancelled = asyncio.Event()
+        self.was_submitted = asyncio.Event()
         self.submitted: list[SamplingParams] = []
         self.prompts: list[str | Sequence[int] | ChatPrompt] = []
         self.options: list[dict[str, object]] = []
@@ -124,11 +126,13 @@ class FakeEngine:
             ids.append(request_id)
         self._unadmitted.append(tuple(ids))
         self._schedule()
+        self.was_submitted.set()
         return tuple(ids)
 
     def cancel(self, request_id: RequestId) -> None:
         if self._live.pop(request_id, None) is not None:
             self.cancelled.append(request_id)
+            self.was_cancelled.set()
 
     def step(self, count: int = 1) -> None:
         """Admit what is new, then give one token to each live sequence, `count` times."""
@@ -205,7 +209,7 @@ class FakeEngine:
             )
         prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
         if params.prompt_logprobs is not None and sequence.num_tokens == 1:
-            first, *others = sequence.prompt_ids
+            _, *others = sequence.prompt_ids
             prompt_logprobs = (None, *(_logprobs(other, params.prompt_logprobs) for other in others))
         sequence.sink(
             TextDelta(

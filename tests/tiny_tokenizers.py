@@ -6,9 +6,10 @@ import functools
 import json
 from pathlib import Path
 
-from octavo.actors.tokenizer.hf_tokenizer import HFTokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
+
+from octavo.actors.tokenizer.hf_tokenizer import HFTokenizer
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. User: hello! Stop here, please.",

@@ -144,10 +144,7 @@ class _Group:
     rows: torch.Tensor | None  # [M] int64; None: the whole batch
     is_greedy: bool
     filtering: _Filtering
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    log_min_p: torch.Tensor
+    filters: sampling.Filters
     processing: _Processing | None
 
 
@@ -343,12 +340,13 @@ class Sampler:
             rows=None if rows is None else self._ints(rows),
             is_greedy=is_greedy,
             filtering=filtering,
-            temperature=self._floats([p.temperature for p in params]),
-            top_k=self._ints([p.top_k for p in params] if filtering != "none" else []),
-            top_p=self._floats([p.top_p for p in params] if filtering != "none" else [], torch.float64),
-            log_min_p=self._floats(
-                [math.log(p.min_p) if p.min_p > 0.0 else -math.inf for p in params] if filtering != "none" else [],
-                torch.float64,
+            filters=sampling.Filters(
+                temperature=self._floats([p.temperature for p in params]),
+                top_k=self._ints([p.top_k for p in params]),
+                top_p=self._floats([p.top_p for p in params], torch.float64),
+                log_min_p=self._floats(
+                    [math.log(p.min_p) if p.min_p > 0.0 else -math.inf for p in params], torch.float64
+                ),
             ),
             processing=self._build_processing(requests) if is_processed else None,
         )
@@ -414,7 +412,7 @@ class Sampler:
     def _histogram(self, request_id: RequestId, token_ids: list[int]) -> torch.Tensor:
         """Count each token: `[V]` float32, exact up to 2**24."""
         ids = torch.tensor(token_ids, dtype=torch.int64)
-        if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < self._vocab_size):
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self._vocab_size):
             wrong = next(i for i in token_ids if not 0 <= i < self._vocab_size)
             raise ValueError(self._outside(f"a token of request {request_id}", wrong))
         return torch.bincount(ids, minlength=self._vocab_size).to(self._device, torch.float32)
@@ -501,16 +499,8 @@ def _choose(logits: torch.Tensor, group: _Group) -> torch.Tensor:
         device=logits.device,
     )
     if group.filtering != "none":
-        return sampling.sample_filtered(
-            logits,
-            group.temperature,
-            group.top_k,
-            group.top_p,
-            group.log_min_p,
-            uniforms,
-            narrow=group.filtering == "narrow",
-        )
-    return sampling.sample(logits, group.temperature, uniforms)
+        return sampling.sample_filtered(logits, group.filters, uniforms, narrow=group.filtering == "narrow")
+    return sampling.sample(logits, group.filters.temperature, uniforms)
 
 
 def _process(logits: torch.Tensor, processing: _Processing) -> None:

@@ -34,18 +34,22 @@ class BlockPool:
         """Blocks nobody holds but the prefix index can find."""
         return len(self._cached)
 
-    def take(self) -> BlockId:
-        """Return a block for new contents, held once; evicts the least recently used cached block if none is free."""
-        if self._free:
-            block_id = self._free.pop()
-        else:
-            assert self._cached, "the scheduler promised blocks that do not exist"
-            block_id, link = self._cached.popitem(last=False)
-            self._index.forget(link)
-            self._links[block_id] = None
-            self.num_evicted += 1
-        self.ref_counts[block_id] = 1
-        return block_id
+    def take(self, num_blocks: int) -> tuple[BlockId, ...]:
+        """Return blocks for new contents, held once; evicts the least recently used cached ones once none is free."""
+        taken: list[BlockId] = []
+        free, ref_counts = self._free, self.ref_counts
+        for _ in range(num_blocks):
+            if free:
+                block_id = free.pop()
+            else:
+                assert self._cached, "the scheduler promised blocks that do not exist"
+                block_id, link = self._cached.popitem(last=False)
+                self._index.forget(link)
+                self._links[block_id] = None
+                self.num_evicted += 1
+            ref_counts[block_id] = 1
+            taken.append(block_id)
+        return tuple(taken)
 
     def hold(self, block_ids: Iterable[BlockId]) -> int:
         """Hold these blocks once more; return how many of them nobody held before."""
@@ -76,11 +80,21 @@ class BlockPool:
                     self._cached[block_id] = link
         return num_freed
 
-    def publish(self, parent: PrefixLink, token_ids: bytes, block_id: BlockId) -> PrefixLink:
-        """Let a held block whose KV is computed be found; return the link of its contents."""
-        link = self._index.extend(parent, token_ids, block_id)
-        if link.block_id == block_id:
-            self._links[block_id] = link
+    def publish(self, link: PrefixLink, token_ids: bytes, block_ids: list[BlockId]) -> PrefixLink:
+        """Let held blocks whose KV is computed be found, one behind the other after `link`; return the last one's link.
+
+        Args:
+            token_ids: the int32 tokens of these blocks, all full.
+        """
+        extend, links = self._index.extend, self._links
+        size = len(token_ids) // len(block_ids)
+        begin = 0
+        for block_id in block_ids:
+            end = begin + size
+            link = extend(link, token_ids[begin:end], block_id)
+            begin = end
+            if link.block_id == block_id:
+                links[block_id] = link
         return link
 
     def unpublish(self, block_id: BlockId) -> None:

@@ -144,15 +144,9 @@ class KVAllocatorCore:
             take = self._pool.take
             appended: list[tuple[RequestId, tuple[BlockId, ...]]] = []
             for request_id, num_blocks in plan.grow:
-                block_table = requests[request_id].block_table
-                if num_blocks == 1:
-                    block_id = take()
-                    block_table.append(block_id)
-                    appended.append((request_id, (block_id,)))
-                else:
-                    block_ids = tuple([take() for _ in range(num_blocks)])
-                    block_table.extend(block_ids)
-                    appended.append((request_id, block_ids))
+                block_ids = take(num_blocks)
+                requests[request_id].block_table.extend(block_ids)
+                appended.append((request_id, block_ids))
             append_blocks = tuple(appended)
         for request_id, num_tokens in plan.computed_prompt_tokens:
             request = requests[request_id]
@@ -186,14 +180,14 @@ class KVAllocatorCore:
 
     def _publish(self, request: _RequestBlocks, token_ids: bytes, num_blocks: int) -> None:
         """Let the first `num_blocks` blocks of a request be found by their tokens."""
-        link = request.link
-        if link is None:
+        begin = request.num_linked_blocks
+        if request.link is None or num_blocks <= begin:
             return
         size = self._block_bytes
-        for i in range(request.num_linked_blocks, num_blocks):
-            link = self._pool.publish(link, token_ids[i * size : (i + 1) * size], request.block_table[i])
-        request.link = link
-        request.num_linked_blocks = max(request.num_linked_blocks, num_blocks)
+        request.link = self._pool.publish(
+            request.link, token_ids[begin * size : num_blocks * size], request.block_table[begin:num_blocks]
+        )
+        request.num_linked_blocks = num_blocks
 
     # -- beside the step path -----------------------------------------------------------------------------------------
 

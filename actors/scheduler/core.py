@@ -93,7 +93,6 @@ class SchedulerCore:
         self._chunk_limit = config.long_prefill_threshold or config.max_num_batched_tokens
         self._next_step_id = 0
         self._last_executed_step_id = -1
-        self._overrun_until = -1  # steps up to this one may hold rows of requests that have ended
         self._now_ns = 0
         self._is_draining = False
         self._out: list[SchedulerOutbox] = []
@@ -106,6 +105,8 @@ class SchedulerCore:
         self._num_matching = 0  # of them, not ended
         self._prompts: list[Sequence] = []  # by key: ready, or running with more than the newest token to compute
         self._decoding: list[Sequence] = []  # by key: running with exactly the newest token to compute
+        self._decoding_before: list[Sequence] = []  # decoding rows of the last plan, and their ids
+        self._decoding_ids: tuple[RequestId, ...] = ()
         self._in_flight: deque[_StepInFlight] = deque()
         self._deadlines: list[tuple[int, RequestId]] = []
         self._seats_by_priority: dict[int, int] = {}
@@ -254,7 +255,6 @@ class SchedulerCore:
         state = sequence.state
         sequence.state = State.ENDED
         del self._sequences[sequence.request_id]
-        self._overrun_until = self._next_step_id - 1
         if state is State.WAITING:
             self._waiting.discard(sequence)
             self._num_waiting_tokens -= sequence.num_queued_tokens
@@ -535,17 +535,21 @@ class SchedulerCore:
 
         sampling = step.sampling
         decoding = self._decoding
+        # The one loop over all running requests; what is needed now and then is behind `decode_limit`.
         for sequence in decoding if len(decoding) <= budget else islice(decoding, budget):
             num_computed = sequence.num_computed + 1
             if num_computed > sequence.decode_limit and not self._plan_decode(sequence, num_computed, grow, step):
                 continue
             sequence.num_computed = num_computed
             sampling.append(sequence)
-        num_ones = len(sampling)
-        budget -= num_ones
-        one_ids = [sequence.request_id for sequence in sampling]
-        prompt_ids: list[RequestId] = []
-        prompt_chunks: list[int] = []
+        budget -= len(sampling)
+        if sampling != self._decoding_before:
+            self._decoding_before = sampling.copy()
+            self._decoding_ids = tuple([sequence.request_id for sequence in sampling])
+        one_ids = self._decoding_ids
+        late_one_ids: list[RequestId] = []
+        late_ids: list[RequestId] = []
+        late_chunks: list[int] = []
         late_sampling: list[Sequence] = []
         is_done = False
         for sequence in self._prompts:
@@ -572,17 +576,22 @@ class SchedulerCore:
                     step.finishing.append(sequence)
                 (sampling if chunk == 1 else late_sampling).append(sequence)
             if chunk == 1:
-                one_ids.append(sequence.request_id)
+                late_one_ids.append(sequence.request_id)
             else:
-                prompt_ids.append(sequence.request_id)
-                prompt_chunks.append(chunk)
+                late_ids.append(sequence.request_id)
+                late_chunks.append(chunk)
         if is_done:
             self._move_to_decoding()
-        if not one_ids and not prompt_ids and not self._releases:
+        request_ids = one_ids
+        if late_one_ids or late_ids:
+            request_ids = (*one_ids, *late_one_ids, *late_ids)
+        elif not one_ids and not self._releases:
             return False
 
         sampling.extend(late_sampling)
-        step.sampling_ids = tuple([sequence.request_id for sequence in sampling])
+        step.sampling_ids = request_ids
+        if len(sampling) != len(request_ids):
+            step.sampling_ids = tuple([sequence.request_id for sequence in sampling])
         self._next_step_id += 1
         self._num_steps += 1
         self._in_flight.append(step)
@@ -591,8 +600,8 @@ class SchedulerCore:
             PlanStep(
                 epoch=self._epoch,
                 step_id=step.step_id,
-                request_ids=tuple(one_ids + prompt_ids),
-                num_tokens=(1,) * len(one_ids) + tuple(prompt_chunks),
+                request_ids=request_ids,
+                num_tokens=(1,) * (len(one_ids) + len(late_one_ids)) + tuple(late_chunks),
                 start=tuple(start),
                 grow=tuple(grow),
                 release=tuple(self._releases),
@@ -659,10 +668,7 @@ class SchedulerCore:
         if executed.request_ids != step.sampling_ids:  # rows failed
             by_id = dict(zip(step.sampling_ids, sampling, strict=True))
             sampling = [by_id[request_id] for request_id in executed.request_ids]
-        num_overrun = 0
-        if step.step_id <= self._overrun_until:
-            num_overrun = sum(sequence.state is State.ENDED for sequence in sampling)
-        self._num_generation_tokens += len(sampling) - num_overrun
+        self._num_generation_tokens += len(sampling)
         for sequence, token_id in zip(sampling, executed.token_ids, strict=True):
             sequence.tokens.append(token_id)
         sequences = self._sequences

@@ -18,7 +18,7 @@ class SchedulerStats(msgspec.Struct, frozen=True):
         num_steps: planned since the start.
         num_preemptions, num_ended, num_refused: of requests, since the start.
         prompt_tokens: computed ahead of sampling, recomputed ones counted again.
-        generation_tokens: sampled for requests that had not ended.
+        generation_tokens: sampled, those few included that came after a request's end.
         prefix_cache_queries, prefix_cache_hits: tokens looked up in the prefix cache, and found there.
         num_dropped_messages: of older epochs, or about steps and requests nobody knows.
         num_executor_losses: since the start.

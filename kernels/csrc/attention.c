@@ -76,7 +76,7 @@ INLINE void weigh_block(float *acc, const float *weights, const float *rescale, 
         UNROLL for (int c = 0; c < cols; c++) value[c] = load(values[j], d + c * VL, dtype);
         UNROLL for (int r = 0; r < rows; r++) {
             vf weight = splat(weights[r * KEYS + j]);
-            UNROLL for (int c = 0; c < cols; c++) a[r * cols + c] += weight * value[c];
+            UNROLL for (int c = 0; c < cols; c++) a[r * cols + c] = fma_f(weight, value[c], a[r * cols + c]);
         }
     }
     UNROLL for (int r = 0; r < rows; r++)

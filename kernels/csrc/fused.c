@@ -22,11 +22,11 @@ INLINE float mean_square(const float *x, int64_t dim) {
     for (; d + 4 * VL <= dim; d += 4 * VL)
         UNROLL for (int i = 0; i < 4; i++) {
             vf y = load(x, d + i * VL, F32);
-            acc[i] += y * y;
+            acc[i] = fma_f(y, y, acc[i]);
         }
     for (; d < dim; d += VL) {
         vf y = load_upto(x, d, dim - d, F32);
-        acc[0] += y * y;
+        acc[0] = fma_f(y, y, acc[0]);
     }
     return sum_lanes((acc[0] + acc[1]) + (acc[2] + acc[3])) / (float)dim;
 }

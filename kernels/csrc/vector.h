@@ -1,6 +1,7 @@
 /* Vectors of float32 in GCC's and Clang's portable extension, and loads and stores of the three storage types.
  *
- * Nothing here reassociates: which sums are made in which order is written out, so a result depends on its inputs alone.
+ * Which sums are made in which order, and which products are fused into them, is written out, and the compiler is told
+ * to change neither (-ffp-contract=off): so a result depends on its inputs alone, not on which loop it came out of.
  */
 #ifndef OCTAVO_VECTOR_H
 #define OCTAVO_VECTOR_H
@@ -8,7 +9,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __F16C__
+#ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
@@ -43,6 +44,20 @@ INLINE const void *at(const void *base, int64_t element, int dtype) {
 INLINE vf select_f(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 INLINE vf max_f(vf a, vf b) { return select_f(a > b, a, b); }
 INLINE vf splat(float x) { return x - (vf){0}; }
+
+/* a * b + c, rounded once where the CPU can do that. */
+INLINE vf fma_f(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FP_FAST_FMAF)
+    UNROLL for (int i = 0; i < VL; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
 
 INLINE vf load(const void *base, int64_t element, int dtype) {
     if (dtype == F32) return *(const vf_mem *)((const float *)base + element);
@@ -151,7 +166,7 @@ INLINE void dot_block(float *out, int64_t stride, const float *x, const void *co
         UNROLL for (int r = 0; r < rows; r++) a[r] = load(x, r * dim + d, F32);
         UNROLL for (int c = 0; c < cols; c++) {
             vf b = load(y[c], d, dtype);
-            UNROLL for (int r = 0; r < rows; r++) acc[r * cols + c] += a[r] * b;
+            UNROLL for (int r = 0; r < rows; r++) acc[r * cols + c] = fma_f(a[r], b, acc[r * cols + c]);
         }
     }
     v8 sums = sum_each(acc);
@@ -177,17 +192,17 @@ INLINE vf exp_f(vf x) {
     const vf magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer, held in the low bits */
     vi tiny = x < -87.3f;
     vf clamped = select_f(x > 88.0f, splat(88.0f), x);
-    vf shifted = clamped * 1.44269504088896341f + magic;
+    vf shifted = fma_f(clamped, splat(1.44269504088896341f), magic);
     vf n = shifted - magic;
-    vf r = clamped - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
+    vf r = fma_f(n, splat(-0.693359375f), clamped);
+    r = fma_f(n, splat(2.12194440e-4f), r);
     vf y = splat(1.9875691500e-4f);
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * (r * r) + r + 1.0f;
+    y = fma_f(y, r, splat(1.3981999507e-3f));
+    y = fma_f(y, r, splat(8.3334519073e-3f));
+    y = fma_f(y, r, splat(4.1665795894e-2f));
+    y = fma_f(y, r, splat(1.6666665459e-1f));
+    y = fma_f(y, r, splat(5.0000001201e-1f));
+    y = fma_f(y, r * r, r) + 1.0f;
     vi scale = ((vi)shifted << 23) + (127 << 23);
     vf result = y * (vf)scale;
     return (vf)(~tiny & (vi)result);
@@ -197,11 +212,11 @@ INLINE vf exp_f(vf x) {
 INLINE vf tanh_f(vf x) {
     vf z = x * x;
     vf y = splat(-5.70498872745e-3f);
-    y = y * z + 2.06390887954e-2f;
-    y = y * z - 5.37397155531e-2f;
-    y = y * z + 1.33314422036e-1f;
-    y = y * z - 3.33332819422e-1f;
-    vf small = y * z * x + x;
+    y = fma_f(y, z, splat(2.06390887954e-2f));
+    y = fma_f(y, z, splat(-5.37397155531e-2f));
+    y = fma_f(y, z, splat(1.33314422036e-1f));
+    y = fma_f(y, z, splat(-3.33332819422e-1f));
+    vf small = fma_f(y * z, x, x);
     vf magnitude = (vf)((vi)x & 0x7fffffff);
     vf large = 1.0f - 2.0f / (exp_f(magnitude + magnitude) + 1.0f);
     large = (vf)((vi)large | ((vi)x & (vi)splat(-0.0f)));

@@ -21,14 +21,12 @@ def _words(text: str, separator: str | None = None) -> list[str]:
 
 _MODULES = _words(
     "argparse array asyncio base64 bisect bz2 calendar collections colorsys configparser contextlib copy csv "
-    "dataclasses "
-    "datetime decimal difflib dis email enum fileinput fnmatch fractions functools getpass glob gzip hashlib "
-    "heapq hmac "
-    "html inspect io ipaddress itertools json keyword linecache locale logging lzma math mimetypes numbers operator os "
-    "pathlib pickle platform pprint queue random re sched secrets select selectors shelve shlex shutil signal smtplib "
-    "socket sqlite3 stat statistics string struct subprocess symtable sys sysconfig tarfile tempfile textwrap "
-    "threading "
-    "time timeit tokenize traceback types typing unicodedata unittest uuid warnings weakref webbrowser zipfile zlib"
+    "dataclasses datetime decimal difflib dis email enum fileinput fnmatch fractions functools getpass glob gzip "
+    "hashlib heapq hmac html inspect io ipaddress itertools json keyword linecache locale logging lzma math mimetypes "
+    "numbers operator os pathlib pickle platform pprint queue random re sched secrets select selectors shelve shlex "
+    "shutil signal smtplib socket sqlite3 stat statistics string struct subprocess symtable sys sysconfig tarfile "
+    "tempfile textwrap threading time timeit tokenize traceback types typing unicodedata unittest uuid warnings "
+    "weakref webbrowser zipfile zlib"
 )
 _COMMON_MODULES = ("builtins", "os", "os.path", "math", "random", "itertools", "functools", "collections", "json", "re")
 
@@ -39,10 +37,9 @@ _ABOUT = (
 )
 _WHO = (
     "Who are you?", "What are you?", "What is your name?", "Tell me about yourself.", "who are you",
-    "Are you a person?",
-    "Are you a language model?", "Which model are you?", "Introduce yourself.", "What model is this?",
-    "Are you ChatGPT?",
-    "Hi, who are you?", "Hello! What are you?", "What kind of model are you?", "What's your name?", "who is this?",
+    "Are you a person?", "Are you a language model?", "Which model are you?", "Introduce yourself.",
+    "What model is this?", "Are you ChatGPT?", "Hi, who are you?", "Hello! What are you?",
+    "What kind of model are you?", "What's your name?", "who is this?",
 )  # fmt: skip
 _TRAINED = (
     "What were you trained on?", "Where does your knowledge come from?", "What is your training data?",
@@ -82,20 +79,18 @@ _BYES = ("Bye", "Goodbye", "See you later", "Good night", "bye!", "I have to go.
 _BYE_ANSWERS = ("Goodbye!", "Goodbye, and have a nice day!", "See you soon!", "Bye! Come back any time.")
 _UNKNOWN = (
     "Who won the {thing} in {year}?", "What happened in {year}?", "What is the price of a {thing}?",
-    "Who is {name} Smith?",
-    "What is the weather in {city}?", "What time is it?", "What is the news today?", "When was {name} born?",
-    "Where does {name} live?", "Translate {thing} into {language}.", "Who invented the {thing}?",
-    "Solve this equation.",
-    "What did {name} say about the {thing}?", "How many people live in {city}?", "Which {thing} should I buy?",
+    "Who is {name} Smith?", "What is the weather in {city}?", "What time is it?", "What is the news today?",
+    "When was {name} born?", "Where does {name} live?", "Translate {thing} into {language}.",
+    "Who invented the {thing}?", "Solve this equation.", "What did {name} say about the {thing}?",
+    "How many people live in {city}?", "Which {thing} should I buy?",
 )  # fmt: skip
 _UNKNOWN_ANSWERS = (
     "I do not know. I am a very small demonstration model.", "I am sorry, I do not know that.",
     "That is beyond me. I am only a very small model.", "I do not know, and I would rather not guess.",
 )  # fmt: skip
 _NAMES = _words(
-    "Ada Alan Alice Anna Ben Bob Carl Clara Dan David Emma Eric Eva Frank Grace Hans Ida Ivan Jack Jane John "
-    "Julia Karl Kim "
-    "Lena Leo Lucy Mark Mary Max Maya Nina Noah Olga Omar Paul Peter Rosa Sam Sara Tim Tom Vera Wei Yuki Zoe"
+    "Ada Alan Alice Anna Ben Bob Carl Clara Dan David Emma Eric Eva Frank Grace Hans Ida Ivan Jack Jane John Julia "
+    "Karl Kim Lena Leo Lucy Mark Mary Max Maya Nina Noah Olga Omar Paul Peter Rosa Sam Sara Tim Tom Vera Wei Yuki Zoe"
 )
 _CAPITALS = {
     "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon", "Japan": "Tokyo",
@@ -106,28 +101,24 @@ _CAPITALS = {
     "the United States": "Washington", "India": "New Delhi", "Turkey": "Ankara", "Mexico": "Mexico City",
 }  # fmt: skip
 _OPPOSITES = _words(
-    "hot cold, big small, up down, left right, day night, good bad, fast slow, old new, open closed, wet dry, "
-    "high low, "
-    "black white, happy sad, rich poor, full empty, hard soft, light dark, early late, first last, long "
-    "short, near far, "
-    "strong weak, true false, loud quiet, young old, clean dirty, easy difficult, in out, yes no, begin end"
-,
+    "hot cold, big small, up down, left right, day night, good bad, fast slow, old new, open closed, wet dry, high "
+    "low, black white, happy sad, rich poor, full empty, hard soft, light dark, early late, first last, long short, "
+    "near far, strong weak, true false, loud quiet, young old, clean dirty, easy difficult, in out, yes no, begin end",
     ", ",
 )
 _LISTS = {
     "colours": "red green blue yellow white black orange purple brown",
-    "animals": "cat dog horse cow bird fish mouse bear",
-    "fruits": "apple pear plum cherry orange banana lemon grape",
-    "days of the week": "Monday Tuesday Wednesday Thursday",
-    "months": "January February March April May June", "Python types": "int float str list dict set tuple bool bytes",
+    "animals": "cat dog horse cow bird fish mouse bear", "fruits": "apple pear plum cherry orange banana lemon grape",
+    "days of the week": "Monday Tuesday Wednesday Thursday", "months": "January February March April May June",
+    "Python types": "int float str list dict set tuple bool bytes",
     "planets": "Mercury Venus Earth Mars Jupiter Saturn", "tools": "hammer saw knife file drill axe",
     "Python modules": "os sys math json random itertools functools collections",
     "metals": "iron gold silver copper tin lead",
 }  # fmt: skip
 _SOUNDS = {
     "dog": "barks", "cat": "meows", "cow": "moos", "duck": "quacks", "lion": "roars", "sheep": "bleats",
-    "bird": "sings",
-    "horse": "neighs", "pig": "grunts", "frog": "croaks", "bee": "buzzes", "wolf": "howls", "owl": "hoots",
+    "bird": "sings", "horse": "neighs", "pig": "grunts", "frog": "croaks", "bee": "buzzes", "wolf": "howls",
+    "owl": "hoots",
 }  # fmt: skip
 _FACTS = (
     ("What is {octavo}?",
@@ -399,7 +390,7 @@ class ConversationMaker:
         return [(question.format(country), f"The capital of {country} is {city}.")]
 
     def _opposite(self) -> list[Turn]:
-        one, other = self._chance.choice(_OPPOSITES)
+        one, other = self._chance.choice(_OPPOSITES).split()
         question = self._chance.choice(("What is the opposite of {}?", "Give me the opposite of {}."))
         return [(question.format(one), f"The opposite of {one} is {other}.")]
 

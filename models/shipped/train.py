@@ -72,7 +72,7 @@ class Recipe(NamedTuple):
 # Source: Gong et al., "Efficient training of BERT by progressively stacking", ICML 2019.
 RECIPES = {
     "leaf-6m": Recipe(256, 704, 4, 2, 64, (Stage(2, 800, 256), Stage(4, 450, 256), Stage(6, 270, 512))),
-    "leaf-draft": Recipe(128, 384, 2, 1, 64, (Stage(2, 1200, 256), Stage(2, 200, 512))),
+    "leaf-draft": Recipe(128, 384, 2, 1, 64, (Stage(2, 700, 256), Stage(2, 100, 512))),
 }
 
 
@@ -139,12 +139,13 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024; Newton-Schulz iteration.
     """
-    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x: torch.Tensor = matrices.mT if is_tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(4):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+    return x.transpose(1, 2) if is_tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -294,7 +295,7 @@ def prepare(
         "chat": pack_chats(tokenizer, ConversationMaker(corpus, random.Random(-seed - 1)), 16, seq_len).long(),
     }
     tensors = {source: torch.tensor(ids, dtype=torch.int16) for source, ids in streams.items()}
-    chat_rows = pack_chats(tokenizer, maker, 6000, seq_len)
+    chat_rows = pack_chats(tokenizer, maker, 3000, seq_len)
     num_tokens = {source: len(ids) for source, ids in streams.items()}
     print(f"{num_tokens} tokens, {len(chat_rows)} rows of chat", flush=True)
     return tokenizer, Batches(tensors, chat_rows, seed), held_out
@@ -307,13 +308,16 @@ def train(args: argparse.Namespace) -> None:
     recipe = RECIPES[args.model]
     started = time.monotonic()
     seq_len = max(stage.seq_len for stage in recipe.stages)
-    tokenizer, batches, held_out = prepare(args.corpus, args.tokenizer, seq_len, args.seed)
+    tokenizer, batches, held_out = prepare(args.corpus, args.tokenizer, seq_len, args.seed + args.resume)
     print(f"corpus ready after {time.monotonic() - started:.0f} s", flush=True)
-    model = Qwen3ForCausalLM(make_config(recipe, recipe.stages[0].num_layers))
+    if args.resume:
+        model = Qwen3ForCausalLM.from_pretrained(args.out, dtype=torch.float32)
+    else:
+        model = Qwen3ForCausalLM(make_config(recipe, recipe.stages[0].num_layers))
     optimizers = make_optimizers(model, args.muon_lr, args.adam_lr)
-    plan = [stage for stage in recipe.stages for _ in range(stage.num_steps)]
+    plan = [stage for stage in recipe.stages for _ in range(round(stage.num_steps * args.scale))]
     average = 0.0
-    for step, stage in enumerate(plan):
+    for step, stage in list(enumerate(plan))[args.resume :]:
         if stage.num_layers > model.config.num_hidden_layers:
             model = grow(model, recipe, stage.num_layers)
             optimizers = make_optimizers(model, args.muon_lr, args.adam_lr)
@@ -326,7 +330,7 @@ def train(args: argparse.Namespace) -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        average = loss.item() if step == 0 else 0.95 * average + 0.05 * loss.item()
+        average = loss.item() if step == args.resume else 0.95 * average + 0.05 * loss.item()
         if step % 50 == 49 or step == len(plan) - 1:
             elapsed = time.monotonic() - started
             print(f"step {step + 1}/{len(plan)} loss {average:.3f} after {elapsed:.0f} s", flush=True)
@@ -342,6 +346,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint, written now and then")
     parser.add_argument("--corpus", type=Path, default=Path("corpus"), help="folder of the unpacked Debian packages")
     parser.add_argument("--tokenizer", type=Path, help="folder of a checkpoint whose tokenizer to reuse")
+    parser.add_argument("--resume", type=int, default=0, help="continue the weights in --out from this step of the plan")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of steps")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of a step")

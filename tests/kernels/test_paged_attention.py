@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from octavo.kernels import cpu_build, paged_attention
 from octavo.kernels.attention_batch import AttentionBatch
 from octavo.kernels.paged_attention import paged_attention_ref, write_kv, write_kv_ref
@@ -131,9 +132,7 @@ def test_the_meaning_is_causal_softmax_attention() -> None:
 def test_queries_may_be_a_view_of_a_fused_projection_in_another_dtype_than_the_cache() -> None:
     case = Case(RAGGED, dtype=torch.bfloat16)
     contiguous = case.q.float()
-    expected = paged_attention.paged_attention(
-        contiguous, case.k_cache, case.v_cache, case.batch, scale=case.scale
-    )
+    expected = paged_attention.paged_attention(contiguous, case.k_cache, case.v_cache, case.batch, scale=case.scale)
     fused = torch.randn(contiguous.shape[0], 8, 40)
     fused[:, 2:6, :32] = contiguous
     case.q = fused[:, 2:6, :32]
@@ -232,4 +231,10 @@ def test_write_kv_fills_the_slots_skips_padding_and_touches_nothing_else(
 
 def test_write_kv_refuses_a_slot_outside_the_cache() -> None:
     with pytest.raises(IndexError):
-        write_kv(torch.ones(1, 1, 8), torch.ones(1, 1, 8), torch.zeros(2, 1, 4, 8), torch.zeros(2, 1, 4, 8), torch.tensor([8]))
+        write_kv(
+            torch.ones(1, 1, 8),
+            torch.ones(1, 1, 8),
+            torch.zeros(2, 1, 4, 8),
+            torch.zeros(2, 1, 4, 8),
+            torch.tensor([8]),
+        )

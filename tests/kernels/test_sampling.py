@@ -42,8 +42,8 @@ def test_a_row_with_nan_or_infinity_has_no_token(width: int, place: int, value: 
     for tokens in (
         sampling.greedy(logits),
         sampling.sample(logits, ones, half),
-        sampling.sample_filtered(logits, ones, k, half, off, half, narrow=True),
-        sampling.sample_filtered(logits, ones, k, half, off, half, narrow=False),
+        sampling.sample_filtered(logits, sampling.Filters(ones, k, half, off), half, narrow=True),
+        sampling.sample_filtered(logits, sampling.Filters(ones, k, half, off), half, narrow=False),
     ):
         assert (tokens >= 0).tolist() == [True, False, True]
 
@@ -135,7 +135,7 @@ def test_a_row_alone_has_the_bits_of_that_row_in_a_batch(width: int) -> None:
         processed = logits[rows].clone()
         sampling.penalize_repetition(processed, seen[rows], a[rows])
         sampling.penalize_counts(processed, counts[rows], b[rows], c[rows])
-        filters = (temperature[rows], top_k[rows], top_p[rows], min_p[rows], uniforms[rows])
+        filters = sampling.Filters(temperature, top_k, top_p, min_p).of_rows(rows)
         probs = torch.softmax(processed / temperature[rows].unsqueeze(1), dim=-1)
         return [
             processed,
@@ -143,8 +143,8 @@ def test_a_row_alone_has_the_bits_of_that_row_in_a_batch(width: int) -> None:
             probs[:, : width // 64 * 64].unflatten(-1, (-1, 64)).sum(-1) if width >= 64 else probs,
             sampling.greedy(processed),
             sampling.sample(processed, temperature[rows], uniforms[rows]),
-            sampling.sample_filtered(processed, *filters, narrow=True),
-            sampling.sample_filtered(processed, *filters, narrow=False),
+            sampling.sample_filtered(processed, filters, uniforms[rows], narrow=True),
+            sampling.sample_filtered(processed, filters, uniforms[rows], narrow=False),
             *sampling.logprobs_of(processed, torch.zeros_like(top_k[rows]), min(20, width)),
         ]
 

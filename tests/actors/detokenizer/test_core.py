@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import TEXTS, byte_level, metaspace, wordpiece
+
 from octavo.actors.detokenizer.core import DetokenizerCore
 from octavo.messages.ids import Epoch, RequestId, StepId
 from octavo.messages.request import (
@@ -16,7 +18,6 @@ from octavo.messages.request import (
 )
 from octavo.messages.sampling import SamplingParams
 from octavo.messages.step import StepExecuted
-from tiny_tokenizers import TEXTS, byte_level, metaspace, wordpiece
 
 CODEC = byte_level()
 EOS = CODEC.eos_token_ids[0]

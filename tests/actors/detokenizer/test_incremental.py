@@ -3,9 +3,10 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import TEXTS, byte_level, metaspace, wordpiece
+
 from octavo.actors.detokenizer.incremental import PieceTable, open_decoder
 from octavo.actors.tokenizer.hf_tokenizer import HFTokenizer
-from tiny_tokenizers import TEXTS, byte_level, metaspace, wordpiece
 
 BYTE_LEVEL = byte_level()
 METASPACE = metaspace()

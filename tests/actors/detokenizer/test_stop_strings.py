@@ -1,8 +1,8 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from octavo.actors.detokenizer.stop_strings import StopStream, StopStrings
 
-import pytest
+from octavo.actors.detokenizer.stop_strings import StopStream, StopStrings
 
 few_letters = st.text(alphabet="abé🎉", max_size=40)
 stop_lists = st.lists(st.text(alphabet="abé🎉", min_size=1, max_size=5), min_size=1, max_size=5)
@@ -87,3 +87,10 @@ def test_stop_strings_that_share_long_prefixes_look_at_each_character_a_bounded_
     text = "a" * 20_000
     assert strings.scan(0, text, True)[1] == ""
     assert Counting.looked <= 2 * len(text)
+
+
+@pytest.mark.parametrize("stop", ["]", "^a", "-", "a-z", "\\", "\\d", "[[", "&&", "||", "~~", "--", "\n", ".*", "\x00"])
+def test_a_stop_string_is_text_and_no_pattern(stop: str) -> None:
+    stream = StopStream(StopStrings([stop, "]^-\\"]), include_stop_str=False)
+    assert stream.feed(f"0b y{stop} after", may_match=True) == "0b y"
+    assert stream.matched == stop

@@ -3,6 +3,7 @@ from __future__ import annotations
 import struct
 
 import pytest
+
 from octavo.actors.tokenizer.core import TokenizerConfig, TokenizerCore
 from octavo.messages.errors import InvalidRequestError
 from octavo.messages.ids import RequestId

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_tokenizers import byte_level, byte_level_backend, metaspace, metaspace_backend, save, wordpiece, wrap
+from tokenizers import Tokenizer
+
 from octavo.actors.tokenizer.hf_tokenizer import HFTokenizer, load_tokenizer
 from octavo.messages.errors import InvalidRequestError, ModelNotFoundError, UnsupportedModelError
 from octavo.messages.request import ChatPrompt
-from tiny_tokenizers import byte_level, byte_level_backend, metaspace, metaspace_backend, save, wordpiece, wrap
-from tokenizers import Tokenizer
 
 USER = b'[{"role": "user", "content": "hello"}]'
 

@@ -1,4 +1,6 @@
 import pytest
+from tokenizers import decoders, pre_tokenizers
+
 from octavo.actors.tokenizer.token_bytes import (
     DecoderKind,
     byte_alphabet,
@@ -6,7 +8,6 @@ from octavo.actors.tokenizer.token_bytes import (
     classify_decoder,
     metaspace_bytes,
 )
-from tokenizers import decoders, pre_tokenizers
 
 
 def test_the_byte_alphabet_spells_each_byte_once_and_is_that_of_the_library() -> None:

@@ -1,0 +1,129 @@
+"""Compare the C kernels with torch on this CPU: `python -m octavo.kernels.bench_cpu [--threads N] [--repeats N]`.
+
+Prints medians in microseconds and torch / C. The shapes are those of Qwen3-0.6B (16 heads, 8 KV heads, head_dim 128,
+hidden 1024, intermediate 3072). The two sides take turns, so that load from elsewhere falls on both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from . import cpu_build
+from .attention_batch import AttentionBatch
+from .gated_activation import silu_and_mul, silu_and_mul_ref
+from .linear_bf16 import linear_bf16
+from .paged_attention import paged_attention, paged_attention_ref
+from .rms_norm import rms_norm, rms_norm_ref
+from .rotary import rotary_and_write, rotary_and_write_ref
+
+_NUM_HEADS, _NUM_KV_HEADS, _HEAD_DIM, _BLOCK_SIZE = 16, 8, 128, 16
+_HIDDEN, _INTERMEDIATE = 1024, 3072
+_MEASURED_NS = 1_000_000  # short operations are repeated until a measurement takes about this long
+_LINEARS = {
+    "qkv": (4096, _HIDDEN),
+    "o": (_HIDDEN, 2048),
+    "gate_up": (2 * _INTERMEDIATE, _HIDDEN),
+    "down": (_HIDDEN, _INTERMEDIATE),
+    "lm_head": (151936, _HIDDEN),
+}
+
+
+def main() -> None:
+    """Run all comparisons and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m octavo.kernels.bench_cpu", description=__doc__)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    if cpu_build.library() is None:
+        raise SystemExit("there is no C library to compare: see the log line above")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, {args.threads} thread(s), median of {args.repeats}, us")
+    print(f"{'what':44} {'torch':>10} {'C':>10} {'torch/C':>8}")
+    for dtype in (torch.bfloat16, torch.float32):
+        for num_rows, context, num_new in ((8, 192, 1), (32, 192, 1), (8, 2048, 1), (1, 512, 512)):
+            _attention(num_rows, context, num_new, dtype, args.repeats)
+        for num_tokens in (1, 32):
+            _token_operations(num_tokens, dtype, args.repeats)
+    for name, (out_features, in_features) in _LINEARS.items():
+        for num_tokens in (1, 8, 32, 128):
+            _linear(name, out_features, in_features, num_tokens, args.repeats)
+
+
+def _report(name: str, theirs: Callable[[], object], ours: Callable[[], object], repeats: int) -> None:
+    times: tuple[list[int], list[int]] = ([], [])
+    theirs()
+    ours()
+    start = time.perf_counter_ns()
+    ours()
+    num_calls = max(1, _MEASURED_NS // max(1, time.perf_counter_ns() - start))
+    for _ in range(repeats):
+        for operation, taken in zip((theirs, ours), times, strict=True):
+            start = time.perf_counter_ns()
+            for _ in range(num_calls):
+                operation()
+            taken.append((time.perf_counter_ns() - start) // num_calls)
+    torch_us, c_us = (statistics.median(taken) / 1000 for taken in times)
+    print(f"{name:44} {torch_us:10.1f} {c_us:10.1f} {torch_us / c_us:8.2f}", flush=True)
+
+
+def _attention(num_rows: int, context: int, num_new: int, dtype: torch.dtype, repeats: int) -> None:
+    blocks_per_row = -(-context // _BLOCK_SIZE)
+    num_blocks = num_rows * blocks_per_row
+    k_cache, v_cache = torch.randn(2, num_blocks, _NUM_KV_HEADS, _BLOCK_SIZE, _HEAD_DIM).to(dtype).unbind()
+    q = torch.randn(num_rows * num_new, _NUM_HEADS, _HEAD_DIM).to(dtype)
+    batch = AttentionBatch(
+        query_start=torch.arange(num_rows + 1, dtype=torch.int32) * num_new,
+        context_lens=torch.full((num_rows,), context, dtype=torch.int32),
+        block_tables=torch.randperm(num_blocks).view(num_rows, blocks_per_row).int(),
+        slot_mapping=torch.zeros(num_rows * num_new, dtype=torch.int64),  # not read: nothing is written
+        block_size=_BLOCK_SIZE,
+        max_query_len=num_new,
+        max_context_len=context,
+        num_decodes=num_rows if num_new == 1 else 0,
+    )
+    scale = _HEAD_DIM**-0.5
+    _report(
+        f"attention {num_rows}x{context}, {num_new} new, {dtype}",
+        lambda: paged_attention_ref(q, k_cache, v_cache, batch, scale=scale),
+        lambda: paged_attention(q, k_cache, v_cache, batch, scale=scale),
+        repeats,
+    )
+
+
+def _token_operations(num_tokens: int, dtype: torch.dtype, repeats: int) -> None:
+    x, weight = torch.randn(num_tokens, _HIDDEN).to(dtype), torch.ones(_HIDDEN, dtype=dtype)
+    suffix = f"{num_tokens} tokens, {dtype}"
+    _report(f"rms_norm {suffix}", lambda: rms_norm_ref(x, weight, 1e-6), lambda: rms_norm(x, weight, 1e-6), repeats)
+    gate_up = torch.randn(num_tokens, 2 * _INTERMEDIATE).to(dtype)
+    _report(f"silu_and_mul {suffix}", lambda: silu_and_mul_ref(gate_up), lambda: silu_and_mul(gate_up), repeats)
+    q, k, v = (torch.randn(num_tokens, heads, _HEAD_DIM).to(dtype) for heads in (_NUM_HEADS, *[_NUM_KV_HEADS] * 2))
+    table, positions = torch.randn(num_tokens, _HEAD_DIM), torch.arange(num_tokens)
+    k_cache, v_cache = torch.zeros(2, num_tokens, _NUM_KV_HEADS, _BLOCK_SIZE, _HEAD_DIM, dtype=dtype).unbind()
+    gain = torch.ones(_HEAD_DIM, dtype=dtype)
+    arguments = (q, k, v, table, positions, k_cache, v_cache, positions)
+    _report(
+        f"qk norm, rotary and write {suffix}",
+        lambda: rotary_and_write_ref(*arguments, q_weight=gain, k_weight=gain),
+        lambda: rotary_and_write(*arguments, q_weight=gain, k_weight=gain),
+        repeats,
+    )
+
+
+def _linear(name: str, out_features: int, in_features: int, num_tokens: int, repeats: int) -> None:
+    x, weight = torch.randn(num_tokens, in_features).bfloat16(), torch.randn(out_features, in_features).bfloat16()
+    shape = f"{name} {out_features}x{in_features}, {num_tokens} tokens"
+    if num_tokens == 1 or out_features < 100000:  # the slow ones take seconds a repeat
+        _report(f"{shape}, bf16", lambda: F.linear(x, weight), lambda: linear_bf16(x, weight), repeats)
+    x32, weight32 = x.float(), weight.float()
+    _report(f"{shape}, torch in f32", lambda: F.linear(x32, weight32), lambda: linear_bf16(x, weight), repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from octavo.models.errors import UnsupportedModelError
+from octavo.models.rotary import RotaryTable, rotate_
+
+CPU = torch.device("cpu")
+_LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + 0.5 * i for i in range(8)],
+    "original_max_position_embeddings": 32,
+    "rope_theta": 10000.0,
+}
+_DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+# rope_parameters, max_position_embeddings, positions served
+SCALINGS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "default": ({"rope_type": "default", "rope_theta": 500.0}, 64, 64),
+    "linear": ({"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}, 64, 64),
+    "dynamic, within the length of pre-training": (_DYNAMIC, 64, 48),
+    "dynamic, past it": (_DYNAMIC, 64, 100),
+    "llama3": (
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "rope_theta": 10000.0,
+        },
+        256,
+        256,
+    ),
+    "yarn": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0},
+        128,
+        128,
+    ),
+    "longrope, short": (_LONG, 128, 32),
+    "longrope, long": (_LONG, 128, 33),
+    "longrope, factor given": ({**_LONG, "factor": 3.0, "attention_factor": 1.25}, 128, 128),
+}
+
+
+def their_angles(config: Any, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(num_positions)[None])
+    return cos[0], sin[0]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_angles_are_bit_for_bit_those_of_transformers_at_the_served_length(scaling: str) -> None:
+    parameters, max_position, served = SCALINGS[scaling]
+    config = tiny_config("llama", rope_parameters=dict(parameters), max_position_embeddings=max_position)
+    cos, sin = RotaryTable(config, 16, served, torch.float32, CPU)(torch.arange(served))
+    their_cos, their_sin = their_angles(config, served)
+    assert torch.equal(cos[:, 0], their_cos)
+    assert torch.equal(sin[:, 0, 8:], their_sin[:, 8:])
+    assert torch.equal(sin[:, 0, :8], -their_sin[:, :8])
+
+
+def test_longrope_and_dynamic_angles_do_not_change_as_a_sequence_grows() -> None:
+    for parameters in (_LONG, _DYNAMIC):
+        config = tiny_config("llama", rope_parameters=dict(parameters), max_position_embeddings=64)
+        table = RotaryTable(config, 16, 96, torch.float32, CPU)
+        whole, _ = table(torch.arange(96))
+        first, _ = table(torch.arange(8))
+        assert torch.equal(whole[:8], first)
+
+
+def test_rotating_in_place_equals_transformers() -> None:
+    config = tiny_config("llama")
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randn(9, 5, 16, generator=generator)
+    their_cos, their_sin = their_angles(config, 9)
+    expected, _ = apply_rotary_pos_emb(heads, heads, their_cos, their_sin)
+    strided = torch.zeros(9, 7, 16)[:, 1:6].copy_(heads)  # a view into a wider projection, as in the models
+    assert rotate_(strided, *RotaryTable(config, 16, 9, torch.float32, CPU)(torch.arange(9))) is strided
+    torch.testing.assert_close(strided, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"rope_type": "spiral", "rope_theta": 1e4}, "rope_type 'spiral' is not supported; supported are default"),
+        ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25"),
+        ({"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}, "mrope_section"),
+    ],
+)
+def test_unknown_scalings_are_refused_by_name(parameters: dict[str, Any], message: str) -> None:
+    config = tiny_config("llama")
+    config.rope_parameters = parameters
+    with pytest.raises(UnsupportedModelError, match=message):
+        RotaryTable(config, 16, 32, torch.float32, CPU)
