@@ -77,7 +77,7 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     bench = commands.add_parser("bench", help="measure throughput and latency")
-    bench.set_defaults(run=lambda _: bench.print_help() or 0, parser=bench)
+    bench.set_defaults(run=_bench_help, parser=bench)
     kinds = bench.add_subparsers(title="benchmarks", metavar="KIND", parser_class=Parser)
 
     offline = kinds.add_parser("offline", help="this process: octavo beside a sequential transformers.generate loop")
@@ -133,6 +133,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from .doctor import doctor
 
     return doctor()
+
+
+def _bench_help(arguments: argparse.Namespace) -> int:
+    arguments.parser.print_help()
+    return 0
 
 
 def _bench_offline(arguments: argparse.Namespace) -> int:

@@ -62,8 +62,8 @@ def resolve_checkpoint(
     path = _download(name, revision=revision, offline=offline, weights=weights, trust_remote_code=trust_remote_code)
     if weights and not any(path.glob(_WEIGHTS)):
         raise WeightsError(
-            f"the hub repository {name} has no safetensors weights. Pickle files (.bin, .pt) can run any code when read "
-            "and are never loaded, nor are GGUF files: look for another revision or another repository of this model"
+            f"the hub repository {name} has no safetensors weights. Pickle files (.bin, .pt) can run any code when "
+            "read and are never loaded, nor are GGUF files: look for another revision or repository of this model"
         )
     return path
 

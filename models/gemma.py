@@ -185,7 +185,12 @@ class GemmaForCausalLM:
         self._angle_keys = settings.layer_types if settings.qk_norm else (None,) * len(settings.layer_types)
         self._rotary = {
             key: RotaryTable(
-                config, settings.head_dim, max_model_len or self.max_position, dtype, device, layer_type=key
+                config,
+                settings.head_dim,
+                max_model_len or self.max_position,
+                dtype=dtype,
+                device=device,
+                layer_type=key,
             )
             for key in dict.fromkeys(self._angle_keys)
         }

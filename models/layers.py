@@ -53,7 +53,8 @@ def gated(gate_up: torch.Tensor, act: Activation) -> torch.Tensor:
 
 def layer_windows(config: Any, layer_types: list[str] | None) -> tuple[int, ...]:
     """The sliding window of each layer, 0 for none, from the names in `layer_types`."""
-    num_layers = config.num_hidden_layers
+    num_layers: int = config.num_hidden_layers
+    window: int | None = config.sliding_window
     if layer_types is None:
         return (0,) * num_layers
     if len(layer_types) != num_layers:
@@ -63,9 +64,9 @@ def layer_windows(config: Any, layer_types: list[str] | None) -> tuple[int, ...]
         raise UnsupportedModelError(
             f"layer type {', '.join(unknown)} is not supported; supported are full_attention and sliding_attention"
         )
-    if "sliding_attention" in layer_types and not config.sliding_window:
+    if "sliding_attention" in layer_types and not window:
         raise UnsupportedModelError("layer_types has sliding_attention but sliding_window is not set")
-    return tuple(config.sliding_window if kind == "sliding_attention" else 0 for kind in layer_types)
+    return tuple(window if window and kind == "sliding_attention" else 0 for kind in layer_types)
 
 
 def head_shape(config: Any) -> tuple[int, int, int]:

@@ -74,6 +74,8 @@ def read_settings(config: Any) -> LlamaSettings:
         case "smollm3":
             windows = layer_windows(config, config.layer_types)
             uses_rope = tuple(bool(rope) for rope in config.no_rope_layers[:num_layers])  # 0 there means none
+            if len(uses_rope) < num_layers:
+                raise UnsupportedModelError(f"no_rope_layers has {len(uses_rope)} entries for {num_layers} layers")
         case other:
             raise UnsupportedModelError(f"model_type {other!r} is not a Llama-like family")
     num_heads, num_kv_heads, head_dim = head_shape(config)
@@ -182,7 +184,9 @@ class LlamaForCausalLM:
             KVCacheSpec(settings.num_kv_heads, settings.head_dim, settings.head_dim) for _ in settings.windows
         )
         self._eps = settings.eps
-        self._rotary = RotaryTable(config, settings.head_dim, max_model_len or self.max_position, dtype, device)
+        self._rotary = RotaryTable(
+            config, settings.head_dim, max_model_len or self.max_position, dtype=dtype, device=device
+        )
         with torch.inference_mode(), WeightReader(folder, dtype=dtype, device=device) as reader:
             self._embedding, self._head = take_embedding_and_head(
                 reader, self.vocab_size, settings.hidden_size, tied=config.tie_word_embeddings

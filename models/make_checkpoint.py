@@ -123,7 +123,7 @@ def make_checkpoint(
         file = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
         save_file(tensors, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
-    num_parameters = sum(shape.numel() for shape in shapes.values())
+    num_parameters: int = sum(shape.numel() for shape in shapes.values())
     if len(shards) > 1:
         index_file = {"metadata": {"total_size": num_parameters * dtype.itemsize}, "weight_map": weight_map}
         (out / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=2))
@@ -155,9 +155,10 @@ def _copy_tokenizer(folder: Path, out: Path, vocab_size: int) -> dict[str, Any]:
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer.json; name another folder, or ask for no tokenizer")
     vocabulary = json.loads((folder / "tokenizer.json").read_text())
-    size = len(vocabulary["model"]["vocab"]) + len(vocabulary.get("added_tokens", []))
+    added = [token["id"] for token in vocabulary.get("added_tokens", [])]
+    size = 1 + max([*vocabulary["model"]["vocab"].values(), *added])
     if size > vocab_size:
-        raise ValueError(f"the tokenizer in {folder} has up to {size} tokens, the model only {vocab_size}")
+        raise ValueError(f"the tokenizer in {folder} has {size} tokens, the model only {vocab_size}")
     for name in _TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)

@@ -39,6 +39,7 @@ class RotaryTable:
         config: Any,
         head_dim: int,
         max_len: int,
+        *,
         dtype: torch.dtype,
         device: torch.device,
         layer_type: str | None = None,

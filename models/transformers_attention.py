@@ -1,7 +1,7 @@
 """Our paged attention as an attention implementation of `transformers`.
 
-`transformers` lets each attention module call a function that is registered by name. Ours finds the `AttentionPlan` that
-owns the model on the calling module, so that two models in one process share nothing but the function's name.
+`transformers` lets each attention module call a function that is registered by name. Ours finds, on the calling module,
+the `AttentionPlan` of its model, so that two models in one process share nothing but the function's name.
 
 A plan is made once, at load, by one small recorded pass: which calls there are, in which order, with which shapes and
 which mask. A forward pass then repeats exactly these calls, and the n-th call uses the n-th entry of the plan.
@@ -104,6 +104,7 @@ class AttentionPlan:
         key: torch.Tensor,  # [1, num_kv_heads, num_tokens, k_head_dim]
         value: torch.Tensor,  # [1, num_kv_heads, num_tokens, v_head_dim]
         attention_mask: torch.Tensor | None,
+        *,
         scaling: float | None,
         softcap: float | None,
         sinks: torch.Tensor | None,
@@ -230,6 +231,7 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    *,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -239,7 +241,8 @@ def _attention(
     plan: AttentionPlan = getattr(module, _PLAN_ATTRIBUTE)
     if position_bias is not None:
         raise UnsupportedAttentionError("a learned position bias")
-    return plan.attend(module, query, key, value, attention_mask, scaling, softcap, s_aux), None
+    out = plan.attend(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, sinks=s_aux)
+    return out, None
 
 
 def _recording_mask(*args: object, **kwargs: object) -> torch.Tensor | None:

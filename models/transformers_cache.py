@@ -104,7 +104,9 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unt
         blocks, offsets = (slots // block_size)[:, None, :], (slots % block_size)[:, None, :]
         heads = torch.arange(cache.k.shape[1], device=slots.device)[None, :, None]
         # [num_rows, num_kv_heads, context, head_dim], contiguous, as models expect it of a cache.
-        return cache.k[blocks, heads, offsets].to(key_states.dtype), cache.v[blocks, heads, offsets].to(value_states.dtype)
+        return cache.k[blocks, heads, offsets].to(key_states.dtype), cache.v[blocks, heads, offsets].to(
+            value_states.dtype
+        )
 
     def get_seq_length(self) -> int:
         # Some models ask again after `update` and expect the new tokens to be counted.

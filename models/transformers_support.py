@@ -36,7 +36,9 @@ def refuse_unsupported_config(config: Any, *, trust_remote_code: bool) -> None:
             "loaded yet: use the checkpoint in bfloat16, float16 or float32"
         )
     if config.is_encoder_decoder:
-        raise ModelLoadError(f"'{kind}' is an encoder-decoder: only decoders are served, cross attention is not paged yet")
+        raise ModelLoadError(
+            f"'{kind}' is an encoder-decoder: only decoders are served, cross attention is not paged yet"
+        )
     model_class = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is None and not (trust_remote_code and getattr(config, "auto_map", None)):
         if getattr(config, "auto_map", None):
@@ -53,7 +55,9 @@ def refuse_recurrent(model_class: Any, config: Any) -> None:
     layer_types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
     sparse = sorted(layer_types & _SPARSE_LAYER_TYPES)
     if sparse:
-        raise ModelLoadError(f"'{kind}' has layers of type {', '.join(sparse)}: the cache of their index is not paged yet")
+        raise ModelLoadError(
+            f"'{kind}' has layers of type {', '.join(sparse)}: the cache of their index is not paged yet"
+        )
     other = sorted(layer_types - _PAGED_LAYER_TYPES)
     if other or getattr(model_class, "_is_stateful", False):
         named = f" (layers of type {', '.join(other)})" if other else ""

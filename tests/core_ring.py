@@ -138,7 +138,10 @@ class CheckingExecutor:
         assert len(set(step.request_ids)) == len(step.request_ids) <= self.config.max_num_seqs
         assert sum(step.num_tokens) <= self.config.max_num_batched_tokens
         assert sorted(step.num_tokens, key=lambda n: n != 1) == list(step.num_tokens), "rows of one token come first"
-        batch = [(request_id, self.rows[request_id], n) for request_id, n in zip(step.request_ids, step.num_tokens, strict=True)]
+        batch = [
+            (request_id, self.rows[request_id], n)
+            for request_id, n in zip(step.request_ids, step.num_tokens, strict=True)
+        ]
         written: set[int] = set()
         for _, row, num_tokens in batch:
             assert num_tokens >= 1
@@ -192,7 +195,9 @@ class CheckingExecutor:
 class CoreRing:
     """Delivers messages in order on each edge and in any order between edges; checks after each of them."""
 
-    def __init__(self, config: SchedulerConfig, *, seed: int = 0, vocab: int = 8, checks: bool = True, digest=None) -> None:
+    def __init__(
+        self, config: SchedulerConfig, *, seed: int = 0, vocab: int = 8, checks: bool = True, digest=None
+    ) -> None:
         self.config = config
         self.vocab = vocab
         self.checks = checks
@@ -204,7 +209,9 @@ class CoreRing:
             enable_prefix_caching=config.enable_prefix_caching,
         )
         self.allocator = (
-            KVAllocatorCore(allocator_config, digest=digest) if digest is not None else KVAllocatorCore(allocator_config)
+            KVAllocatorCore(allocator_config, digest=digest)
+            if digest is not None
+            else KVAllocatorCore(allocator_config)
         )
         self.executor = CheckingExecutor(config, vocab)
         self.edges: dict[str, deque] = {

@@ -149,7 +149,11 @@ ARCHITECTURES = (
     _fast("persimmon", qk_layernorm=True, partial_rotary_factor=0.5),
     _fast("phi", partial_rotary_factor=0.5, qk_layernorm=True),
     _windowed("phi3", sliding_window=8),
-    _fast("phi3_partial_rotary", "phi3", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    _fast(
+        "phi3_partial_rotary",
+        "phi3",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    ),
     _fast("stablelm", use_qkv_bias=True, use_parallel_residual=True),
     # Multi-head latent attention: K and V of different widths.
     _fast("deepseek_v2"),
@@ -159,11 +163,6 @@ ARCHITECTURES = (
     _windowed("mixtral"),
     _windowed("gpt_oss"),
     _fast("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
-    _fast(
-        "dbrx",
-        attn_config={"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0},
-        ffn_config={"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
-    ),
     _fast("dots1"),
     _fast("ernie4_5_moe", moe_layer_start_index=0),
     _fast("flex_olmo"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import psutil
@@ -36,7 +37,7 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model_path: str
     dtype: str = "auto"
-    model_impl: str = "auto"
+    model_impl: Literal["auto", "native", "transformers"] = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
     pipeline_depth: int = 2

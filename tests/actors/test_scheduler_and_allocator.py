@@ -78,7 +78,9 @@ def run_script(
             leader = next_id
             for sibling in range(rng.choice([1, 1, 1, 3])):
                 fields = {} if sibling == 0 else {"fork_of": leader, "request_id": leader + sibling}
-                ring.submit(type(request)(**{name: getattr(request, name) for name in request.__struct_fields__} | fields))
+                ring.submit(
+                    type(request)(**{name: getattr(request, name) for name in request.__struct_fields__} | fields)
+                )
                 next_id += 1
         if ring.requests and rng.random() < fault_rate:
             num_faults += 1
@@ -97,3 +99,23 @@ def run_script(
 @given(scripts())
 def test_no_workload_or_fault_loses_a_block_a_token_or_a_request(script) -> None:
     run_script(*script)
+
+
+@pytest.mark.parametrize("num_bits", [0, 2, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_hash_of_a_few_bits_changes_no_token(num_bits: int, seed: int) -> None:
+    config = SchedulerConfig(num_blocks=40, block_size=2, max_model_len=60, max_num_seqs=6, max_num_batched_tokens=30)
+
+    def weak_digest(data: bytes) -> bytes:
+        return bytes([chain_digest(data)[0] & (1 << num_bits) - 1])
+
+    ring = run_script(config, seed, 30, 2, 0.02, 0.0, weak_digest)
+    assert ring.scheduler.stats().num_ended > 10
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(configs(), st.integers(0, 2**32))
+def test_the_same_script_gives_the_same_plans(config: SchedulerConfig, seed: int) -> None:
+    first, second = (run_script(config, seed, 12, 3, 0.05, 0.005) for _ in range(2))
+    assert first.plans == second.plans
+    assert list(first.ended.items()) == list(second.ended.items())

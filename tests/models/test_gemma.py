@@ -42,7 +42,7 @@ def test_every_way_of_stepping_equals_transformers(case: str, tmp_path: Path) ->
     tokens = prompt + greedy_paged(model, prompt, NUM_DECODES, chunks=(7, 16, 17), block_size=5)
     expected = reference_logits(reference, tokens)
     assert_greedy_tokens_agree(expected, tokens, NUM_PROMPT)
-    # Tied and random, Gemma repeats its last token: its scaled embedding outweighs all else. The logits below still tell.
+    # Tied and random, Gemma repeats its last token, whose scaled embedding outweighs all else: the logits still tell.
     assert len(set(tokens[NUM_PROMPT:])) > 3 or overrides.get("tie_word_embeddings")
     for chunks, block_size in ((None, 16), ((7, 16, 17), 5), ((NUM_PROMPT,), 1)):
         torch.testing.assert_close(run_paged(model, tokens, chunks, block_size), expected, atol=1e-4, rtol=1e-4)

@@ -87,7 +87,7 @@ def test_folders_without_usable_weights_say_what_there_is_instead(tmp_path: Path
         weight_files(tmp_path)
     (tmp_path / "a.safetensors").touch()
     (tmp_path / "b.safetensors").touch()
-    with pytest.raises(WeightsError, match="2 safetensors files but no model.safetensors.index.json"):
+    with pytest.raises(WeightsError, match=r"2 safetensors files but no model\.safetensors\.index\.json"):
         weight_files(tmp_path)
 
 

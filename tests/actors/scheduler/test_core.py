@@ -17,7 +17,13 @@ from octavo.messages.system import ExecutorLost
 
 
 def make(**fields) -> CoreRing:
-    defaults = {"num_blocks": 64, "block_size": 4, "max_model_len": 200, "max_num_seqs": 8, "max_num_batched_tokens": 16}
+    defaults = {
+        "num_blocks": 64,
+        "block_size": 4,
+        "max_model_len": 200,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 16,
+    }
     return CoreRing(SchedulerConfig(**(defaults | fields)), vocab=50)
 
 
@@ -57,6 +63,7 @@ def test_a_full_queue_refuses_and_serves_those_it_took() -> None:
     ring = make(max_num_queued_requests=3)
     for request_id in range(5):
         ring.submit(submit(request_id, [1, 2, 3]))
+        ring.deliver("submit")
     ring.run()
     assert [ring.ended[RequestId(i)].error_code for i in range(5)] == ["", "", "", "queue_full", "queue_full"]
 
@@ -65,6 +72,7 @@ def test_a_queue_full_of_tokens_refuses_but_an_empty_one_never_does() -> None:
     ring = make(max_num_queued_tokens=10)
     for request_id in range(2):
         ring.submit(submit(request_id, [1] * 12))
+        ring.deliver("submit")
     ring.run()
     assert [ring.ended[RequestId(i)].error_code for i in range(2)] == ["", "queue_full"]
 
@@ -252,7 +260,9 @@ def test_a_cancel_while_matching_settles_the_account_when_the_answer_comes() -> 
     scheduler = SchedulerCore(SchedulerConfig(num_blocks=8, block_size=4, max_model_len=32))
     scheduler.handle(submit(1, list(range(10))), 1)
     scheduler.handle(PlanDue(), 1)
-    ended, release = sorted(scheduler.handle(CancelRequest(RequestId(1)), 1), key=lambda m: type(m).__name__ != "RequestEnded")
+    ended, release = sorted(
+        scheduler.handle(CancelRequest(RequestId(1)), 1), key=lambda m: type(m).__name__ != "RequestEnded"
+    )
     assert isinstance(release, ReleaseMatch)
     scheduler.handle(PrefixMatched(Epoch(0), RequestId(1), 8, 2), 1)
     assert scheduler.stats().credit == 6
