@@ -19,7 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from ..messages.sampling import SamplingParams
-from .config import EngineConfig
+from .config import EngineConfig, make_config
 from .engine import Engine
 from .flags import engine_fields
 from .latency import write_json
@@ -40,7 +40,7 @@ class OfflineFigure(msgspec.Struct, frozen=True, kw_only=True):
 def bench_offline(arguments: argparse.Namespace) -> int:
     """Print a table of throughput by concurrency."""
     configure_logs("human")
-    config = msgspec.convert({**engine_fields(arguments), "enable_prefix_caching": False}, EngineConfig)
+    config = make_config(engine_fields(arguments))
     figures = asyncio.run(_bench(config, arguments))
     table = Table("prompts at once", "octavo tok/s", "transformers one by one tok/s", "ratio", title_justify="left")
     table.title = (
@@ -61,7 +61,7 @@ def bench_offline(arguments: argparse.Namespace) -> int:
 async def _bench(config: EngineConfig, arguments: argparse.Namespace) -> list[OfflineFigure]:
     chance = random.Random(arguments.workload_seed)  # noqa: S311  # a workload, not a secret
     async with Engine(config=config) as engine:
-        low = min(engine.vocab_size, 200)
+        low = min(engine.vocab_size // 2, 200)  # above the special tokens, which lie at the beginning in most models
         rounds_of: dict[int, tuple[list[float], list[float]]] = {n: ([], []) for n in arguments.concurrency}
         reference = None
         if arguments.compare == "transformers":
@@ -71,7 +71,8 @@ async def _bench(config: EngineConfig, arguments: argparse.Namespace) -> list[Of
             await _run_round(engine, _prompts(chance, engine, low, arguments, 2), 2)  # first-use work is not timed
             for _ in range(arguments.repeats):
                 for concurrency, (ours, theirs) in rounds_of.items():
-                    prompts = _prompts(chance, engine, low, arguments, max(concurrency, 4))
+                    count = arguments.num_prompts or max(concurrency, 4)
+                    prompts = _prompts(chance, engine, low, arguments, count)
                     ours.append(await _run_round(engine, prompts, concurrency, arguments.output_len))
                     if reference is not None:
                         some = prompts[: arguments.compare_prompts]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 import time
 
 import msgspec
 
+from ..messages.errors import ContextLengthExceededError, InvalidRequestError
 from ..messages.sampling import SamplingParams
-from .config import EngineConfig
+from .config import EngineConfig, make_config
 from .engine import Engine
 from .flags import engine_fields
 from .logs import configure_logs
@@ -19,7 +21,9 @@ from .logs import configure_logs
 def chat(arguments: argparse.Namespace) -> int:
     """Answer `--prompt`, or converse until end of input."""
     configure_logs("human")
-    config = msgspec.convert({**engine_fields(arguments), "max_num_seqs": 4}, EngineConfig)
+    config = make_config(engine_fields(arguments))
+    # One answer at a time: no KV cache for hundreds.
+    config = msgspec.structs.replace(config, max_num_seqs=min(config.max_num_seqs, 4))
     return asyncio.run(_chat(config, arguments))
 
 
@@ -37,18 +41,64 @@ async def _chat(config: EngineConfig, arguments: argparse.Namespace) -> int:
             await _answer(engine, history, params)
             return 0
         print(f"{engine.model_name}, ready in {time.monotonic() - started:.1f} s. /clear starts over, Ctrl-D ends.")
+        lines = LineReader(sys.stdin.fileno())
         while True:
-            try:
-                text = (await asyncio.to_thread(input, "\n> ")).strip()
-            except EOFError:
+            print("\n> ", end="", flush=True)
+            line = await lines.read()
+            if line is None:
                 print()
                 return 0
+            text = line.strip()
             if text == "/clear":
                 history = [message for message in history if message["role"] == "system"]
             elif text:
                 history.append({"role": "user", "content": text})
-                answer = await _answer(engine, history, params)
-                history.append({"role": "assistant", "content": answer})
+                try:
+                    answer = await _answer(engine, history, params)
+                except InvalidRequestError as error:
+                    history.pop()
+                    hint = " /clear starts over." if isinstance(error, ContextLengthExceededError) else ""
+                    print(f"octavo: {error}.{hint}", file=sys.stderr)
+                else:
+                    history.append({"role": "assistant", "content": answer})
+
+
+class LineReader:
+    """Lines of a file descriptor, waited for on the event loop: a thread in `input` would outlive Ctrl-C.
+
+    Args:
+        fd: a terminal, a pipe or a file.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._rest = b""
+        self._is_at_end = False
+
+    async def read(self) -> str | None:
+        """The next line without its end, or None at the end of input."""
+        while b"\n" not in self._rest and not self._is_at_end:
+            await self._wait_readable()
+            piece = os.read(self._fd, 65536)
+            self._is_at_end = not piece
+            self._rest += piece
+        if not self._rest:
+            self._is_at_end = False  # a terminal may go on after Ctrl-D
+            return None
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line.decode(errors="replace")
+
+    async def _wait_readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        try:
+            loop.add_reader(self._fd, readable.set)
+        except PermissionError:  # a regular file, which never makes anyone wait
+            return
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(self._fd)
 
 
 async def _answer(engine: Engine, history: list[dict[str, str]], params: SamplingParams) -> str:
@@ -56,7 +106,11 @@ async def _answer(engine: Engine, history: list[dict[str, str]], params: Samplin
     started = time.monotonic()
     num_tokens = 0
     texts: list[str] = []
-    async for delta in engine.stream(Engine.chat_prompt(history), params, add_special_tokens=False):
+    prompt = Engine.chat_prompt(history)
+    room = engine.max_model_len - len(await engine.tokenize(prompt))
+    if params.max_tokens is not None and 0 < room < params.max_tokens:
+        params = msgspec.structs.replace(params, max_tokens=room)
+    async for delta in engine.stream(prompt, params, add_special_tokens=False):
         texts.append(delta.text)
         num_tokens += len(delta.token_ids)
         print(delta.text, end="", flush=True)

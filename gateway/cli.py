@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable
 
 from .. import __version__
-from .flags import Parser, add_engine_flags, number
+from .flags import Parser, add_engine_flags, port, positive, rate
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the process's exit status. User errors print one line and give 2."""
+    """Run a command; returns the process's exit status. User errors print one line and give 2, the
+    machine's refusals 1, Ctrl-C 130."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if not hasattr(arguments, "run"):
@@ -25,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     except OctavoError as error:
         print(f"octavo: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # an address in use, a file that cannot be written
+        print(f"octavo: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -47,7 +51,7 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     add_engine_flags(serve)
     group = serve.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for every interface")
-    group.add_argument("--port", type=int, default=8000, help="port to listen on")
+    group.add_argument("--port", type=port, default=8000, help="port to listen on; 0: any free one")
     group.add_argument("--served-model-name", nargs="+", default=[], help="names that clients may use")
     group.add_argument("--api-key", action="append", default=[], help="key that clients must send; may be repeated")
     group.add_argument("--allowed-origins", nargs="+", default=[], help="origins of web pages that may call the server")
@@ -71,7 +75,7 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
     group.add_argument("--system", help="system message")
     group.add_argument("--temperature", type=float, default=0.7)
     group.add_argument("--top-p", type=float, default=0.95)
-    group.add_argument("--max-tokens", type=number, default=512)
+    group.add_argument("--max-tokens", type=positive, default=512, help="of an answer")
     run.set_defaults(run=_chat, parser=run)
 
 
@@ -82,13 +86,14 @@ def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
 
     offline = kinds.add_parser("offline", help="this process: octavo beside a sequential transformers.generate loop")
     add_engine_flags(offline)
-    _add_workload(offline, num_prompts=32, input_len=64, output_len=64)
-    offline.add_argument("--concurrency", type=number, nargs="+", default=[1, 32], help="prompts at once")
+    offline.set_defaults(enable_prefix_caching=False)  # prompts are random: there is nothing to be reused
+    _add_workload(offline, num_prompts=None, input_len=64, output_len=64)
+    offline.add_argument("--concurrency", type=positive, nargs="+", default=[1, 32], help="prompts at once")
     offline.add_argument(
         "--compare", choices=["transformers", "none"], default="transformers", help="what to time beside it"
     )
-    offline.add_argument("--compare-prompts", type=number, default=4, help="prompts of the sequential loop")
-    offline.add_argument("--repeats", type=number, default=3, help="timed rounds; medians are printed")
+    offline.add_argument("--compare-prompts", type=positive, default=4, help="prompts of the sequential loop")
+    offline.add_argument("--repeats", type=positive, default=3, help="timed rounds; medians are printed")
     offline.add_argument("--json", metavar="FILE", help="write the figures to this file; - for standard output")
     offline.set_defaults(run=_bench_offline, parser=offline)
 
@@ -98,21 +103,26 @@ def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     serve.add_argument("--model", help="name to ask for; default: the server's first")
     _add_workload(serve, num_prompts=100, input_len=64, output_len=64)
     serve.add_argument(
-        "--request-rate", type=float, default=float("inf"), help="requests a second (Poisson); inf: all at once"
+        "--request-rate", type=rate, default=float("inf"), help="requests a second (Poisson); inf: all at once"
     )
-    serve.add_argument("--max-concurrency", type=number, default=64, help="open streams at once")
+    serve.add_argument("--max-concurrency", type=positive, default=64, help="open streams at once")
     serve.add_argument("--json", metavar="FILE", help="write the figures to this file; - for standard output")
     serve.set_defaults(run=_bench_serve, parser=serve)
 
 
-def _add_workload(parser: Parser, *, num_prompts: int, input_len: int, output_len: int) -> None:
+def _add_workload(parser: Parser, *, num_prompts: int | None, input_len: int, output_len: int) -> None:
     group = parser.add_argument_group("workload")
-    group.add_argument("--num-prompts", type=number, default=num_prompts, help="requests to send")
     group.add_argument(
-        "--random-input-len", "--input-len", dest="input_len", type=number, default=input_len, help="tokens"
+        "--num-prompts",
+        type=positive,
+        default=num_prompts,
+        help="requests to send" if num_prompts else "prompts in a round; default: as many as run at once, at least 4",
     )
     group.add_argument(
-        "--random-output-len", "--output-len", dest="output_len", type=number, default=output_len, help="tokens"
+        "--random-input-len", "--input-len", dest="input_len", type=positive, default=input_len, help="tokens"
+    )
+    group.add_argument(
+        "--random-output-len", "--output-len", dest="output_len", type=positive, default=output_len, help="tokens"
     )
     group.add_argument("--workload-seed", type=int, default=0, help="of prompts and arrivals")
 

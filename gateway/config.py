@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+import math
+from typing import Any, Literal
 
 import msgspec
+
+from ..messages.errors import InvalidConfigError
+
+MAX_BLOCK_SIZE = 256
+_AT_LEAST: dict[str, int] = {
+    "max_model_len": 2,  # one prompt and one output token
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "block_size": 1,
+    "kv_cache_memory_bytes": 1,
+    "num_blocks": 1,
+    "max_num_queued_requests": 1,
+    "max_num_queued_tokens": 1,
+    "pipeline_depth": 1,
+    "num_threads": 1,
+    "max_logprobs": -1,
+}
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,7 +52,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         trust_remote_code: run code that a checkpoint brings. Off unless asked for.
         chat_template: path of a jinja file, or the template itself; None takes the tokenizer's.
         offline: never contact the hub.
-        max_logprobs: most alternatives a request may ask for.
+        max_logprobs: most alternatives a request may ask for; -1 means no bound.
+
+    Raises:
+        InvalidConfigError: a number is out of its range.
     """
 
     model: str | None = None
@@ -60,3 +82,42 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     chat_template: str | None = None
     offline: bool = False
     max_logprobs: int = 20
+
+    def __post_init__(self) -> None:
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InvalidConfigError(f"{name} is {value}, but must be at least {least}", field=name)
+        if self.block_size > MAX_BLOCK_SIZE:
+            raise InvalidConfigError(
+                f"block_size is {self.block_size}, but must be from 1 to {MAX_BLOCK_SIZE}", field="block_size"
+            )
+        if not 0.0 < self.memory_utilization <= 1.0:
+            raise InvalidConfigError(
+                f"memory_utilization is {self.memory_utilization}, but is a share: more than 0, at most 1",
+                field="memory_utilization",
+            )
+        if not (math.isfinite(self.priority_aging_s) and self.priority_aging_s >= 0.0):
+            raise InvalidConfigError(
+                f"priority_aging_s is {self.priority_aging_s}, but must be a number of seconds from 0 up",
+                field="priority_aging_s",
+            )
+
+
+def make_config(fields: dict[str, Any]) -> EngineConfig:
+    """An `EngineConfig` of loosely typed fields, such as keyword arguments or parsed flags.
+
+    Raises:
+        InvalidConfigError: an unknown field, a value of a wrong type or out of range.
+    """
+    known = EngineConfig.__struct_fields__
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f": did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}"
+            raise InvalidConfigError(f"there is no configuration field {name!r}{hint}", field=name)
+    try:
+        return msgspec.convert(fields, EngineConfig, strict=False)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$.")
+        raise InvalidConfigError(f"{path.rstrip('`')}: {message}", field=path.rstrip("`") or None) from None

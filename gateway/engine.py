@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -23,14 +24,14 @@ from ..actors.supervisor.core import SupervisorConfig, SupervisorCore
 from ..actors.tokenizer.actor import TokenizerActor
 from ..actors.tokenizer.core import TokenizerConfig, TokenizerCore
 from ..messages.base import Message
-from ..messages.errors import EngineClosedError, InvalidRequestError
+from ..messages.errors import EngineClosedError, InvalidRequestError, QueueFullError
 from ..messages.ids import Epoch, RequestId
 from ..messages.kv import ResetPrefixCache
 from ..messages.request import ChatPrompt, PromptReady, TextDelta
 from ..messages.sampling import SamplingParams
 from ..messages.step import PlanDue
 from ..messages.system import Drain, StartExecutor
-from .config import EngineConfig
+from .config import EngineConfig, make_config
 from .frontend import FrontEnd, Sink
 from .outputs import Collector, CompletionOutput, RequestOutput, StreamDelta, raise_if_failed
 from .params import validate_params
@@ -46,6 +47,9 @@ log = structlog.get_logger("octavo.engine")
 
 STALL_NS = 60_000_000_000
 """A step that runs longer than this makes the engine not ready."""
+
+MAX_N = 16
+"""Most sequences of one prompt."""
 
 TICK_S = 0.25
 """How often deadlines are looked at while nothing else happens."""
@@ -64,7 +68,7 @@ class Engine:
 
     def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **fields: Any) -> None:
         if config is None:
-            config = msgspec.convert({"model": model, **fields}, EngineConfig, strict=False)
+            config = make_config({"model": model, **fields})
         elif model is not None or fields:
             raise TypeError("give either `config`, or a model and fields of EngineConfig")
         self.config = config
@@ -79,6 +83,8 @@ class Engine:
         self.kv_cache_bytes = 0
         self._clock = MonotonicClock()
         self._is_open = False
+        self._is_starting = False
+        self._broken_because = ""
         self._ticker: asyncio.TimerHandle | None = None
 
     # ---- life ----
@@ -97,7 +103,20 @@ class Engine:
 
         Raises:
             ModelNotFoundError, UnsupportedModelError, KVCacheTooSmallError: what is wrong and what to change.
+            RuntimeError: it is running already.
         """
+        if self._is_open or self._is_starting:
+            raise RuntimeError("the engine is running already: close it first, or make another one")
+        self._is_starting = True
+        try:
+            await self._start()
+        except BaseException:
+            await self.close()
+            raise
+        finally:
+            self._is_starting = False
+
+    async def _start(self) -> None:
         from ..actors.executor.actor import ExecutorThread, locate_model
 
         config = self.config
@@ -125,9 +144,12 @@ class Engine:
         self.num_blocks = device.plan.num_blocks
         self.vocab_size = device.model.vocab_size
         self._build_graph(executor, tokenizer)
+        await self._executor_answered.wait()
 
     def _build_graph(self, executor: ExecutorThread, tokenizer: HFTokenizer) -> None:
         config = self.config
+        self._broken_because = ""
+        self._executor_answered = asyncio.Event()
         self._tokenizer = tokenizer
         self._executor = executor
         self._scheduler = SchedulerCore(_scheduler_config(config, self.num_blocks, self.max_model_len))
@@ -138,7 +160,8 @@ class Engine:
                 enable_prefix_caching=config.enable_prefix_caching,
             )
         )
-        self._supervisor = SupervisorCore(SupervisorConfig())
+        # Room to find the one of `max_num_seqs` requests that kills its executor: half as many run after each loss.
+        self._supervisor = SupervisorCore(SupervisorConfig(max_restarts=8 + 2 * config.max_num_seqs.bit_length()))
         detokenizer = DetokenizerCore(tokenizer)
         tokenizer_core = TokenizerCore(
             TokenizerConfig(
@@ -150,13 +173,15 @@ class Engine:
         max_live = config.max_num_seqs + config.max_num_queued_requests
         self._frontend = FrontEnd(self._send_from_frontend, max_live=max_live, seed=config.seed)
         self._tokenizer_actor = TokenizerActor(tokenizer_core, self._runtime)
-        # Every live request has at most a few messages on their way at once, and a step one per sequence.
-        capacity = 8 * max_live + 1024
+        # `submit` refuses while `_max_submitting` messages wait for the tokenizer. Each of them stands for at most
+        # MAX_N sequences, and a sequence for a submission, a cancel and, while it is live, a few messages more.
+        self._max_submitting = max_live + MAX_N
+        capacity = 4 * MAX_N * self._max_submitting
         self._scheduler_mailbox = self._add(
             "scheduler", self._scheduler.handle, capacity=capacity, after_batch=PlanDue()
         )
         self._add("frontend", self._frontend.handle, capacity=capacity)
-        self._add("tokenizer", self._tokenizer_actor.handle, capacity=capacity)
+        self._tokenizer_mailbox = self._add("tokenizer", self._tokenizer_actor.handle, capacity=capacity)
         self._add("kv_allocator", self._allocator.handle, capacity=capacity)
         self._add("detokenizer", detokenizer.handle, capacity=capacity)
         self._add("supervisor", self._handle_supervisor, capacity=1024)
@@ -181,6 +206,8 @@ class Engine:
 
     async def drain(self) -> None:
         """Refuse new requests and wait for those that were accepted."""
+        if not self._is_open:
+            return
         self._frontend.close("it is shutting down")
         self._runtime.send("frontend", Drain())
         await self._frontend.wait_idle()
@@ -195,7 +222,10 @@ class Engine:
         self._frontend.close("it is closed")
         self._frontend.end_all("engine_closed", "the engine was closed while the request ran")
         await self._tokenizer_actor.close()
-        await asyncio.to_thread(self._executor.stop)
+        try:
+            await asyncio.to_thread(self._executor.stop)
+        except RuntimeError:  # the interpreter is shutting down and starts no more threads
+            self._executor.stop()
 
     # ---- requests ----
 
@@ -217,9 +247,11 @@ class Engine:
             InvalidRequestError: a parameter is out of range.
             EngineClosedError, QueueFullError: not now.
         """
-        if not self._is_open:
-            raise EngineClosedError("the engine is not running: use it inside `async with`")
-        params = validate_params(params, vocab_size=self.vocab_size, max_logprobs=self.config.max_logprobs)
+        self._check_open()
+        params = validate_params(params, vocab_size=self.vocab_size, max_logprobs=self.config.max_logprobs, max_n=MAX_N)
+        _check_options(priority, cache_salt, truncate_prompt_tokens, timeout_s)
+        if len(self._tokenizer_mailbox) >= self._max_submitting:
+            raise QueueFullError(f"{len(self._tokenizer_mailbox)} prompts wait for the tokenizer: try again later")
         now_ns = self._clock.now_ns()
         return self._frontend.submit(
             prompt,
@@ -302,6 +334,7 @@ class Engine:
 
     async def tokenize(self, prompt: str | ChatPrompt, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text or of a rendered conversation."""
+        self._check_open()
         return await asyncio.to_thread(self._tokenize, prompt, add_special_tokens)
 
     def _tokenize(self, prompt: str | ChatPrompt, add_special_tokens: bool) -> list[int]:
@@ -315,6 +348,7 @@ class Engine:
         Raises:
             InvalidRequestError: an id outside the vocabulary.
         """
+        self._check_open()
         for token_id in token_ids:
             if not 0 <= token_id < self.vocab_size:
                 raise InvalidRequestError(
@@ -347,8 +381,8 @@ class Engine:
         """Empty if ready."""
         if not self._is_open:
             return "not running"
-        if self._supervisor.gave_up_because:
-            return f"the executor failed too often: {self._supervisor.gave_up_because}"
+        if self._broken_because:
+            return self._broken_because
         if not self._supervisor.is_executor_ready:
             return "the executor is starting"
         if self._executor.busy_for_ns() > STALL_NS:
@@ -356,7 +390,13 @@ class Engine:
         return ""
 
     def stats(self) -> EngineStats:
-        """Gauges and totals; reading them changes nothing."""
+        """Gauges and totals; reading them changes nothing. Those of the last run, once the engine is closed.
+
+        Raises:
+            EngineClosedError: it has never been started.
+        """
+        if not hasattr(self, "_scheduler"):
+            self._check_open()
         scheduler = self._scheduler.stats()
         allocator = self._allocator.stats()
         return EngineStats(
@@ -376,7 +416,12 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forget cached blocks that no request holds."""
+        self._check_open()
         self._runtime.send("frontend", ResetPrefixCache())
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise EngineClosedError("the engine is not running: use it inside `async with`")
 
     # ---- carrying ----
 
@@ -388,6 +433,8 @@ class Engine:
 
     def _handle_supervisor(self, message: Message, now_ns: int) -> list[Message]:
         answers = self._supervisor.handle(message, now_ns)
+        if self._supervisor.is_executor_ready or self._supervisor.gave_up_because:
+            self._executor_answered.set()
         if self._supervisor.gave_up_because:
             self._break(f"the executor failed too often: {self._supervisor.gave_up_because}")
         for answer in answers:
@@ -400,6 +447,8 @@ class Engine:
         self._break(f"the {address} failed: {type(error).__name__}")
 
     def _break(self, why: str) -> None:
+        self._broken_because = self._broken_because or why
+        self._executor_answered.set()
         self._frontend.close(why)
         self._frontend.end_all("executor_lost", why)
 
@@ -407,6 +456,19 @@ class Engine:
         if self._frontend.has_deadlines:
             self._scheduler_mailbox.wake()
         self._ticker = self._runtime.loop.call_later(TICK_S, self._tick)
+
+
+def _check_options(priority: int, cache_salt: str, truncate_prompt_tokens: int, timeout_s: float | None) -> None:
+    """Refuse options that an actor further on would stumble over."""
+    for name, value in (("priority", priority), ("truncate_prompt_tokens", truncate_prompt_tokens)):
+        if not isinstance(value, int) or abs(value) >= 2**31:
+            raise InvalidRequestError(f"{name} is {value!r}, but must be an integer of 32 bits", param=name)
+    if not isinstance(cache_salt, str):
+        raise InvalidRequestError(f"cache_salt is {cache_salt!r}, but must be a string", param="cache_salt")
+    if timeout_s is not None and not (isinstance(timeout_s, int | float) and 0 < timeout_s < math.inf):
+        raise InvalidRequestError(
+            f"timeout_s is {timeout_s!r}, but must be a number of seconds above 0, or None", param="timeout_s"
+        )
 
 
 def _executor_config(config: EngineConfig, folder: Path) -> Any:

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import re
 import sys
+from fractions import Fraction
 from typing import Any, NoReturn
 
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([kKmMgG]?)([iI]?)[bB]?$")
@@ -19,7 +20,36 @@ def number(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 4096, 8k or 2G")
     value, unit, binary = match.groups()
     base = 1024 if unit.isupper() or binary else 1000
-    return int(float(value) * base ** _FACTOR[unit.lower()])
+    exact = Fraction(value) * base ** _FACTOR[unit.lower()]
+    if exact.denominator != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(exact)
+
+
+def positive(text: str) -> int:
+    """A `number` of at least 1."""
+    value = number(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is too small: at least 1")
+    return value
+
+
+def port(text: str) -> int:
+    """A TCP port; 0 takes a free one."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to 65535")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    """A positive number a second, or `inf`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rate: a number above 0, or inf")
+    return value
 
 
 class Parser(argparse.ArgumentParser):

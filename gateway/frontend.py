@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import random
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,7 +11,7 @@ import msgspec
 import structlog
 
 from ..messages.base import Message
-from ..messages.errors import EngineClosedError, QueueFullError
+from ..messages.errors import EngineClosedError, InvalidRequestError, QueueFullError
 from ..messages.ids import RequestId
 from ..messages.request import CancelRequest, ChatPrompt, PromptReady, RequestEnded, SubmitPrompt, TextDelta
 from ..messages.sampling import SamplingParams
@@ -72,17 +73,12 @@ class FrontEnd:
             raise EngineClosedError(f"the engine takes no new requests: {self._closed_because}")
         if len(self._sinks) + params.n > self._max_live:
             raise QueueFullError(f"{len(self._sinks)} sequences are live, of at most {self._max_live}: try again later")
+        if not isinstance(prompt, str | ChatPrompt):
+            prompt = _token_ids(prompt)
         request_ids = tuple(RequestId(self._next_id + index) for index in range(params.n))
         self._next_id += params.n
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
-        if not isinstance(prompt, str | ChatPrompt):
-            prompt = tuple(prompt)
-        self._idle.clear()
-        for request_id in request_ids:
-            self._sinks[request_id] = sink
-            if deadline_ns:
-                self._deadlines[request_id] = deadline_ns
         self._send(
             SubmitPrompt(
                 request_ids,
@@ -96,6 +92,12 @@ class FrontEnd:
                 deadline_ns=deadline_ns,
             )
         )
+        # Only once it is on its way: a request that could not be sent is nobody's.
+        self._idle.clear()
+        for request_id in request_ids:
+            self._sinks[request_id] = sink
+            if deadline_ns:
+                self._deadlines[request_id] = deadline_ns
         return request_ids
 
     def cancel(self, request_id: RequestId) -> None:
@@ -112,9 +114,10 @@ class FrontEnd:
                     self._forget(message.request_id)
                 self._call(sink, message, message.request_id)
         elif isinstance(message, PromptReady):
-            sink = self._sinks.get(message.request_ids[0])
-            if sink is not None:
-                self._call(sink, message, message.request_ids[0])
+            for request_id in message.request_ids:  # the first that was not cancelled meanwhile
+                if (sink := self._sinks.get(request_id)) is not None:
+                    self._call(sink, message, request_id)
+                    break
         return ()
 
     def close(self, why: str) -> None:
@@ -128,7 +131,8 @@ class FrontEnd:
     def end_all(self, code: str, error: str) -> None:
         """End every live request with an error: the engine cannot go on."""
         for request_id, sink in list(self._sinks.items()):
-            self._forget(request_id)
+            if not self._forget(request_id):
+                continue  # a sink called before cancelled it
             ended = RequestEnded(request_id, "error", error_code=code, error=error)
             self._call(sink, TextDelta(request_id, "", finish_reason="error", ended=ended), request_id)
 
@@ -146,3 +150,21 @@ class FrontEnd:
             # A defect of one consumer must not stop the others' streams.
             log.exception("request.sink_failed", request_id=request_id)
             self.cancel(request_id)
+
+
+def _token_ids(prompt: Sequence[int]) -> tuple[int, ...]:
+    """Token ids as plain integers (numpy's and torch's are taken too).
+
+    Raises:
+        InvalidRequestError: something else than a text, a conversation or integers.
+    """
+    try:
+        if isinstance(prompt, bytes | bytearray):
+            raise TypeError("bytes")
+        return tuple(map(operator.index, prompt))
+    except TypeError:
+        raise InvalidRequestError(
+            "a prompt is a text, a list of token ids or a conversation (`Engine.chat_prompt`); "
+            f"got {type(prompt).__name__} of something else: send several prompts as several requests",
+            param="prompt",
+        ) from None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
+import weakref
 from collections.abc import Coroutine, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from ..messages.errors import EngineClosedError, QueueFullError
 from ..messages.request import ChatPrompt
 from ..messages.sampling import SamplingParams
 from .config import EngineConfig
@@ -34,6 +37,7 @@ class LLM:
         self._thread = threading.Thread(target=self._loop.run_forever, name="octavo-llm", daemon=True)
         self._thread.start()
         self._engine: Engine | None = None
+        self._lock = threading.Lock()  # `close` may be called from several threads
         try:
             engine = Engine(model, config=config, **fields)
             self._run(engine.start())
@@ -41,6 +45,9 @@ class LLM:
             self._stop_loop()
             raise
         self._engine = engine
+        # A thread that computes while the interpreter goes away would crash it.
+        self._at_exit = _CloseAtExit(self)
+        atexit.register(self._at_exit)
 
     def generate(
         self,
@@ -59,11 +66,13 @@ class LLM:
         Raises:
             OctavoError: a request was refused or failed; those that were running are cancelled.
         """
+        if self._engine is None:
+            raise EngineClosedError("this LLM is closed: make another one")
         many = _as_list(prompts)
         each = [params or SamplingParams()] * len(many) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(many):
             raise ValueError(f"{len(many)} prompts but {len(each)} sampling parameters: give one, or as many")
-        return self._run(self._generate_all(many, each, use_tqdm))
+        return self._run(self._generate_all(self._engine, many, each, use_tqdm)) if many else []
 
     def chat(
         self,
@@ -79,9 +88,11 @@ class LLM:
 
     def close(self) -> None:
         """Stop the engine and its threads. Safe to call twice."""
-        if self._engine is not None:
-            self._run(self._engine.close())
-            self._engine = None
+        with self._lock:
+            engine, self._engine = self._engine, None
+        if engine is not None:
+            atexit.unregister(self._at_exit)
+            self._run(engine.close())
             self._stop_loop()
 
     def __enter__(self) -> Self:
@@ -93,32 +104,19 @@ class LLM:
         self.close()
 
     async def _generate_all(
-        self, prompts: list[Prompt], params: list[SamplingParams], use_tqdm: bool
+        self, engine: Engine, prompts: list[Prompt], params: list[SamplingParams], use_tqdm: bool
     ) -> list[RequestOutput]:
         from tqdm import tqdm
 
-        assert self._engine is not None
-        # No more at once than the engine admits: the rest waits here instead of being refused.
-        config = self._engine.config
-        seats = asyncio.Semaphore(
-            max(1, (config.max_num_seqs + config.max_num_queued_requests) // max(p.n for p in params))
-        )
+        # No more at once than the engine queues: the rest waits here instead of being refused.
+        admission = _Admission(max(1, engine.config.max_num_queued_requests // max(1, *(one.n for one in params))))
         with tqdm(total=len(prompts), desc="prompts", unit="prompt", disable=not use_tqdm) as bar:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._generate_one(self._engine, prompt, one, seats, bar))
+                    group.create_task(_generate_one(engine, prompt, one, admission, bar))
                     for prompt, one in zip(prompts, params, strict=True)
                 ]
         return [task.result() for task in tasks]
-
-    @staticmethod
-    async def _generate_one(
-        engine: Engine, prompt: Prompt, params: SamplingParams, seats: asyncio.Semaphore, bar: Any
-    ) -> RequestOutput:
-        async with seats:
-            output = await engine.generate(prompt, params)
-        bar.update(1)
-        return output
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -136,7 +134,55 @@ class LLM:
         self._loop.close()
 
 
+class _CloseAtExit:
+    """Closes an `LLM` at the interpreter's exit, without keeping it alive until then."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = weakref.ref(llm)
+
+    def __call__(self) -> None:
+        if (llm := self._llm()) is not None:
+            llm.close()
+
+
+class _Admission:
+    """How many prompts may be with the engine, and a wait for those it has no room for."""
+
+    def __init__(self, max_running: int) -> None:
+        self.seats = asyncio.Semaphore(max_running)
+        self.num_running = 0
+        self._next_end = asyncio.Event()
+
+    async def wait_for_an_end(self) -> None:
+        await self._next_end.wait()
+
+    def tell_of_an_end(self) -> None:
+        self._next_end.set()
+        self._next_end = asyncio.Event()
+
+
+async def _generate_one(
+    engine: Engine, prompt: Prompt, params: SamplingParams, admission: _Admission, bar: Any
+) -> RequestOutput:
+    async with admission.seats:
+        while True:
+            admission.num_running += 1
+            try:
+                output = await engine.generate(prompt, params)
+                break
+            except QueueFullError:
+                if admission.num_running == 1:  # nothing of ours ends and makes room
+                    raise
+            finally:
+                admission.num_running -= 1
+            if admission.num_running:
+                await admission.wait_for_an_end()
+    admission.tell_of_an_end()
+    bar.update(1)
+    return output
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | ChatPrompt) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+    if isinstance(prompts, str | ChatPrompt) or (len(prompts) > 0 and hasattr(prompts[0], "__index__")):
         return [prompts]  # type: ignore[list-item]  # a single prompt
     return list(prompts)  # type: ignore[arg-type]  # a sequence of prompts

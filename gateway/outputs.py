@@ -9,6 +9,7 @@ import msgspec
 from ..messages.errors import (
     ContextLengthExceededError,
     EngineClosedError,
+    ExecutorLostError,
     InvalidRequestError,
     OctavoError,
     QueueFullError,
@@ -67,10 +68,12 @@ def error_of(ended: RequestEnded) -> OctavoError:
         return QueueFullError(ended.error)
     if ended.error_code == "engine_closed":
         return EngineClosedError(ended.error)
+    if ended.error_code == "executor_lost":
+        return ExecutorLostError(ended.error)
     if ended.error_code == "context_length_exceeded":
-        return ContextLengthExceededError(ended.error)
+        return ContextLengthExceededError(ended.error, param=ended.error_param or None)
     if ended.reason == "refused":
-        return InvalidRequestError(ended.error)
+        return InvalidRequestError(ended.error, param=ended.error_param or None)
     return RequestFailedError(ended.error)
 
 

@@ -7,10 +7,9 @@ import asyncio
 import gc
 import time
 
-import msgspec
 import structlog
 
-from .config import EngineConfig
+from .config import EngineConfig, make_config
 from .engine import Engine
 from .flags import engine_fields
 from .logs import configure_logs
@@ -24,7 +23,7 @@ def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     configure_logs(arguments.log_format)
     fields = engine_fields(arguments)
-    config = msgspec.convert({**fields, "served_model_names": tuple(arguments.served_model_name)}, EngineConfig)
+    config = make_config({**fields, "served_model_names": tuple(arguments.served_model_name)})
     return asyncio.run(_serve(config, arguments))
 
 

@@ -44,6 +44,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _EXPECT_CONTINUE: Final = "100-continue"
+LINGERING_S: Final = 2.0
 _PAGE_HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -246,6 +247,8 @@ class GatewayRunner(web.AppRunner):
             handler_cancellation=True,
             auto_decompress=False,
             keepalive_timeout=settings.keepalive_timeout_s,
+            # How long to go on reading a body that was refused, so that the client gets to see the answer.
+            lingering_time=min(LINGERING_S, settings.body_timeout_s),
             # Open responses were waited for before; what is left then is cut.
             shutdown_timeout=1.0,
         )
@@ -275,6 +278,10 @@ class RunningServer:
         self._runner = runner
         self._context = context
 
+    @property
+    def num_open_streams(self) -> int:
+        return self._context.pump.num_open
+
     async def drain(self) -> None:
         """Accept no more, refuse new work on open connections, and let open responses end."""
         self._context.is_draining = True
@@ -293,7 +300,7 @@ class RunningServer:
 
 
 async def start_http(
-    engine: EngineLike, settings: ServerSettings, host: str = "127.0.0.1", port: int = 8000
+    engine: EngineLike, settings: ServerSettings, host: str = "127.0.0.1", port: int = 0
 ) -> RunningServer:
     """Listen, and return once connections are accepted. Port 0 takes a free one.
 

@@ -19,6 +19,16 @@ class InvalidRequestError(OctavoError, ValueError):
         super().__init__(message)
 
 
+class InvalidConfigError(OctavoError):
+    """A field of the configuration is unknown, malformed or out of range."""
+
+    code = "invalid_config"
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        self.field = field
+        super().__init__(message)
+
+
 class ContextLengthExceededError(InvalidRequestError):
     """Prompt (and output asked for) do not fit the model's context or the KV cache."""
 

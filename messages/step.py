@@ -1,7 +1,7 @@
 """The ring: a step is planned, stamped with blocks, executed, and its tokens come back.
 
-One lap a step: scheduler -`PlanStep`-> KV allocator -`ExecuteStep`-> executor -`StepExecuted`-> scheduler and detokenizer.
-Messages carry what changes, so their size does not grow with context length.
+One lap a step: scheduler -`PlanStep`-> KV allocator -`ExecuteStep`-> executor -`StepExecuted`-> scheduler, detokenizer.
+detokenizer. Messages carry what changes, so their size does not grow with context length.
 """
 
 from __future__ import annotations

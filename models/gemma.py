@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.attention_batch import AttentionBatch
-from ..kernels.paged_attention import paged_attention, write_kv
+from ..kernels.paged_attention import paged_attention
+from ..kernels.rms_norm import rms_norm
+from ..kernels.rotary import rotary_and_write
 from .errors import UnsupportedModelError
 from .interface import KVCache, KVCacheSpec
-from .layers import Activation, activation, gated, head_shape, layer_windows, rms_norm_float32
-from .rotary import RotaryTable, rotate_
+from .layers import GatedActivation, gated_activation, head_shape, layer_windows, linear_for
+from .rotary import rotary_table
 from .weights import WeightReader, take_embedding_and_head
 
 
@@ -42,7 +44,7 @@ class GemmaSettings:
     num_kv_heads: int
     head_dim: int
     eps: float
-    act: Activation
+    act: GatedActivation
     scale: float
     attention_softcap: float
     attention_bias: bool
@@ -70,7 +72,7 @@ def read_settings(config: Any) -> GemmaSettings:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         eps=config.rms_norm_eps,
-        act=activation(config.hidden_activation),
+        act=gated_activation(config.hidden_activation),
         scale=config.query_pre_attn_scalar**-0.5,
         # Gemma 3 has the option in its configuration, but its attention does not read it.
         attention_softcap=0.0 if is_gemma3 else config.attn_logit_softcapping or 0.0,
@@ -95,7 +97,8 @@ class GemmaLayer:
         self.eps, self.act = s.eps, s.act
         self.window, self.softcap, self.scale = s.windows[index], s.attention_softcap, s.scale
         self.num_heads, self.num_kv_heads, self.head_dim = s.num_heads, s.num_kv_heads, s.head_dim
-        self.num_qk_heads, self.qk_width = s.num_heads + s.num_kv_heads, q_width + kv_width
+        self.widths = qkv_widths
+        self.linear = linear_for(reader.dtype, reader.device)
 
         self.input_norm = take_gain(reader, f"{prefix}.input_layernorm.weight", hidden)
         self.qkv = reader.take_fused((f"{name}.weight" for name in qkv), ((width, hidden) for width in qkv_widths))
@@ -104,11 +107,8 @@ class GemmaLayer:
             if s.attention_bias
             else None
         )
-        self.qk_norm: torch.Tensor | None = None  # [num_qk_heads, head_dim], the queries' gain and then the keys'
-        if s.qk_norm:
-            q_norm = take_gain(reader, f"{prefix}.self_attn.q_norm.weight", s.head_dim)
-            k_norm = take_gain(reader, f"{prefix}.self_attn.k_norm.weight", s.head_dim)
-            self.qk_norm = torch.cat((q_norm.expand(s.num_heads, -1), k_norm.expand(s.num_kv_heads, -1)))
+        self.q_norm = take_gain(reader, f"{prefix}.self_attn.q_norm.weight", s.head_dim) if s.qk_norm else None
+        self.k_norm = take_gain(reader, f"{prefix}.self_attn.k_norm.weight", s.head_dim) if s.qk_norm else None
         self.o = reader.take(f"{prefix}.self_attn.o_proj.weight", hidden, q_width)
         self.o_bias = reader.take(f"{prefix}.self_attn.o_proj.bias", hidden) if s.attention_bias else None
         self.post_attention_norm = take_gain(reader, f"{prefix}.post_attention_layernorm.weight", hidden)
@@ -119,32 +119,28 @@ class GemmaLayer:
         self.post_mlp_norm = take_gain(reader, f"{prefix}.post_feedforward_layernorm.weight", hidden)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: AttentionBatch, cache: KVCache
+        self, x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: KVCache
     ) -> None:
         """Add this layer's two contributions to the residual stream `x` `[num_tokens, hidden_size]`, in place."""
-        num_tokens = x.shape[0]
-        qkv = F.linear(rms_norm_float32(x, self.input_norm, self.eps), self.qkv, self.qkv_bias)
-        qk = qkv[:, : self.qk_width].view(num_tokens, self.num_qk_heads, self.head_dim)
-        v = qkv[:, self.qk_width :].view(num_tokens, self.num_kv_heads, self.head_dim)
-        if self.qk_norm is not None:
-            normed = F.rms_norm(qk.float(), (self.head_dim,), None, self.eps)
-            qk = normed.mul_(self.qk_norm).to(qk.dtype)
-        rotate_(qk, cos, sin)
-        write_kv(qk[:, self.num_heads :], v, cache.k, cache.v, batch.slot_mapping)
-        attended = paged_attention(
-            qk[:, : self.num_heads],
-            cache.k,
-            cache.v,
-            batch,
-            scale=self.scale,
-            sliding_window=self.window,
-            softcap=self.softcap,
+        num_tokens, linear, eps = x.shape[0], self.linear, self.eps
+        q, k, v = linear(rms_norm(x, self.input_norm, eps), self.qkv, self.qkv_bias).split_with_sizes(self.widths, -1)
+        q = q.view(num_tokens, self.num_heads, self.head_dim)
+        k = k.view(num_tokens, self.num_kv_heads, self.head_dim)
+        v = v.view(num_tokens, self.num_kv_heads, self.head_dim)
+        rotary_and_write(
+            *(q, k, v, cos_sin, positions, cache.k, cache.v, batch.slot_mapping),
+            q_weight=self.q_norm,
+            k_weight=self.k_norm,
+            eps=eps,
         )
-        attended = F.linear(attended.reshape(num_tokens, -1), self.o, self.o_bias)
-        x.add_(rms_norm_float32(attended, self.post_attention_norm, self.eps))
+        attended = paged_attention(
+            q, cache.k, cache.v, batch, scale=self.scale, sliding_window=self.window, softcap=self.softcap
+        )
+        attended = linear(attended.view(num_tokens, -1), self.o, self.o_bias)
+        x.add_(rms_norm(attended, self.post_attention_norm, eps))
 
-        gate_up = F.linear(rms_norm_float32(x, self.pre_mlp_norm, self.eps), self.gate_up)
-        x.add_(rms_norm_float32(F.linear(gated(gate_up, self.act), self.down), self.post_mlp_norm, self.eps))
+        gate_up = linear(rms_norm(x, self.pre_mlp_norm, eps), self.gate_up, None)
+        x.add_(rms_norm(linear(self.act(gate_up), self.down, None), self.post_mlp_norm, eps))
 
 
 def take_gain(reader: WeightReader, name: str, width: int) -> torch.Tensor:
@@ -183,15 +179,10 @@ class GemmaForCausalLM:
         self._embedding_scale = float(torch.tensor(settings.hidden_size**0.5, dtype=dtype))
         # Gemma 3 has angles for each type of layer; Gemma 2 shares one set, named None.
         self._angle_keys = settings.layer_types if settings.qk_norm else (None,) * len(settings.layer_types)
-        self._rotary = {
-            key: RotaryTable(
-                config,
-                settings.head_dim,
-                max_model_len or self.max_position,
-                dtype=dtype,
-                device=device,
-                layer_type=key,
-            )
+        self._linear = linear_for(dtype, device)
+        max_len = max_model_len or self.max_position
+        self._cos_sin = {
+            key: rotary_table(config, settings.head_dim, max_len, device=device, layer_type=key)
             for key in dict.fromkeys(self._angle_keys)
         }
         with torch.inference_mode(), WeightReader(folder, dtype=dtype, device=device) as reader:
@@ -209,15 +200,13 @@ class GemmaForCausalLM:
     ) -> torch.Tensor:
         """See `CausalLM.forward`. Call under `torch.inference_mode()`."""
         x = F.embedding(input_ids, self._embedding).mul_(self._embedding_scale)
-        angles = {key: table(positions) for key, table in self._rotary.items()}
         for layer, key, cache in zip(self._layers, self._angle_keys, kv_caches, strict=True):
-            cos, sin = angles[key]
-            layer.forward(x, cos, sin, batch, cache)
-        return rms_norm_float32(x, self._norm, self._eps)
+            layer.forward(x, self._cos_sin[key], positions, batch, cache)
+        return rms_norm(x, self._norm, self._eps)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `CausalLM.compute_logits`."""
-        logits = F.linear(hidden, self._head).float()
+        logits = self._linear(hidden, self._head, None).float()
         if self._final_softcap > 0:
             logits.div_(self._final_softcap).tanh_().mul_(self._final_softcap)
         return logits

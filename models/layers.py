@@ -3,52 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ..kernels.gated_activation import gelu_tanh_and_mul, silu_and_mul
+from ..kernels.linear_bf16 import linear_bf16
 from .errors import UnsupportedModelError
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
+GatedActivation = Callable[[torch.Tensor], torch.Tensor]
+Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
+
+def _gated_by(act: Callable[[torch.Tensor], torch.Tensor]) -> GatedActivation:
+    def gated(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return act(gate).mul_(up)
+
+    return gated
+
+
+# Each takes `[num_tokens, 2 * n]`, whose first half is the gate, to `act(gate) * up`.
+GATED_ACTIVATIONS: dict[str, GatedActivation] = {
+    "silu": silu_and_mul,
+    "swish": silu_and_mul,
+    "gelu_pytorch_tanh": gelu_tanh_and_mul,
+    "gelu_new": gelu_tanh_and_mul,
+    "gelu": _gated_by(F.gelu),
+    "relu": _gated_by(F.relu),
 }
 
 
-def activation(name: str) -> Activation:
-    """The function that a configuration calls `name`."""
-    if name not in ACTIVATIONS:
-        raise UnsupportedModelError(f"activation {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+def gated_activation(name: str) -> GatedActivation:
+    """The gated form of the function that a configuration calls `name`."""
+    if name not in GATED_ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"activation {name!r} is not supported; supported are {', '.join(GATED_ACTIVATIONS)}"
+        )
+    return GATED_ACTIVATIONS[name]
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Divide by the root mean square of the last axis, in float32; round to `x`'s dtype; multiply by `weight`.
-
-    Rounding comes before the product, as in `transformers`; `F.rms_norm` with a weight rounds once, behind it.
-
-    Source: Zhang and Sennrich 2019, equation 4.
-    """
-    return F.rms_norm(x, (x.shape[-1],), None, eps).mul_(weight)
-
-
-def rms_norm_float32(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """As `rms_norm`, but with the product in float32 too (`weight` is float32), rounding once. Gemma's."""
-    return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
+def cpu_multiplies_in(dtype: torch.dtype) -> bool:
+    """Whether the CPU has instructions that multiply matrices of `dtype`."""
+    capabilities = torch.cpu.get_capabilities()
+    match dtype:
+        case torch.bfloat16:
+            return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+        case torch.float16:
+            return bool(capabilities.get("avx512_fp16") or capabilities.get("amx_fp16") or capabilities.get("fp16"))
+        case _:
+            return True
 
 
-def gated(gate_up: torch.Tensor, act: Activation) -> torch.Tensor:
-    """`act(gate) * up` of `[num_tokens, 2 * n]`, whose first half is the gate."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return act(gate).mul_(up)
+def linear_for(dtype: torch.dtype, device: torch.device) -> Linear:
+    """The quickest `F.linear` for weights of `dtype` on `device`."""
+    if dtype is torch.bfloat16 and device.type == "cpu" and not cpu_multiplies_in(dtype):
+        return _linear_bf16
+    return F.linear
+
+
+def _linear_bf16(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    out = linear_bf16(x, weight)
+    return out if bias is None else out.add_(bias)
 
 
 def layer_windows(config: Any, layer_types: list[str] | None) -> tuple[int, ...]:

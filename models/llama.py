@@ -15,10 +15,12 @@ import torch.nn.functional as F
 
 from ..kernels.attention_batch import AttentionBatch
 from ..kernels.paged_attention import paged_attention, write_kv
+from ..kernels.rms_norm import rms_norm
+from ..kernels.rotary import rotary_and_write
 from .errors import UnsupportedModelError
 from .interface import KVCache, KVCacheSpec
-from .layers import Activation, activation, gated, head_shape, layer_windows, rms_norm
-from .rotary import RotaryTable, rotate_
+from .layers import GatedActivation, gated_activation, head_shape, layer_windows, linear_for
+from .rotary import rotary_table
 from .weights import WeightReader, take_embedding_and_head
 
 
@@ -39,7 +41,7 @@ class LlamaSettings:
     num_kv_heads: int
     head_dim: int
     eps: float
-    act: Activation
+    act: GatedActivation
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
@@ -86,7 +88,7 @@ def read_settings(config: Any) -> LlamaSettings:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         eps=config.rms_norm_eps,
-        act=activation(config.hidden_act),
+        act=gated_activation(config.hidden_act),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
@@ -110,8 +112,8 @@ class LlamaLayer:
         self.eps, self.act = s.eps, s.act
         self.window, self.uses_rope = s.windows[index], s.uses_rope[index]
         self.num_heads, self.num_kv_heads, self.head_dim = s.num_heads, s.num_kv_heads, s.head_dim
-        self.num_qk_heads = s.num_heads + s.num_kv_heads
-        self.qk_width, self.scale = q_width + kv_width, s.head_dim**-0.5
+        self.widths, self.scale = qkv_widths, s.head_dim**-0.5
+        self.linear = linear_for(reader.dtype, reader.device)
 
         self.input_norm = reader.take(f"{prefix}.input_layernorm.weight", hidden)
         self.qkv = reader.take_fused((f"{name}.weight" for name in qkv), ((width, hidden) for width in qkv_widths))
@@ -120,11 +122,8 @@ class LlamaLayer:
             if s.qkv_bias
             else None
         )
-        self.qk_norm: torch.Tensor | None = None  # [num_qk_heads, head_dim], the queries' weight and then the keys'
-        if s.qk_norm:
-            q_norm = reader.take(f"{prefix}.self_attn.q_norm.weight", s.head_dim)
-            k_norm = reader.take(f"{prefix}.self_attn.k_norm.weight", s.head_dim)
-            self.qk_norm = torch.cat((q_norm.expand(s.num_heads, -1), k_norm.expand(s.num_kv_heads, -1)))
+        self.q_norm = reader.take(f"{prefix}.self_attn.q_norm.weight", s.head_dim) if s.qk_norm else None
+        self.k_norm = reader.take(f"{prefix}.self_attn.k_norm.weight", s.head_dim) if s.qk_norm else None
         self.o = reader.take(f"{prefix}.self_attn.o_proj.weight", hidden, q_width)
         self.o_bias = reader.take(f"{prefix}.self_attn.o_proj.bias", hidden) if s.o_bias else None
 
@@ -137,25 +136,30 @@ class LlamaLayer:
         self.down_bias = reader.take(f"{prefix}.mlp.down_proj.bias", hidden) if s.mlp_bias else None
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: AttentionBatch, cache: KVCache
+        self, x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: KVCache
     ) -> None:
         """Add this layer's two contributions to the residual stream `x` `[num_tokens, hidden_size]`, in place."""
-        num_tokens = x.shape[0]
-        qkv = F.linear(rms_norm(x, self.input_norm, self.eps), self.qkv, self.qkv_bias)
-        qk = qkv[:, : self.qk_width].view(num_tokens, self.num_qk_heads, self.head_dim)
-        v = qkv[:, self.qk_width :].view(num_tokens, self.num_kv_heads, self.head_dim)
-        if self.qk_norm is not None:
-            qk = rms_norm(qk, self.qk_norm, self.eps)
-        if self.uses_rope:
-            rotate_(qk, cos, sin)
-        write_kv(qk[:, self.num_heads :], v, cache.k, cache.v, batch.slot_mapping)
-        attended = paged_attention(
-            qk[:, : self.num_heads], cache.k, cache.v, batch, scale=self.scale, sliding_window=self.window
+        num_tokens, linear = x.shape[0], self.linear
+        q, k, v = linear(rms_norm(x, self.input_norm, self.eps), self.qkv, self.qkv_bias).split_with_sizes(
+            self.widths, -1
         )
-        x.add_(F.linear(attended.reshape(num_tokens, -1), self.o, self.o_bias))
+        q = q.view(num_tokens, self.num_heads, self.head_dim)
+        k = k.view(num_tokens, self.num_kv_heads, self.head_dim)
+        v = v.view(num_tokens, self.num_kv_heads, self.head_dim)
+        if self.uses_rope:
+            rotary_and_write(
+                *(q, k, v, cos_sin, positions, cache.k, cache.v, batch.slot_mapping),
+                q_weight=self.q_norm,
+                k_weight=self.k_norm,
+                eps=self.eps,
+            )
+        else:
+            write_kv(k, v, cache.k, cache.v, batch.slot_mapping)
+        attended = paged_attention(q, cache.k, cache.v, batch, scale=self.scale, sliding_window=self.window)
+        x.add_(linear(attended.view(num_tokens, -1), self.o, self.o_bias))
 
-        gate_up = F.linear(rms_norm(x, self.post_attention_norm, self.eps), self.gate_up, self.gate_up_bias)
-        x.add_(F.linear(gated(gate_up, self.act), self.down, self.down_bias))
+        gate_up = linear(rms_norm(x, self.post_attention_norm, self.eps), self.gate_up, self.gate_up_bias)
+        x.add_(linear(self.act(gate_up), self.down, self.down_bias))
 
 
 class LlamaForCausalLM:
@@ -184,9 +188,8 @@ class LlamaForCausalLM:
             KVCacheSpec(settings.num_kv_heads, settings.head_dim, settings.head_dim) for _ in settings.windows
         )
         self._eps = settings.eps
-        self._rotary = RotaryTable(
-            config, settings.head_dim, max_model_len or self.max_position, dtype=dtype, device=device
-        )
+        self._linear = linear_for(dtype, device)
+        self._cos_sin = rotary_table(config, settings.head_dim, max_model_len or self.max_position, device=device)
         with torch.inference_mode(), WeightReader(folder, dtype=dtype, device=device) as reader:
             self._embedding, self._head = take_embedding_and_head(
                 reader, self.vocab_size, settings.hidden_size, tied=config.tie_word_embeddings
@@ -202,11 +205,10 @@ class LlamaForCausalLM:
     ) -> torch.Tensor:
         """See `CausalLM.forward`. Call under `torch.inference_mode()`."""
         x = F.embedding(input_ids, self._embedding)
-        cos, sin = self._rotary(positions)
         for layer, cache in zip(self._layers, kv_caches, strict=True):
-            layer.forward(x, cos, sin, batch, cache)
+            layer.forward(x, self._cos_sin, positions, batch, cache)
         return rms_norm(x, self._norm, self._eps)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `CausalLM.compute_logits`."""
-        return F.linear(hidden, self._head).float()
+        return self._linear(hidden, self._head, None).float()

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from .errors import ModelNotFoundError, QuantizedModelError, UnsupportedModelError
 from .gemma import GemmaForCausalLM
 from .interface import CausalLM
+from .layers import cpu_multiplies_in
 from .llama import LlamaForCausalLM
 from .weights import checkpoint_dtype
 
@@ -67,18 +68,6 @@ def resolve_dtype(dtype: str, config: Any, folder: Path, device: torch.device) -
     if stored not in DTYPES.values():  # float64, float8
         stored = torch.float32
     return torch.float32 if device.type == "cpu" and not cpu_multiplies_in(stored) else stored
-
-
-def cpu_multiplies_in(dtype: torch.dtype) -> bool:
-    """Whether the CPU has instructions that multiply matrices of `dtype`."""
-    capabilities = torch.cpu.get_capabilities()
-    match dtype:
-        case torch.bfloat16:
-            return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
-        case torch.float16:
-            return bool(capabilities.get("avx512_fp16") or capabilities.get("amx_fp16") or capabilities.get("fp16"))
-        case _:
-            return True
 
 
 def check_supported(config: Any, path: str | Path) -> None:

@@ -1,6 +1,6 @@
-"""Rotary position embedding: angles as `transformers` computes them, looked up from one table.
+"""Rotary position embedding: the angles, as `transformers` computes them. `kernels.rotary` turns by them.
 
-Source: Su et al. 2021 (RoFormer), section 3.2, in the "rotate half" layout: dimension i turns together with i + D/2.
+Source: Su et al. 2021 (RoFormer), section 3.2.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from .errors import UnsupportedModelError
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 
 
-class RotaryTable:
-    """Cosines and sines of every position up to `max_len`.
+def rotary_table(
+    config: Any, head_dim: int, max_len: int, *, device: torch.device, layer_type: str | None = None
+) -> torch.Tensor:
+    """Cosines and sines of every position up to `max_len`: `[max_len, head_dim]` float32, cosines in the first half.
 
     The scalings `dynamic` and `longrope` depend on how long the sequence is. `transformers` takes the length so far,
     which changes as a sequence grows, while its cached keys keep the old angles. Here it is the longest length that
@@ -27,46 +29,14 @@ class RotaryTable:
         config: a `transformers` configuration with standardised `rope_parameters`.
         head_dim: width of a head, all of which turns.
         max_len: number of positions.
-        dtype: of the table; angles are computed in float32 whatever it is.
         layer_type: key into `rope_parameters` where the layer types have their own.
 
     Raises:
         UnsupportedModelError: the rope type is unknown, or only a part of a head turns.
     """
-
-    def __init__(
-        self,
-        config: Any,
-        head_dim: int,
-        max_len: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        layer_type: str | None = None,
-    ) -> None:
-        inv_freq, scaling = rotary_frequencies(config, head_dim, max_len, layer_type)
-        angles = torch.arange(max_len, dtype=torch.float32)[:, None] * inv_freq
-        cos, sin = angles.cos() * scaling, angles.sin() * scaling
-        # The sine's sign is folded in, so that turning is a product with the head rolled by half: see `rotate_`.
-        table = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)), dim=1)
-        self._table = table[:, :, None].to(device=device, dtype=dtype)  # [max_len, 2, 1, head_dim]
-
-    def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(cos, sin)`, each `[num_tokens, 1, head_dim]`, for `positions` `[num_tokens]`."""
-        cos, sin = self._table.index_select(0, positions).unbind(1)
-        return cos, sin
-
-
-def rotate_(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn every head in place by its token's angles.
-
-    Args:
-        heads: `[num_tokens, num_heads, head_dim]`; queries and keys together save a call.
-        cos, sin: from `RotaryTable`.
-    """
-    half = heads.shape[-1] // 2
-    rolled = heads.roll(half, -1)  # x2, x1
-    return heads.mul_(cos).addcmul_(rolled, sin)  # x1 cos - x2 sin, x2 cos + x1 sin
+    inv_freq, scaling = rotary_frequencies(config, head_dim, max_len, layer_type)
+    angles = torch.arange(max_len, dtype=torch.float32)[:, None] * inv_freq
+    return torch.cat((angles.cos() * scaling, angles.sin() * scaling), dim=-1).to(device)
 
 
 def rotary_frequencies(

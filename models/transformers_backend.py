@@ -23,9 +23,10 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..kernels.attention_batch import AttentionBatch
-from .errors import ModelLoadError
+from .errors import ModelLoadError, UnsupportedModelError, WeightsError
 from .interface import CausalLM, KVCache, KVCacheSpec
 from .transformers_attention import PAGED, RECORDING, AttentionPlan, UnsupportedAttentionError
 from .transformers_cache import ShapeRecorder, paged_cache, row_groups
@@ -162,8 +163,8 @@ def page_model(
         ModelLoadError: none does.
     """
     model.eval().requires_grad_(False)
-    max_position = _settle_rope(model.config, max_model_len)
     decoder = _decoder_of(model)
+    max_position = _settle_rope(model.config, decoder, max_model_len)
     head = head_of(model, decoder)
     with _quiet():
         model.set_attn_implementation("eager")
@@ -199,7 +200,7 @@ def page_model(
             if error <= (1e-2 if dtype == torch.float32 else 0.1):
                 return paged
             reasons.append(f"its hidden states differ from the model's own by {error:.2g}")
-    raise ModelLoadError(
+    raise UnsupportedModelError(
         f"'{model.config.model_type}' cannot be served with a paged KV cache. With paged attention: {reasons[0]}. "
         f"With a paged cache under its own attention: {reasons[-1]}."
     )
@@ -213,7 +214,9 @@ def _decoder_of(model: Any) -> nn.Module:
     # Some classes name another prefix than the attribute they have (Llama 4's text model).
     parts: list[nn.Module] = [child for child in model.children() if isinstance(child, transformers.PreTrainedModel)]
     if len(parts) != 1:
-        raise ModelLoadError(f"'{model.config.model_type}' has no decoder apart from its head: its parts are not known")
+        raise UnsupportedModelError(
+            f"'{model.config.model_type}' has no decoder apart from its head: its parts are not known"
+        )
     return parts[0]
 
 
@@ -323,7 +326,7 @@ def _empty_cache(spec: KVCacheSpec, num_blocks: int, paged: TransformersCausalLM
     )
 
 
-def _settle_rope(config: Any, max_model_len: int | None) -> int:
+def _settle_rope(config: Any, decoder: nn.Module, max_model_len: int | None) -> int:
     """Fix rotary frequencies that would follow the length of the batch; returns the longest context that is exact."""
     max_position = max_position_of(config)
     for parameters in rope_parameters_of(config):
@@ -331,10 +334,27 @@ def _settle_rope(config: Any, max_model_len: int | None) -> int:
             continue
         original = parameters.get("original_max_position_embeddings") or max_position
         if parameters["rope_type"] == "longrope" and max_model_len is not None and max_model_len > original:
-            parameters["original_max_position_embeddings"] = 0  # every context is longer: the long set, always
+            _use_long_frequencies(decoder, original)
         else:
             max_position = min(max_position, original)
     return max_position
+
+
+def _use_long_frequencies(decoder: nn.Module, original_max_position: int) -> None:
+    """Put the long rotary frequencies in the short ones' place, so that either choice at run time is the long set."""
+    for module in decoder.modules():
+        rope_type = getattr(module, "rope_type", None)
+        named = rope_type if isinstance(rope_type, dict) else {None: rope_type}
+        for layer_type, name in named.items():
+            if name != "longrope":
+                continue
+            prefix = "" if layer_type is None else f"{layer_type}_"
+            frequencies = getattr(module, f"{prefix}inv_freq")
+            long, _ = ROPE_INIT_FUNCTIONS["longrope"](
+                module.config, frequencies.device, seq_len=original_max_position + 1, layer_type=layer_type
+            )
+            setattr(module, f"{prefix}original_inv_freq", long)
+            frequencies.copy_(long)
 
 
 def _load(path: str, config: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
@@ -351,13 +371,16 @@ def _load(path: str, config: Any, *, dtype: torch.dtype, trust_remote_code: bool
         )
     except (OSError, ImportError, KeyError, ValueError, RuntimeError) as error:
         raise ModelLoadError(f"transformers cannot load {path}: {error}") from error
-    for what in ("missing_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in info[what])
+    missing = tuple(sorted(info["missing_keys"]))
+    mismatched = tuple(sorted(str(key[0]) for key in info["mismatched_keys"]))
+    for what, keys in (("missing", missing), ("of another shape than config.json says", mismatched)):
         if keys:
             shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise ModelLoadError(
-                f"the weights in {path} do not fit its config.json: {what.replace('_', ' ')} {shown}. Fetch the "
-                "checkpoint again, or check that config.json belongs to it"
+            verb = "is" if len(keys) == 1 else "are"
+            raise WeightsError(
+                f"the weights in {path} do not fit its config.json: {shown} {verb} {what}. Fetch the checkpoint again, or check that config.json belongs to it",
+                missing=missing,
+                mismatched=mismatched,
             )
     return model
 

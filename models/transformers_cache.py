@@ -1,8 +1,8 @@
 """A paged KV cache behind the cache interface of `transformers`, for models whose attention cannot be replaced.
 
-Such a model (Bloom, MPT, GPT-J ...) computes attention itself, over whatever its cache's `update` returns. This one writes
-the new tokens to their slots and returns the row's tokens gathered from its blocks. It is slower, by that copy, than
-attention on the blocks, but leaves the model's own arithmetic as it is, position biases and all.
+Such a model (Bloom, MPT, GPT-J ...) computes attention itself, over whatever its cache's `update` returns. This one
+writes the new tokens to their slots and returns the row's tokens gathered from its blocks. It is slower, by that copy,
+than attention on the blocks, but leaves the model's own arithmetic as it is, position biases and all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class RowGroup:
     Attributes:
         tokens: the step's tokens that belong to the group, row after row.
         num_new: new tokens of each row.
-        slots: `[num_rows, longest context]`, where each row's tokens lie; padding on the left names the row's first slot.
+        slots: `[num_rows, longest context]`, where each row's tokens lie; padding on the left is the row's first slot.
         mask: like `slots`, 1 for a token and 0 for padding.
         new_slots: `[num_rows * num_new]`, where the new tokens are written.
     """
@@ -45,8 +45,8 @@ def row_groups(batch: AttentionBatch, *, pad_contexts: bool) -> Iterator[RowGrou
     """The step's rows in groups that go through the model together; no new token is ever padding.
 
     Args:
-        pad_contexts: put all decodes into one group, shorter contexts padded on the left. Otherwise only neighbours with
-            contexts of the same length.
+        pad_contexts: put all decodes into one group, shorter contexts padded on the left. Otherwise only neighbours
+            with contexts of the same length.
     """
     starts = batch.query_start.tolist()
     context_lens = batch.context_lens.tolist()

@@ -7,6 +7,7 @@ the model's own `forward` runs with a decoder that hands back the hidden states 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ class _GivenDecoder(nn.Module):
     def forward(self, *args: object, inputs_embeds: torch.Tensor, **kwargs: object) -> _Given:
         return _Given(inputs_embeds)
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_decoder"], name)
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from octavo.actors.kv_allocator.config import AllocatorConfig
 from octavo.actors.kv_allocator.core import KVAllocatorCore
-from octavo.actors.scheduler.config import SchedulerConfig
+from octavo.actors.kv_allocator.prefix_index import chain_digest
+from octavo.actors.scheduler.config import FIRST_EPOCH, SchedulerConfig
 from octavo.actors.scheduler.core import SchedulerCore
 from octavo.messages.ids import Epoch, RequestId, StepId
 from octavo.messages.kv import ResetBlocks, ResetPrefixCache
@@ -105,7 +106,7 @@ class CheckingExecutor:
 
     config: SchedulerConfig
     vocab: int
-    epoch: Epoch = Epoch(0)
+    epoch: Epoch = FIRST_EPOCH
     rows: dict[RequestId, Row] = field(default_factory=dict)
     memory: dict[int, int] = field(default_factory=dict)
     fail_next: set[RequestId] = field(default_factory=set)
@@ -196,7 +197,7 @@ class CoreRing:
     """Delivers messages in order on each edge and in any order between edges; checks after each of them."""
 
     def __init__(
-        self, config: SchedulerConfig, *, seed: int = 0, vocab: int = 8, checks: bool = True, digest=None
+        self, config: SchedulerConfig, *, seed: int = 0, vocab: int = 8, checks: bool = True, digest=chain_digest
     ) -> None:
         self.config = config
         self.vocab = vocab
@@ -208,11 +209,7 @@ class CoreRing:
             block_size=config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        self.allocator = (
-            KVAllocatorCore(allocator_config, digest=digest)
-            if digest is not None
-            else KVAllocatorCore(allocator_config)
-        )
+        self.allocator = KVAllocatorCore(allocator_config, digest=digest)
         self.executor = CheckingExecutor(config, vocab)
         self.edges: dict[str, deque] = {
             name: deque() for name in ("submit", "lost", "to_allocator", "from_allocator", "to_executor", "executed")

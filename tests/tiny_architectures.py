@@ -45,6 +45,7 @@ def _own_attention(name: str, model_type: str | None = None, **overrides: Any) -
 
 
 _ALTERNATING = ["sliding_attention", "full_attention"]
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 _LLAMA3 = {
     "rope_type": "llama3",

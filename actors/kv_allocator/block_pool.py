@@ -36,20 +36,31 @@ class BlockPool:
 
     def take(self, num_blocks: int) -> tuple[BlockId, ...]:
         """Return blocks for new contents, held once; evicts the least recently used cached ones once none is free."""
-        taken: list[BlockId] = []
-        free, ref_counts = self._free, self.ref_counts
-        for _ in range(num_blocks):
-            if free:
-                block_id = free.pop()
-            else:
-                assert self._cached, "the scheduler promised blocks that do not exist"
-                block_id, link = self._cached.popitem(last=False)
-                self._index.forget(link)
-                self._links[block_id] = None
-                self.num_evicted += 1
-            ref_counts[block_id] = 1
-            taken.append(block_id)
+        free = self._free
+        if num_blocks == 1 and free:
+            taken = [free.pop()]
+        else:
+            num_from_free = min(num_blocks, len(free))
+            taken = free[len(free) - num_from_free :]
+            del free[len(free) - num_from_free :]
+            if num_from_free < num_blocks:
+                self._evict(num_blocks - num_from_free, taken)
+        for block_id in taken:
+            self.ref_counts[block_id] = 1
         return tuple(taken)
+
+    def _evict(self, num_blocks: int, taken: list[BlockId]) -> None:
+        """Move the least recently used cached blocks to `taken`."""
+        cached, links = self._cached, self._links
+        assert num_blocks <= len(cached), "the scheduler promised blocks that do not exist"
+        forgotten = []
+        for _ in range(num_blocks):
+            block_id, link = cached.popitem(last=False)
+            links[block_id] = None
+            taken.append(block_id)
+            forgotten.append(link)
+        self._index.forget(forgotten)
+        self.num_evicted += num_blocks
 
     def hold(self, block_ids: Iterable[BlockId]) -> int:
         """Hold these blocks once more; return how many of them nobody held before."""
@@ -86,29 +97,25 @@ class BlockPool:
         Args:
             token_ids: the int32 tokens of these blocks, all full.
         """
-        extend, links = self._index.extend, self._links
-        size = len(token_ids) // len(block_ids)
-        begin = 0
-        for block_id in block_ids:
-            end = begin + size
-            link = extend(link, token_ids[begin:end], block_id)
-            begin = end
-            if link.block_id == block_id:
-                links[block_id] = link
-        return link
+        extended = self._index.extend(link, token_ids, block_ids)
+        links = self._links
+        for block_id, published in zip(block_ids, extended, strict=True):
+            if published.block_id == block_id:
+                links[block_id] = published
+        return extended[-1]
 
     def unpublish(self, block_id: BlockId) -> None:
         """Let a held block not be found any more."""
         link = self._links[block_id]
         if link is not None:
-            self._index.forget(link)
+            self._index.forget([link])
             self._links[block_id] = None
 
     def forget_cached(self) -> None:
         """Empty the prefix index; cached blocks become free, held ones are held on."""
         for i, link in enumerate(self._links):
             if link is not None:
-                self._index.forget(link)
+                self._index.forget([link])
                 self._links[i] = None
         self._free.extend(reversed(self._cached))
         self._cached.clear()

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from ...messages.ids import BlockId
 
+NO_BLOCK = BlockId(-1)
+
 
 def chain_digest(data: bytes) -> bytes:
     """Return the 128-bit digest of one link of a hash chain.
@@ -32,11 +34,13 @@ class PrefixLink:
 
     __slots__ = ("block_id", "digest", "parent", "token_ids")
 
-    def __init__(self, digest: bytes, token_ids: bytes, parent: PrefixLink | None) -> None:
+    def __init__(
+        self, digest: bytes, token_ids: bytes, parent: PrefixLink | None, block_id: BlockId = NO_BLOCK
+    ) -> None:
         self.digest = digest
         self.token_ids = token_ids
         self.parent = parent
-        self.block_id = BlockId(-1)
+        self.block_id = block_id
 
 
 def _is_same_history(left: PrefixLink | None, right: PrefixLink | None) -> bool:
@@ -82,22 +86,35 @@ class PrefixIndex:
             link.parent = parent  # the same history: let the next comparison meet at once
         return link
 
-    def extend(self, parent: PrefixLink, token_ids: bytes, block_id: BlockId) -> PrefixLink:
-        """Return the link of these tokens after `parent`, indexing `block_id` under it if its place is free."""
-        digest = self._digest(parent.digest + token_ids)
-        link = self._links.get(digest)
-        if link is not None and link.token_ids == token_ids and _is_same_history(link.parent, parent):
-            return link
-        new = PrefixLink(digest, token_ids, parent)
-        if link is None:
-            new.block_id = block_id
-            self._links[digest] = new
-        return new
+    def extend(self, parent: PrefixLink, token_ids: bytes, block_ids: list[BlockId]) -> list[PrefixLink]:
+        """Return the links of these blocks of tokens, one behind the other after `parent`.
 
-    def forget(self, link: PrefixLink) -> None:
-        """Take an indexed link out of the index."""
-        assert self._links.pop(link.digest) is link
-        link.block_id = BlockId(-1)
+        Each of `block_ids` is indexed under its link if the place is free; else the link names the block that has it,
+        or none if another history's hash collides.
+        """
+        digest, links = self._digest, self._links
+        size = len(token_ids) // len(block_ids)
+        begin = 0
+        extended = []
+        for block_id in block_ids:
+            end = begin + size
+            tokens = token_ids[begin:end]
+            begin = end
+            key = digest(parent.digest + tokens)
+            link = links.get(key)
+            if link is None:
+                link = links[key] = PrefixLink(key, tokens, parent, block_id)
+            elif link.token_ids != tokens or not _is_same_history(link.parent, parent):
+                link = PrefixLink(key, tokens, parent)
+            extended.append(link)
+            parent = link
+        return extended
+
+    def forget(self, links: list[PrefixLink]) -> None:
+        """Take indexed links out of the index."""
+        for link in links:
+            del self._links[link.digest]
+            link.block_id = NO_BLOCK
 
     def check(self) -> None:
         """Assert that each link is indexed under its own digest and names a block of its own."""

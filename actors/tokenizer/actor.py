@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
+import structlog
+
 from ...messages.base import Message
+from ...messages.errors import InvalidRequestError
 from ...messages.ids import RequestId
-from ...messages.request import CancelRequest, SubmitPrompt
+from ...messages.request import CancelRequest, RequestEnded, SubmitPrompt
 from ..runtime.in_process import InProcessRuntime
 from .core import TokenizerCore
+
+log = structlog.get_logger("octavo.tokenizer")
 
 LONG_PROMPT_CHARS = 8192
 """About two milliseconds of tokenizing; shorter prompts are cheaper done at once than handed to a thread."""
@@ -37,13 +42,27 @@ class TokenizerActor:
             return (message,)
         assert isinstance(message, SubmitPrompt), message
         if _num_chars(message) < LONG_PROMPT_CHARS:
-            return self._core.handle(message, now_ns)
+            return self._answer(message, now_ns)
         for request_id in message.request_ids:
             self._in_work[request_id] = []
         task = asyncio.get_running_loop().create_task(self._work(message, now_ns))
         self._tasks[task] = None
         task.add_done_callback(self._done)
         return ()
+
+    def _answer(self, message: SubmitPrompt, now_ns: int) -> Iterable[Message]:
+        """What the core says; a prompt that its libraries stumble over is refused, and costs nobody else anything."""
+        try:
+            return self._core.handle(message, now_ns)
+        except Exception as error:
+            log.exception("tokenizer.failed", request_ids=message.request_ids)
+            why = f"the prompt could not be tokenized: {type(error).__name__}: {error}"
+            return [
+                RequestEnded(
+                    request_id, "refused", error_code=InvalidRequestError.code, error=why, error_param="prompt"
+                )
+                for request_id in message.request_ids
+            ]
 
     async def close(self) -> None:
         """Wait for prompts that are being worked on."""
@@ -52,7 +71,7 @@ class TokenizerActor:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _work(self, message: SubmitPrompt, now_ns: int) -> None:
-        answers = await asyncio.to_thread(self._core.handle, message, now_ns)
+        answers = await asyncio.to_thread(self._answer, message, now_ns)
         self._runtime.send_all("tokenizer", answers)
         for request_id in message.request_ids:
             self._runtime.send_all("tokenizer", self._in_work.pop(request_id))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 from core_ring import CoreRing, submit
 from hypothesis import HealthCheck, given, settings
@@ -65,7 +66,13 @@ def random_request(rng: random.Random, ring: CoreRing, request_id: int, prefixes
 
 
 def run_script(
-    config: SchedulerConfig, seed: int, num_requests: int, vocab: int, fault_rate: float, loss_rate: float, digest=None
+    config: SchedulerConfig,
+    seed: int,
+    num_requests: int,
+    vocab: int,
+    fault_rate: float,
+    loss_rate: float,
+    digest=chain_digest,
 ) -> CoreRing:
     ring = CoreRing(config, seed=seed, vocab=vocab, digest=digest)
     rng = ring.rng
@@ -78,9 +85,7 @@ def run_script(
             leader = next_id
             for sibling in range(rng.choice([1, 1, 1, 3])):
                 fields = {} if sibling == 0 else {"fork_of": leader, "request_id": leader + sibling}
-                ring.submit(
-                    type(request)(**{name: getattr(request, name) for name in request.__struct_fields__} | fields)
-                )
+                ring.submit(msgspec.structs.replace(request, **fields))
                 next_id += 1
         if ring.requests and rng.random() < fault_rate:
             num_faults += 1

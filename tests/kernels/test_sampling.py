@@ -111,6 +111,13 @@ def test_invert_cdf_finds_the_column_where_the_cumulative_weight_passes(width: i
     assert (got[clear] == expected[clear]).all()
 
 
+def test_a_draw_of_zero_passes_over_leading_columns_of_weight_zero() -> None:
+    weights = torch.zeros(2, 300)
+    weights[0, 200:] = 1.0
+    weights[1, 5:] = 1.0
+    assert sampling.invert_cdf(weights, torch.zeros(2, dtype=torch.float64)).tolist() == [200, 5]
+
+
 def test_invert_cdf_of_nothing_is_no_token() -> None:
     weights = torch.zeros(3, 100)
     weights[1, 70] = 1e-30

@@ -3,10 +3,10 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_config
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from octavo.models.errors import UnsupportedModelError
-from octavo.models.rotary import RotaryTable, rotate_
+from octavo.models.rotary import rotary_table
 
 CPU = torch.device("cpu")
 _LONG = {
@@ -56,31 +56,11 @@ def their_angles(config: Any, num_positions: int) -> tuple[torch.Tensor, torch.T
 def test_angles_are_bit_for_bit_those_of_transformers_at_the_served_length(scaling: str) -> None:
     parameters, max_position, served = SCALINGS[scaling]
     config = tiny_config("llama", rope_parameters=dict(parameters), max_position_embeddings=max_position)
-    cos, sin = RotaryTable(config, 16, served, dtype=torch.float32, device=CPU)(torch.arange(served))
+    cos, sin = rotary_table(config, 16, served, device=CPU).chunk(2, dim=-1)
     their_cos, their_sin = their_angles(config, served)
-    assert torch.equal(cos[:, 0], their_cos)
-    assert torch.equal(sin[:, 0, 8:], their_sin[:, 8:])
-    assert torch.equal(sin[:, 0, :8], -their_sin[:, :8])
-
-
-def test_longrope_and_dynamic_angles_do_not_change_as_a_sequence_grows() -> None:
-    for parameters in (_LONG, _DYNAMIC):
-        config = tiny_config("llama", rope_parameters=dict(parameters), max_position_embeddings=64)
-        table = RotaryTable(config, 16, 96, dtype=torch.float32, device=CPU)
-        whole, _ = table(torch.arange(96))
-        first, _ = table(torch.arange(8))
-        assert torch.equal(whole[:8], first)
-
-
-def test_rotating_in_place_equals_transformers() -> None:
-    config = tiny_config("llama")
-    generator = torch.Generator().manual_seed(0)
-    heads = torch.randn(9, 5, 16, generator=generator)
-    their_cos, their_sin = their_angles(config, 9)
-    expected, _ = apply_rotary_pos_emb(heads, heads, their_cos, their_sin)
-    strided = torch.zeros(9, 7, 16)[:, 1:6].copy_(heads)  # a view into a wider projection, as in the models
-    assert rotate_(strided, *RotaryTable(config, 16, 9, dtype=torch.float32, device=CPU)(torch.arange(9))) is strided
-    torch.testing.assert_close(strided, expected, atol=1e-6, rtol=1e-6)
+    # Theirs repeat the angles for the second half of the head.
+    assert torch.equal(torch.cat((cos, cos), dim=-1), their_cos)
+    assert torch.equal(torch.cat((sin, sin), dim=-1), their_sin)
 
 
 @pytest.mark.parametrize(
@@ -95,4 +75,4 @@ def test_unknown_scalings_are_refused_by_name(parameters: dict[str, Any], messag
     config = tiny_config("llama")
     config.rope_parameters = parameters
     with pytest.raises(UnsupportedModelError, match=message):
-        RotaryTable(config, 16, 32, dtype=torch.float32, device=CPU)
+        rotary_table(config, 16, 32, device=CPU)

@@ -48,13 +48,9 @@ class Runner(PagedRunner):
 
 
 def load(folder: Path, **options: Any) -> TransformersCausalLM:
-    options = {
-        "dtype": torch.float32,
-        "trust_remote_code": False,
-        "device": torch.device("cpu"),
-        "config": AutoConfig.from_pretrained(folder),
-        **options,
-    }
+    options = {"dtype": torch.float32, "trust_remote_code": False, "device": torch.device("cpu"), **options}
+    if "config" not in options:
+        options["config"] = AutoConfig.from_pretrained(folder)
     model = load_transformers_model(str(folder), **options)
     assert isinstance(model, TransformersCausalLM)
     return model
@@ -209,7 +205,7 @@ LONGROPE = {
 
 
 def test_longrope_keeps_to_the_short_frequencies_where_they_are_exact(tmp_path: Path) -> None:
-    reference = save_tiny_model("phi3", tmp_path, rope_parameters=LONGROPE)
+    reference = save_tiny_model("phi3", tmp_path, rope_parameters=LONGROPE, original_max_position_embeddings=64)
     model = load(tmp_path)
     assert model.max_position == 64
     logits = run_paged(model, PROMPTS[0], chunks=[5, 5])
@@ -217,7 +213,7 @@ def test_longrope_keeps_to_the_short_frequencies_where_they_are_exact(tmp_path: 
 
 
 def test_longrope_takes_the_long_frequencies_at_every_length_when_long_contexts_are_asked_for(tmp_path: Path) -> None:
-    reference = save_tiny_model("phi3", tmp_path, rope_parameters=LONGROPE)
+    reference = save_tiny_model("phi3", tmp_path, rope_parameters=LONGROPE, original_max_position_embeddings=64)
     model = load(tmp_path, max_model_len=512)
     assert model.max_position == 512
     prompt = random_token_ids(100, seed=4)
@@ -269,7 +265,7 @@ def test_recurrent_state_is_refused_before_any_weight_is_read(
     ("model_type", "reason"),
     [
         ("t5", "encoder-decoder"),
-        ("deepseek_v32", "indexed_attention.*not paged yet"),
+        ("deepseek_v32", "indexed_attention layers.*not paged yet"),
         ("clip", "no decoder that generates text"),
     ],
 )
@@ -304,7 +300,7 @@ def test_pickled_weights_are_refused_with_advice(tmp_path: Path) -> None:
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
-    with pytest.raises(ModelLoadError, match="no \\*.safetensors files"):
+    with pytest.raises(ModelLoadError, match=r"no \*\.safetensors files"):
         load(tmp_path)
 
 
@@ -313,13 +309,13 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.self_attn.k_proj.bias"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelLoadError, match=r"missing keys model\.layers\.1\.self_attn\.k_proj\.bias"):
+    with pytest.raises(ModelLoadError, match=r"model\.layers\.1\.self_attn\.k_proj\.bias is missing"):
         load(tmp_path)
 
 
 def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
     save_tiny_model("qwen2", tmp_path)
-    with pytest.raises(ModelLoadError, match=r"mismatched keys.*lm_head"):
+    with pytest.raises(ModelLoadError, match=r"lm_head\.weight, model\.embed_tokens\.weight are of another shape"):
         load(tmp_path, config=tiny_config("qwen2", vocab_size=300))
 
 

@@ -343,6 +343,25 @@ def test_a_bad_word_may_be_begun_but_not_completed() -> None:
     assert [sampler.sample(logits, [RequestId(0)]).token_ids[0] for _ in range(6)] == [5, 5, 7, 5, 5, 7]
 
 
+def test_a_bad_word_begun_in_the_prompt_or_before_preemption_is_not_completed() -> None:
+    logits = torch.zeros(1, 10)
+    logits[0, 6], logits[0, 7] = 9.0, 8.0
+    params = SamplingParams(temperature=0.0, bad_words_token_ids=((4, 5, 6),))
+    for num_prompt_tokens in (3, 2, 1):
+        sampler = Sampler(10)
+        sampler.add(RequestId(0), params, [1, 4, 5], num_prompt_tokens, ())
+        assert [sampler.sample(logits, [RequestId(0)]).token_ids[0] for _ in range(2)] == [7, 6]
+
+
+def test_a_removed_request_is_forgotten_at_once() -> None:
+    sampler = Sampler(VOCAB)
+    sampler.add(RequestId(0), SamplingParams(seed=1), [1], 1, ())
+    sampler.sample(randn(1, VOCAB), [RequestId(0)])
+    sampler.remove(RequestId(0))
+    with pytest.raises(ValueError, match="add it first"):
+        sampler.sample(randn(1, VOCAB), [RequestId(0)])
+
+
 @pytest.mark.parametrize("num_top", [0, 4, -1])
 def test_logprobs_are_of_the_raw_logits_whatever_the_processors_do(num_top: int) -> None:
     logits = randn(1, VOCAB)

@@ -11,7 +11,7 @@ from octavo.actors.scheduler.config import SchedulerConfig
 from octavo.actors.scheduler.core import SchedulerCore
 from octavo.messages.ids import Epoch, RequestId, StepId
 from octavo.messages.kv import BlocksFreed, MatchPrefix, PrefixMatched, ReleaseMatch, ResetBlocks
-from octavo.messages.request import CancelRequest
+from octavo.messages.request import CancelRequest, RequestEnded
 from octavo.messages.step import PlanDue, PlanStep, StepExecuted
 from octavo.messages.system import ExecutorLost
 
@@ -183,10 +183,11 @@ def test_the_plan_of_a_decode_does_not_grow_with_context() -> None:
 
 
 def test_a_burst_with_a_common_prefix_computes_it_once_per_step_not_once_per_request() -> None:
-    ring = make(num_blocks=200, max_num_batched_tokens=64, max_num_seqs=20)
+    ring = make(num_blocks=400, max_num_batched_tokens=64, max_num_seqs=20)
     prefix = list(range(60))
     for request_id in range(20):
         ring.submit(submit(request_id, [*prefix, request_id], max_tokens=2))
+        ring.deliver("submit")
     ring.run()
     assert ring.executor.num_computed_tokens < 20 * 61 // 3
     assert ring.scheduler.stats().prefix_cache_hits >= 15 * 60
@@ -260,9 +261,8 @@ def test_a_cancel_while_matching_settles_the_account_when_the_answer_comes() -> 
     scheduler = SchedulerCore(SchedulerConfig(num_blocks=8, block_size=4, max_model_len=32))
     scheduler.handle(submit(1, list(range(10))), 1)
     scheduler.handle(PlanDue(), 1)
-    ended, release = sorted(
-        scheduler.handle(CancelRequest(RequestId(1)), 1), key=lambda m: type(m).__name__ != "RequestEnded"
-    )
+    release, ended = scheduler.handle(CancelRequest(RequestId(1)), 1)
+    assert isinstance(ended, RequestEnded)
     assert isinstance(release, ReleaseMatch)
     scheduler.handle(PrefixMatched(Epoch(0), RequestId(1), 8, 2), 1)
     assert scheduler.stats().credit == 6
@@ -338,6 +338,38 @@ def test_an_urgent_request_is_admitted_within_one_step_of_a_full_batch() -> None
     ring.run()
     assert ring.ended[RequestId(1)].num_preemptions == 1
     assert ring.ended[RequestId(0)].num_preemptions == 0
+
+
+def test_an_urgent_prompt_passes_a_long_one_that_is_partly_computed() -> None:
+    ring = make(pipeline_depth=1)
+    ring.submit(submit(1, list(range(150)), max_tokens=1))
+    for _ in range(2):
+        ring.lap()
+    ring.submit(submit(9, [9] * 5, max_tokens=1, priority=-1, arrival_ns=10))
+    ring.lap()  # the device is idle, so the first plan does not wait for the match
+    ring.lap()
+    assert rows(ring.plans[-1]) == [(9, 5), (1, 11)]
+    ring.run()
+
+
+def test_only_a_worse_priority_is_preempted_not_a_later_arrival() -> None:
+    ring = make(max_num_seqs=2, priority_aging_ns=0)
+    ring.submit(submit(1, [1] * 5, max_tokens=50, priority=1, arrival_ns=50))
+    ring.submit(submit(2, [2] * 5, max_tokens=50, arrival_ns=100))
+    for _ in range(4):
+        ring.lap()
+    ring.submit(submit(3, [3] * 5, max_tokens=50, arrival_ns=10))
+    ring.run()
+    assert [ring.ended[RequestId(i)].num_preemptions for i in (1, 2, 3)] == [1, 0, 0]
+
+
+def test_the_worst_request_waits_for_a_block_rather_than_give_up_its_own() -> None:
+    ring = make(num_blocks=2, block_size=16)
+    ring.submit(submit(1, [1], max_tokens=14, arrival_ns=1))
+    ring.submit(submit(2, [2] * 15, max_tokens=10, arrival_ns=2))
+    ring.run()
+    assert ring.scheduler.stats().num_preemptions == 0
+    assert list(ring.ended) == [1, 2]
 
 
 def test_a_request_of_the_same_priority_preempts_nobody_to_be_admitted() -> None:
@@ -438,6 +470,7 @@ def test_losses_between_which_a_request_gains_tokens_are_not_held_against_it() -
     while 1 not in ring.ended:
         num_known = len(ring.executor.streams[RequestId(1)])
         laps_until(ring, lambda n=num_known: len(ring.executor.streams[RequestId(1)]) > n + 1 or 1 in ring.ended)
+        ring.plan()  # so that it is in flight
         ring.lose_executor()
     ring.run()
     assert ring.ended[RequestId(1)].reason == "length"

@@ -1,0 +1,265 @@
+"""What a stream costs the gateway: microseconds of CPU for each token, kilobytes for each open response.
+
+    python -m octavo.gateway.bench_streams --streams 2000 --tokens 50
+
+Server and clients are two processes. The engine gives every stream a token at each step and costs nothing else, unless
+`--model` names a real one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import psutil
+
+from ..messages.errors import InvalidRequestError
+from ..messages.ids import RequestId
+from ..messages.request import ChatPrompt, PromptReady, RequestEnded, TextDelta
+from ..messages.sampling import SamplingParams
+from .config import EngineConfig
+from .engine_protocol import EngineLike, Sink
+from .server import start_http
+from .settings import ServerSettings
+from .stats import EngineStats
+
+TOKEN_TEXT = " token"
+
+
+class PacedEngine:
+    """Gives one token to every live sequence each time it is told to."""
+
+    def __init__(self) -> None:
+        self.config = EngineConfig()
+        self.model_name = "paced"
+        self.max_model_len = 1_000_000
+        self.vocab_size = 1000
+        self.created = int(time.time())
+        self.num_blocks = 1
+        self.is_ready = True
+        self.why_not_ready = ""
+        self.special_token_ids: frozenset[int] = frozenset()
+        self.num_cancelled = 0
+        self._live: dict[RequestId, tuple[Sink, int]] = {}
+        self._next_id = 0
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    def submit(
+        self,
+        prompt: str | Sequence[int] | ChatPrompt,
+        params: SamplingParams,
+        sink: Sink,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        add_special_tokens: bool = True,
+        truncate_prompt_tokens: int = 0,
+        timeout_s: float | None = None,
+    ) -> tuple[RequestId, ...]:
+        """Answers come from `step`; the prompt and the options make no difference."""
+        ids = tuple(RequestId(self._next_id + index) for index in range(params.n))
+        self._next_id += params.n
+        sink(PromptReady(ids, (1,), params))
+        for request_id in ids:
+            self._live[request_id] = (sink, params.max_tokens or 1)
+        return ids
+
+    def step(self) -> None:
+        """One token for everybody."""
+        for request_id, (sink, num_left) in list(self._live.items()):
+            if num_left > 1:
+                self._live[request_id] = (sink, num_left - 1)
+                sink(TextDelta(request_id, TOKEN_TEXT, (1,)))
+            elif self._live.pop(request_id, None) is not None:
+                ended = RequestEnded(request_id, "length", num_output_tokens=1)
+                sink(TextDelta(request_id, TOKEN_TEXT, (1,), finish_reason="length", ended=ended))
+
+    def cancel(self, request_id: RequestId) -> None:
+        if self._live.pop(request_id, None) is not None:
+            self.num_cancelled += 1
+
+    async def tokenize(self, prompt: str | ChatPrompt, add_special_tokens: bool = True) -> list[int]:
+        return [1]
+
+    async def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        if any(not 0 <= token_id < self.vocab_size for token_id in token_ids):
+            raise InvalidRequestError("token id outside the vocabulary", param="tokens")
+        return TOKEN_TEXT * len(token_ids)
+
+    def token_text(self, token_id: int) -> str:
+        return TOKEN_TEXT
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return TOKEN_TEXT.encode()
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._live),
+            num_waiting=0,
+            num_live=len(self._live),
+            kv_cache_usage=0.0,
+            num_preemptions=0,
+            prefix_cache_queries=0,
+            prefix_cache_hits=0,
+            prompt_tokens=0,
+            generation_tokens=0,
+            num_steps=0,
+            num_dropped_messages=0,
+            num_executor_restarts=0,
+        )
+
+    async def drain(self) -> None:
+        self._live.clear()
+
+
+async def measure_paced(num_streams: int, num_tokens: int, interval_s: float) -> dict[str, Any]:
+    """Serve `num_streams` clients of another process a token each per step; all start before the first."""
+    engine = PacedEngine()
+    server = await start_http(engine, _settings())
+    process = psutil.Process()
+    memory_before = process.memory_info().rss
+    clients = await _start_clients(server.port, num_streams, num_tokens)
+    while engine.num_live < num_streams:
+        await asyncio.sleep(0.01)
+    engine.step()
+    while server.num_open_streams < num_streams:
+        await asyncio.sleep(0.01)
+    memory_open = process.memory_info().rss
+    step_seconds = []
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(num_tokens - 2):
+        begun = time.perf_counter()
+        engine.step()
+        await asyncio.sleep(0)  # the pump writes in this turn of the loop
+        step_seconds.append(time.perf_counter() - begun)
+        await asyncio.sleep(max(0.0, interval_s - step_seconds[-1]))
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    engine.step()
+    received = json.loads((await clients.communicate())[0])
+    await server.close()
+    num_measured = num_streams * (num_tokens - 2)
+    step_seconds.sort()
+    return {
+        **received,
+        "cancelled": engine.num_cancelled,
+        "us_per_token": round(cpu / num_measured * 1e6, 2),
+        "tokens_per_s": round(num_measured / wall),
+        "ms_per_step_median": round(step_seconds[len(step_seconds) // 2] * 1e3, 2),
+        "kib_per_stream": round((memory_open - memory_before) / num_streams / 1024, 1),
+    }
+
+
+async def measure_model(model: str | None, num_streams: int, num_tokens: int) -> dict[str, Any]:
+    """The same clients against a real engine; its own work is in the numbers."""
+    from .engine import Engine
+
+    async with Engine(model) as engine:
+        while not engine.is_ready:  # noqa: ASYNC110  # readiness is a state, there is nothing to wait on
+            await asyncio.sleep(0.01)
+        real: EngineLike = engine
+        server = await start_http(real, _settings())
+        process = psutil.Process()
+        memory_before = process.memory_info().rss
+        wall = time.perf_counter()
+        clients = await _start_clients(server.port, num_streams, num_tokens)
+        answered = asyncio.ensure_future(clients.communicate())
+        most_memory = most_open = 0
+        while not answered.done():
+            most_open = max(most_open, server.num_open_streams)
+            most_memory = max(most_memory, process.memory_info().rss)
+            await asyncio.wait([answered], timeout=0.05)
+        wall = time.perf_counter() - wall
+        received = json.loads((await answered)[0])
+        await server.close()
+    return {
+        **received,
+        "open_at_once": most_open,
+        "tokens_per_s": round(received["tokens"] / wall),
+        "kib_per_stream": round((most_memory - memory_before) / num_streams / 1024, 1),
+    }
+
+
+def _settings() -> ServerSettings:
+    return ServerSettings(log_requests=False, header_timeout_s=300.0)
+
+
+async def _start_clients(port: int, num_streams: int, num_tokens: int) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", __spec__.name if __spec__ else __name__, "--connect", str(port)),
+        *("--streams", str(num_streams), "--tokens", str(num_tokens)),
+        stdout=asyncio.subprocess.PIPE,
+    )
+
+
+async def run_clients(port: int, num_streams: int, num_tokens: int) -> dict[str, Any]:
+    """Open all streams, read each to its end, and tell what arrived."""
+    body = json.dumps({"prompt": "x", "max_tokens": num_tokens, "stream": True, "ignore_eos": True}).encode()
+    head = f"POST /v1/completions HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    request = head.encode() + b"\r\n\r\n" + body
+    loop = asyncio.get_running_loop()
+    opening = asyncio.Semaphore(200)
+
+    async def one() -> tuple[bool, int]:
+        done: asyncio.Future[tuple[bool, int]] = loop.create_future()
+        async with opening:
+            transport, _ = await loop.create_connection(lambda: _Reader(done.set_result), "127.0.0.1", port)
+        transport.write(request)
+        return await done
+
+    results = await asyncio.gather(*(one() for _ in range(num_streams)))
+    return {
+        "streams": num_streams,
+        "lost": sum(not is_whole for is_whole, _ in results),
+        "tokens": sum(count for _, count in results),
+    }
+
+
+class _Reader(asyncio.Protocol):
+    """Counts a stream's events, and keeps nothing else of it."""
+
+    def __init__(self, done: Callable[[tuple[bool, int]], None]) -> None:
+        self._done = done
+        self._num_events = 0
+        self._tail = b""
+
+    def data_received(self, data: bytes) -> None:
+        self._num_events += (self._tail[-8:] + data).count(b"data: {") - self._tail[-8:].count(b"data: {")
+        self._tail = (self._tail + data)[-64:]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._done((self._tail.endswith(b"data: [DONE]\n\n"), self._num_events))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=2000)
+    parser.add_argument("--tokens", type=int, default=50, help="tokens of each stream, at least 3")
+    parser.add_argument("--interval-ms", type=float, default=20.0, help="time between two steps of the paced engine")
+    parser.add_argument("--model", nargs="?", const="", help="a real engine; without a name the model that is shipped")
+    parser.add_argument("--connect", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.tokens < 3 or options.streams < 1:
+        parser.error("at least 1 stream of 3 tokens is needed")
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+    if options.connect is not None:
+        work = run_clients(options.connect, options.streams, options.tokens)
+    elif options.model is not None:
+        work = measure_model(options.model or None, options.streams, options.tokens)
+    else:
+        work = measure_paced(options.streams, options.tokens, options.interval_ms / 1e3)
+    print(json.dumps(asyncio.run(work)))
+
+
+if __name__ == "__main__":
+    main()

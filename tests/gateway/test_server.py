@@ -1,0 +1,372 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import struct
+import socket
+
+import pytest
+from fake_engine import FakeEngine
+from http_client import http_post, parse_events, serving
+
+from octavo.gateway.server import serve_http
+from octavo.gateway.settings import ServerSettings
+
+CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "stream": True}
+TIMEOUT_S = 30
+
+
+async def wait(event: asyncio.Event) -> None:
+    await asyncio.wait_for(event.wait(), TIMEOUT_S)
+    event.clear()
+
+
+def test_models_are_named_also_with_slashes() -> None:
+    async def run() -> None:
+        async with serving(served_model_names=("org/model", "short")) as client:
+            listed = (await client.get("/v1/models")).json
+            assert [card["id"] for card in listed["data"]] == ["org/model", "short"]
+            card = (await client.get("/v1/models/org/model")).json
+            assert card == listed["data"][0]
+            assert card["object"] == "model" and card["max_model_len"] == 512 and card["root"] == "fake/bytes"
+            missing = await client.get("/v1/models/org")
+            assert (missing.status, missing.error["code"]) == (404, "model_not_found")
+            assert (await client.complete(model="short")).json["model"] == "short"
+            assert (await client.complete()).json["model"] == "org/model"
+            unknown = await client.complete(model="../../etc/passwd")
+            assert (unknown.status, unknown.error["code"], unknown.error["param"]) == (404, "model_not_found", "model")
+
+    asyncio.run(run())
+
+
+def test_tokens_and_texts_are_turned_into_each_other() -> None:
+    async def run() -> None:
+        async with serving() as client:
+            answer = (await client.post("/tokenize", {"prompt": "hi", "return_token_strs": True})).json
+            assert answer == {"count": 3, "max_model_len": 512, "tokens": [256, 104, 105], "token_strs": ["<256>", "h", "i"]}
+            bare = (await client.post("/tokenize", {"prompt": "hi", "add_special_tokens": False})).json
+            assert bare["tokens"] == [104, 105]
+            chat = (await client.post("/tokenize", {"messages": [{"role": "user", "content": "hi"}]})).json
+            assert bytes(chat["tokens"]) == b"<user>hi\n<assistant>"
+            text = (await client.post("/detokenize", {"tokens": [104, 105]})).json
+            assert text == {"prompt": "hi"}
+
+    asyncio.run(run())
+
+
+def test_health_follows_the_engine_and_life_does_not() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        async with serving(engine) as client:
+            for path in ("/health", "/ready", "/ping"):
+                assert (await client.get(path)).status == 200
+            engine.is_ready, engine.why_not_ready = False, "the executor is starting"
+            for path in ("/health", "/ready", "/ping"):
+                answer = await client.get(path)
+                assert (answer.status, answer.error["code"]) == (503, "not_ready")
+                assert "executor is starting" in answer.error["message"]
+            assert (await client.get("/live")).status == 200
+
+    asyncio.run(run())
+
+
+def test_unknown_paths_and_methods_get_errors_in_the_same_shape() -> None:
+    async def run() -> None:
+        async with serving() as client:
+            for path in ("/nope", "//v1/models", "/v1/completions/", "/v1/%2e%2e/x"):
+                answer = await client.get(path)
+                assert (answer.status, answer.error["code"]) == (404, "not_found"), path
+            for method in ("GET", "PUT", "DELETE", "TRACE", "PROPFIND", "OPTIONS"):
+                answer = await client.request(method, "/v1/completions")
+                assert (answer.status, answer.error["code"]) == (405, "method_not_allowed"), method
+                assert answer.headers["Allow"] == "POST"
+            assert (await client.request("HEAD", "/v1/completions")).status == 405
+
+    asyncio.run(run())
+
+
+def test_a_request_id_is_kept_if_it_is_harmless_and_made_otherwise() -> None:
+    async def run() -> None:
+        async with serving() as client:
+            kept = await client.get("/version", headers={"X-Request-Id": "abc-1"})
+            assert kept.headers["x-request-id"] == "abc-1"
+            for bad in ("a" * 129, "a b", "é"):
+                made = (await client.get("/version", headers={"X-Request-Id": bad})).headers["x-request-id"]
+                assert made != bad and len(made) == 32
+            for answer in (await client.complete(stream=True), await client.get("/nope"), await client.complete(n=0)):
+                assert len(answer.headers["x-request-id"]) == 32
+                assert answer.headers["Server"] == "octavo"
+
+    asyncio.run(run())
+
+
+def test_an_http_1_0_client_gets_a_stream_without_chunks_that_ends_with_the_connection() -> None:
+    async def run() -> None:
+        async with serving() as client:
+            answer = await client.raw(http_post("/v1/chat/completions", {**CHAT, "max_tokens": 20}, version="1.0"))
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.0 200") and b"transfer-encoding" not in head.lower()
+            assert len(parse_events(body)) > 5
+
+    asyncio.run(run())
+
+
+def test_a_connection_serves_one_request_after_another() -> None:
+    async def run() -> None:
+        async with serving() as client:
+            data = http_post("/v1/completions", {"prompt": "x", "stream": True}, close=False)
+            answer = await client.raw(data + data + http_post("/v1/completions", {"prompt": "x", "n": 0}))
+            assert answer.count(b"HTTP/1.1 200 OK") == 2 and answer.count(b"0\r\n\r\n") == 2
+            assert answer.count(b"HTTP/1.1 400 ") == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num_steps", [0, 1, 3])
+def test_a_disconnect_cancels_the_request_at_once_wherever_it_is(stream: bool, num_steps: int) -> None:
+    async def run() -> None:
+        engine = FakeEngine(by_hand=True)
+        async with serving(engine) as client:
+            reader, writer = await client.connect(http_post("/v1/chat/completions", {**CHAT, "stream": stream, "n": 2}))
+            await wait(engine.was_submitted)
+            engine.step(num_steps)
+            if stream and num_steps:
+                await asyncio.wait_for(reader.readuntil(b"\n\n"), TIMEOUT_S)
+            writer.transport.abort()
+            await wait(engine.was_cancelled)
+            assert engine.num_live == 0 and len(engine.cancelled) == 2
+            assert (await client.get("/metrics")).status == 200
+
+    asyncio.run(run())
+
+
+def test_a_client_that_does_not_read_is_cut_off_and_nobody_else_notices() -> None:
+    async def run() -> None:
+        engine = FakeEngine(by_hand=True, max_model_len=10**6, answer=lambda ids, index: b"x" * 10**6)
+        async with serving(engine, stream_buffer_bytes=16 * 1024) as client:
+            lazy = socket.socket()
+            lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            lazy.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(lazy, ("127.0.0.1", client.server.port))
+            await loop.sock_sendall(lazy, http_post("/v1/chat/completions", {**CHAT, "max_tokens": 900_000}))
+            await wait(engine.was_submitted)
+            eager = asyncio.ensure_future(client.chat(stream=True, max_tokens=100))
+            await wait(engine.was_submitted)
+            # Turns of the loop, each with a batch of tokens: far more bytes than all buffers between us and the client.
+            for _ in range(20_000):
+                engine.step(5)
+                await asyncio.sleep(0)
+                if engine.cancelled:
+                    break
+            assert len(engine.cancelled) == 1
+            assert len((await eager).events) == 102
+            lazy.close()
+            metrics = (await client.get("/metrics")).body.decode()
+            assert 'octavo:streams_shed_total{engine="0",model_name="fake/bytes"} 1.0' in metrics
+
+    asyncio.run(run())
+
+
+def test_a_stalled_client_is_cut_off_in_time_even_when_its_stream_is_over() -> None:
+    async def run() -> None:
+        engine = FakeEngine(max_model_len=10**6, answer=lambda ids, index: b"x" * 3000)
+        async with serving(engine, stream_stall_s=0.05, stream_buffer_bytes=8 * 1024 * 1024) as client:
+            lazy = socket.socket()
+            lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            lazy.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(lazy, ("127.0.0.1", client.server.port))
+            await loop.sock_sendall(lazy, http_post("/v1/chat/completions", {**CHAT, "max_tokens": None, "n": 8}))
+            await wait(engine.was_submitted)
+            await asyncio.wait_for(client.server.drain(), TIMEOUT_S)  # returns, so the stream is not open for ever
+            lazy.close()
+
+    asyncio.run(run())
+
+
+def test_resets_leave_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    async def run() -> None:
+        engine = FakeEngine(by_hand=True)
+        async with serving(engine) as client:
+            for _ in range(20):
+                reader, writer = await client.connect(http_post("/v1/chat/completions", CHAT))
+                await wait(engine.was_submitted)
+                engine.step(2)
+                await asyncio.wait_for(reader.readuntil(b"\n\n"), TIMEOUT_S)
+                sock = writer.get_extra_info("socket")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                writer.transport.abort()
+                engine.step(2)
+                await wait(engine.was_cancelled)
+
+    asyncio.run(run())
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+
+
+def test_when_the_queue_is_full_clients_are_told_when_to_come_back() -> None:
+    async def run() -> None:
+        async with serving(FakeEngine(max_live=1)) as client:
+            answer = await client.chat(n=2)
+            assert (answer.status, answer.error["code"], answer.headers["Retry-After"]) == (429, "queue_full", "3")
+            assert (await client.chat()).status == 200
+
+    asyncio.run(run())
+
+
+def test_a_drain_refuses_new_work_and_lets_open_streams_end() -> None:
+    async def run() -> None:
+        engine = FakeEngine(by_hand=True)
+        async with serving(engine) as client:
+            # The second connection is open before the drain: it must be told, not dropped.
+            assert (await client.get("/health")).status == 200
+            stream = asyncio.ensure_future(client.raw(http_post("/v1/chat/completions", CHAT)))
+            await wait(engine.was_submitted)
+            engine.step(2)
+            draining = asyncio.ensure_future(client.server.drain())
+            await asyncio.sleep(0)
+            assert (await client.get("/health")).status == 503
+            refused = await client.chat()
+            assert (refused.status, refused.error["code"]) == (503, "engine_closed")
+            assert "Retry-After" in refused.headers
+            assert not draining.done()
+            engine.step(400)
+            assert (await stream).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            await asyncio.wait_for(draining, TIMEOUT_S)
+            with pytest.raises(OSError, match=r"."):
+                await asyncio.open_connection("127.0.0.1", client.server.port)
+
+    asyncio.run(run())
+
+
+def test_sigterm_lets_open_responses_end_before_serve_returns() -> None:
+    async def run() -> None:
+        engine = FakeEngine(by_hand=True)
+        listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        serving_task = asyncio.ensure_future(
+            serve_http(engine, ServerSettings(log_requests=False), port=0, on_listening=listening.set_result)
+        )
+        reader, writer = await asyncio.open_connection("127.0.0.1", await listening)
+        writer.write(http_post("/v1/chat/completions", CHAT))
+        await wait(engine.was_submitted)
+        engine.step(2)
+        await asyncio.wait_for(reader.readuntil(b"\n\n"), TIMEOUT_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(serving_task), 0.05)
+        engine.step(400)
+        rest = await asyncio.wait_for(reader.read(), TIMEOUT_S)
+        assert rest.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        writer.close()
+        await asyncio.wait_for(serving_task, TIMEOUT_S)
+
+    asyncio.run(run())
+
+
+def test_a_second_sigterm_cuts_open_responses_off() -> None:
+    async def run() -> None:
+        engine = FakeEngine(by_hand=True)
+        listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        serving_task = asyncio.ensure_future(
+            serve_http(engine, ServerSettings(log_requests=False), port=0, on_listening=listening.set_result)
+        )
+        reader, writer = await asyncio.open_connection("127.0.0.1", await listening)
+        writer.write(http_post("/v1/chat/completions", CHAT))
+        await wait(engine.was_submitted)
+        engine.step(2)
+        await asyncio.wait_for(reader.readuntil(b"\n\n"), TIMEOUT_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(serving_task, TIMEOUT_S)
+        assert engine.num_live == 0
+        writer.close()
+
+    asyncio.run(run())
+
+
+def test_silence_on_a_stream_is_filled_with_comments_if_asked_for() -> None:
+    async def run() -> None:
+        engine = FakeEngine(by_hand=True)
+        async with serving(engine, sse_keep_alive_s=0.01) as client:
+            reader, writer = await client.connect(http_post("/v1/chat/completions", {**CHAT, "max_tokens": 5}))
+            await wait(engine.was_submitted)
+            engine.step(1)
+            await asyncio.wait_for(reader.readuntil(b": keep-alive\n\n"), TIMEOUT_S)
+            engine.step(10)
+            assert b"[DONE]" in await asyncio.wait_for(reader.read(), TIMEOUT_S)
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_the_description_names_every_route_and_is_valid_json() -> None:
+    async def run() -> None:
+        async with serving() as client:
+            document = (await client.get("/openapi.json")).json
+            assert document["openapi"] == "3.1.0"
+            assert {"/v1/completions", "/v1/chat/completions", "/v1/models/{model}", "/tokenize"} <= set(document["paths"])
+            body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]
+            reference = body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            schema = document["components"]["schemas"][reference]
+            assert "messages" in schema["required"] and "temperature" in schema["properties"]
+
+    asyncio.run(run())
+
+
+def test_the_page_needs_nothing_from_elsewhere() -> None:
+    async def run() -> None:
+        async with serving() as client:
+            answer = await client.get("/")
+            assert answer.headers["Content-Type"].startswith("text/html")
+            page = answer.body.decode()
+            assert 'fetch("v1/chat/completions"' in page
+            assert "http://" not in page and "https://" not in page
+
+    asyncio.run(run())
+
+
+def test_metrics_count_what_happened_and_their_labels_do_not_grow_with_what_clients_send() -> None:
+    async def run() -> None:
+        async with serving(FakeEngine(answer=lambda ids, index: b"abc")) as client:
+            await client.chat(n=2)
+            await client.complete(stream=True)
+            first = (await client.get("/metrics")).body.decode()
+            labels = '{engine="0",finished_reason="stop",model_name="fake/bytes"}'
+            assert f"vllm:request_success_total{labels} 3.0" in first
+            one = '{engine="0",model_name="fake/bytes"}'
+            assert f"vllm:time_to_first_token_seconds_count{one} 3.0" in first
+            assert f"vllm:inter_token_latency_seconds_count{one} 9.0" in first
+            assert f"vllm:generation_tokens_total{one} 12.0" in first
+            assert f"vllm:e2e_request_latency_seconds_count{one} 3.0" in first
+            for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "gpu_cache_usage_perc"):
+                assert f"vllm:{name}{one} 0.0" in first
+            await client.request("PATCH", "/v1/completions")
+            await client.get("/nope")
+            series = len((await client.get("/metrics")).body.splitlines())
+            for index in range(20):
+                await client.request(("PROPFIND", "PUT", "DELETE")[index % 3], "/v1/completions")
+                await client.get(f"/nope{index}")
+            assert len((await client.get("/metrics")).body.splitlines()) == series
+
+    asyncio.run(run())
+
+
+def test_json_errors_of_the_server_itself_tell_nothing_of_its_inside() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+
+        def broken(*args: object, **kwargs: object) -> None:
+            raise RuntimeError("secret at 0x7f")
+
+        engine.submit = broken  # type: ignore[method-assign,assignment]  # a defect, for once on purpose
+        async with serving(engine) as client:
+            answer = await client.complete()
+            assert (answer.status, answer.error["code"]) == (500, "internal_error")
+            assert b"secret" not in answer.body
+            assert json.loads(answer.body)["error"]["type"] == "server_error"
+
+    asyncio.run(run())
