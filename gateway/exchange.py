@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -98,6 +98,10 @@ class ChunkSink(Protocol):
     def failed(self, error: ApiError) -> None: ...
 
 
+def _nowhere(choice: Choice, delta: TextDelta) -> None:
+    raise AssertionError("a delta was told before anybody listened")
+
+
 class Exchange:
     """Submits a request's prompts, all or none, and follows them to their end.
 
@@ -117,11 +121,13 @@ class Exchange:
         self.arrival_ns = time.monotonic_ns()
         self._engine = engine
         self._metrics = metrics
+        self._token_gap = metrics.token_gap
         self._live: dict[RequestId, Choice] = {}
         self._prompt_of: dict[RequestId, PromptState] = {}
         self._early: list[EngineEvent] | None = []
         self._num_unadmitted = 0
         self._chunks: ChunkSink | None = None
+        self._tell: Callable[[Choice, TextDelta], None] = _nowhere
         self._held: list[tuple[Choice, TextDelta]] = []
         self._keep = True
         self._is_open = False
@@ -161,6 +167,7 @@ class Exchange:
     def stream_to(self, chunks: ChunkSink) -> None:
         """From now on deltas go out as they come; call it before `submit`."""
         self._chunks = chunks
+        self._tell = chunks.delta
         self._keep = False
 
     def release_held(self) -> None:
@@ -175,6 +182,19 @@ class Exchange:
 
     def take(self, event: EngineEvent) -> None:
         """What the engine says; called on the event loop."""
+        if self._is_open and isinstance(event, TextDelta) and event.finish_reason is None:
+            # The way of nearly every token: it has a predecessor, a successor and a client.
+            choice = self._live.get(event.request_id)
+            if choice is not None and choice.last_token_ns and event.token_ids:
+                now_ns = time.monotonic_ns()
+                choice.num_tokens += len(event.token_ids)
+                self._token_gap((now_ns - choice.last_token_ns) * 1e-9)
+                choice.last_token_ns = now_ns
+                self._tell(choice, event)
+                return
+        self._take_any(event)
+
+    def _take_any(self, event: EngineEvent) -> None:
         if self._early is not None:
             self._early.append(event)
             return

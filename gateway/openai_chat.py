@@ -45,7 +45,8 @@ async def handle_chat_completions(http_request: web.Request) -> web.StreamRespon
         timeout_s=settings.request_timeout_s,
     )
     if request.stream:
-        return await respond_stream(http_request, answer.exchange, prompts, options, lambda stream: ChatChunks(answer, request, stream)
+        return await respond_stream(
+            http_request, answer.exchange, prompts, options, lambda stream: ChatChunks(answer, request, stream)
         )
     return await respond_whole(context, answer.exchange, prompts, options, answer.body)
 
@@ -164,6 +165,10 @@ class ChatChunks:
 
     def delta(self, choice: Choice, delta: TextDelta) -> None:
         """Tell what a choice gained."""
+        if self._is_plain and choice.has_begun and delta.finish_reason is None:
+            if delta.text:
+                self._stream.write(choice.head + json_text(delta.text) + self._tail)
+            return
         if not choice.has_begun:
             self._begin(choice)
         if self._is_plain:

@@ -47,7 +47,8 @@ async def handle_completions(http_request: web.Request) -> web.StreamResponse:
         timeout_s=settings.request_timeout_s,
     )
     if request.stream:
-        return await respond_stream(http_request, exchange, prompts, options, lambda stream: CompletionChunks(answer, request, stream)
+        return await respond_stream(
+            http_request, exchange, prompts, options, lambda stream: CompletionChunks(answer, request, stream)
         )
     return await respond_whole(context, exchange, prompts, options, answer.body)
 

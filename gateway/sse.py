@@ -120,8 +120,10 @@ class EventStream:
     """
 
     __slots__ = (
+        "_has_sent_headers",
         "_is_dirty",
         "_is_lost",
+        "_is_stalled",
         "_on_lost",
         "_parked",
         "_parked_bytes",
@@ -140,6 +142,8 @@ class EventStream:
         self.num_written = 0
         self._is_dirty = False
         self._is_lost = False
+        self._is_stalled = False
+        self._has_sent_headers = False
         self._request: web.Request | None = None
         self._response: web.StreamResponse | None = None
         self._writer: StreamWriter | None = None
@@ -181,11 +185,25 @@ class EventStream:
             if self._parked_bytes > self._pump.buffer_bytes:
                 self.shed()
             else:
+                self._is_stalled = True
                 self._pump.stall(self)
             return
-        self._pump.forget(self)
-        if self._parked:
-            _run_now(writer.write(self._take(), drain=False))
+        if self._is_stalled:
+            self._is_stalled = False
+            self._pump.forget(self)
+        parked = self._parked
+        if not parked:
+            return
+        data = parked[0] if len(parked) == 1 else b"".join(parked)
+        parked.clear()
+        self._parked_bytes = 0
+        if not self._has_sent_headers:
+            self._has_sent_headers = True
+            _run_now(writer.write(data, drain=False))
+        elif writer.chunked:
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        else:
+            transport.write(data)
 
     async def close(self) -> None:
         """Write what is left and the end of the response; a client that does not take it is cut off."""

@@ -74,12 +74,17 @@ class KVCacheTooSmallError(OctavoError):
 
     code = "kv_cache_too_small"
 
-    def __init__(self, *, max_model_len: int, num_blocks: int, block_size: int) -> None:
+    def __init__(self, *, max_model_len: int, num_blocks: int, block_size: int, bytes_per_block: int = 0) -> None:
         self.max_model_len_possible = num_blocks * block_size
-        super().__init__(
-            f"max_model_len={max_model_len} does not fit {num_blocks} KV blocks of {block_size}: "
-            f"lower --max-model-len to {self.max_model_len_possible}, or give the KV cache more memory"
-        )
+        advice = "give the KV cache more memory (--kv-cache-memory-bytes, --gpu-memory-utilization)"
+        if bytes_per_block:
+            num_needed = -(-max_model_len // block_size)
+            advice += (
+                f": {num_needed} blocks take {num_needed * bytes_per_block} bytes, one takes {bytes_per_block} bytes"
+            )
+        if self.max_model_len_possible >= 2:  # a prompt and an output token
+            advice = f"lower --max-model-len to {self.max_model_len_possible}, or {advice}"
+        super().__init__(f"max_model_len={max_model_len} does not fit {num_blocks} KV blocks of {block_size}: {advice}")
 
 
 class ExecutorLostError(OctavoError):

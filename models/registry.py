@@ -8,16 +8,19 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig
 
+from ..kernels import cpu_build
 from .errors import ModelNotFoundError, QuantizedModelError, UnsupportedModelError
 from .gemma import GemmaForCausalLM
 from .interface import CausalLM
 from .layers import cpu_multiplies_in
 from .llama import LlamaForCausalLM
-from .weights import checkpoint_dtype
+from .weights import checkpoint_dtype, weight_files
 
 ModelImpl = Literal["auto", "native", "transformers"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_LARGER_THAN_CACHES = 64 * 1024**2
 
 # model_type -> the architecture that a native class serves, and the class.
 NATIVE: dict[str, tuple[str, type[LlamaForCausalLM] | type[GemmaForCausalLM]]] = {
@@ -54,8 +57,13 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         raise UnsupportedModelError(f"cannot use the configuration in {folder}: {reason}{advice}") from error
 
 
-def resolve_dtype(dtype: str, config: Any, folder: Path, device: torch.device) -> torch.dtype:
-    """The dtype to compute in; `auto` takes the checkpoint's, or float32 where the CPU would emulate it."""
+def resolve_dtype(dtype: str, config: Any, folder: Path, device: torch.device, *, native: bool) -> torch.dtype:
+    """The dtype to compute in; `auto` takes the checkpoint's, or float32 where a CPU is slower in that.
+
+    On a CPU without bfloat16 instructions our own bfloat16 linear (`native`) beats float32 where the weights come from
+    memory and loses where they fit the caches (AVX2, one thread, 0.6 to 0.85 and 1.2 to 1.6 of float32's time a
+    decode step, at Qwen3-0.6B's widths and at 256); `python -m octavo.kernels.bench_cpu` compares the two.
+    """
     if dtype != "auto":
         if dtype not in DTYPES:
             raise UnsupportedModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
@@ -67,7 +75,12 @@ def resolve_dtype(dtype: str, config: Any, folder: Path, device: torch.device) -
         stored = checkpoint_dtype(folder)
     if stored not in DTYPES.values():  # float64, float8
         stored = torch.float32
-    return torch.float32 if device.type == "cpu" and not cpu_multiplies_in(stored) else stored
+    if device.type != "cpu" or cpu_multiplies_in(stored):
+        return stored
+    if stored is torch.bfloat16 and native and cpu_build.library() is not None:
+        num_bytes = sum(path.stat().st_size for path in weight_files(folder))
+        return stored if num_bytes >= _LARGER_THAN_CACHES else torch.float32
+    return torch.float32
 
 
 def check_supported(config: Any, path: str | Path) -> None:
@@ -124,9 +137,9 @@ def load_model(
     config = load_config(folder, trust_remote_code=trust_remote_code)
     check_supported(config, folder)
     target = torch.device(device)
-    torch_dtype = resolve_dtype(dtype, config, folder, target)
     implementation = None if model_impl == "transformers" else native_class(config)
     if implementation is not None:
+        torch_dtype = resolve_dtype(dtype, config, folder, target, native=True)
         try:
             return implementation(folder, config, dtype=torch_dtype, device=target, max_model_len=max_model_len)
         except UnsupportedModelError as error:
@@ -138,6 +151,7 @@ def load_model(
             f"{folder} is {named}, which has no native implementation; native are "
             f"{', '.join(architecture for architecture, _ in NATIVE.values())}. Leave --model-impl at auto"
         )
+    torch_dtype = resolve_dtype(dtype, config, folder, target, native=False)
     from .transformers_backend import load_transformers_model
 
     return load_transformers_model(

@@ -378,7 +378,8 @@ def _load(path: str, config: Any, *, dtype: torch.dtype, trust_remote_code: bool
             shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             verb = "is" if len(keys) == 1 else "are"
             raise WeightsError(
-                f"the weights in {path} do not fit its config.json: {shown} {verb} {what}. Fetch the checkpoint again, or check that config.json belongs to it",
+                f"the weights in {path} do not fit its config.json: {shown} {verb} {what}. "
+                "Fetch the checkpoint again, or check that config.json belongs to it",
                 missing=missing,
                 mismatched=mismatched,
             )

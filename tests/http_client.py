@@ -69,7 +69,9 @@ class Client:
 
     async def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> Answer:
         data = io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
-        return await self.request("POST", path, data=data, headers={"Content-Type": "application/json", **(headers or {})})
+        return await self.request(
+            "POST", path, data=data, headers={"Content-Type": "application/json", **(headers or {})}
+        )
 
     async def complete(self, **body: Any) -> Answer:
         return await self.post("/v1/completions", {"prompt": "hello", "max_tokens": 20, **body})
@@ -105,9 +107,7 @@ def http_post(path: str, body: dict[str, Any], *, version: str = "1.1", close: b
 @asynccontextmanager
 async def serving(engine: EngineLike | None = None, **settings: Any) -> AsyncIterator[Client]:
     """A running server; everything is closed at the end, whatever happened."""
-    server = await start_http(
-        engine or FakeEngine(), ServerSettings(**{"log_requests": False, **settings}), port=0
-    )
+    server = await start_http(engine or FakeEngine(), ServerSettings(**{"log_requests": False, **settings}), port=0)
     try:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
             yield Client(server, session)

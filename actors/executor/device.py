@@ -67,7 +67,7 @@ def plan_kv_cache(config: ExecutorConfig, *, bytes_per_token: int, max_position:
         free_bytes: memory that nothing uses.
 
     Raises:
-        KVCacheTooSmallError: `config.max_model_len` was given and does not fit.
+        KVCacheTooSmallError: `config.max_model_len` was given and does not fit, or nothing does.
     """
     bytes_per_block = bytes_per_token * config.block_size
     longest = min(config.max_model_len or max_position, max_position)
@@ -81,8 +81,10 @@ def plan_kv_cache(config: ExecutorConfig, *, bytes_per_token: int, max_position:
         # More than every seat at full length can never be used.
         num_blocks = min(num_blocks, config.max_num_seqs * -(-longest // config.block_size))
     possible = num_blocks * config.block_size
-    if possible < longest and (config.max_model_len is not None or possible < 1):
-        raise KVCacheTooSmallError(max_model_len=longest, num_blocks=num_blocks, block_size=config.block_size)
+    if possible < longest and (config.max_model_len is not None or possible < 2):  # a prompt and an output token
+        raise KVCacheTooSmallError(
+            max_model_len=longest, num_blocks=num_blocks, block_size=config.block_size, bytes_per_block=bytes_per_block
+        )
     return KVCachePlan(num_blocks=num_blocks, max_model_len=min(longest, possible), bytes_per_block=bytes_per_block)
 
 
@@ -105,6 +107,7 @@ class Device:
             dtype=config.dtype,
             model_impl=config.model_impl,
             trust_remote_code=config.trust_remote_code,
+            max_model_len=config.max_model_len,
         )
         self.load_seconds = time.monotonic() - started
         bytes_per_token = sum(spec.bytes_per_token(self.model.dtype) for spec in self.model.kv_cache_specs)

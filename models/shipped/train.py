@@ -71,7 +71,7 @@ class Recipe(NamedTuple):
 # A shallow model learns as much from a token for less compute at first, so the deep one starts shallow and grows.
 # Source: Gong et al., "Efficient training of BERT by progressively stacking", ICML 2019.
 RECIPES = {
-    "leaf-6m": Recipe(256, 704, 4, 2, 64, (Stage(2, 400, 256), Stage(4, 250, 256), Stage(4, 50, 512))),
+    "leaf-6m": Recipe(256, 704, 4, 2, 64, (Stage(2, 400, 256), Stage(4, 170, 256), Stage(4, 30, 512))),
     "leaf-draft": Recipe(128, 384, 2, 1, 64, (Stage(2, 700, 256), Stage(2, 100, 512))),
 }
 

@@ -20,7 +20,9 @@ def bearer(key: str) -> dict[str, str]:
 def test_every_route_asks_for_a_key_unless_it_is_on_the_open_list() -> None:
     async def run() -> None:
         app = create_app(FakeEngine(), ServerSettings())
-        routes = [(route.method, route.resource.canonical) for route in app.router.routes() if route.resource is not None]
+        routes = [
+            (route.method, route.resource.canonical) for route in app.router.routes() if route.resource is not None
+        ]
         assert len(routes) > 15
         async with serving(api_keys=KEYS) as client:
             for method, path in routes:

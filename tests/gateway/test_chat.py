@@ -6,9 +6,9 @@ from typing import Any
 import openai
 import pytest
 from fake_engine import FakeEngine
+from http_client import serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from http_client import serving
 
 from octavo.messages.request import ChatPrompt
 
@@ -134,7 +134,11 @@ def test_content_parts_are_joined_and_developers_are_systems() -> None:
             answer = await client.chat(
                 messages=[
                     {"role": "developer", "content": "Be kind."},
-                    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "me"},
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+                        "name": "me",
+                    },
                     {"role": "assistant", "content": None, "refusal": None, "annotations": [], "tool_calls": None},
                     {"role": "user", "content": "c"},
                 ]
@@ -162,10 +166,8 @@ def test_a_final_message_can_be_continued_and_echoed(stream: bool) -> None:
                 echo=True,
                 stream=stream,
             )
-            if stream:
-                content = joined(answer.events)[0]["content"]
-            else:
-                content = answer.json["choices"][0]["message"]["content"]
+            message = joined(answer.events)[0] if stream else answer.json["choices"][0]["message"]
+            content = message["content"]
             assert content == "Hello world"
             prompt = engine.prompts[0]
             assert isinstance(prompt, ChatPrompt)
@@ -253,7 +255,12 @@ def test_the_openai_client_is_served() -> None:
                     model="fake/bytes", messages=asked, max_tokens=30, logprobs=True, top_logprobs=2, n=2
                 )
                 stream = await api.chat.completions.create(
-                    model="fake/bytes", messages=asked, max_tokens=30, n=2, stream=True, stream_options={"include_usage": True}
+                    model="fake/bytes",
+                    messages=asked,
+                    max_tokens=30,
+                    n=2,
+                    stream=True,
+                    stream_options={"include_usage": True},
                 )
                 texts = ["", ""]
                 usage = None

@@ -7,9 +7,9 @@ from typing import Any
 import openai
 import pytest
 from fake_engine import BOS, FakeEngine, answer_for
+from http_client import serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from http_client import serving
 
 from octavo.gateway.openai_completions import read_prompts
 
@@ -40,7 +40,9 @@ def test_a_prompt_is_answered_with_its_text_and_counts() -> None:
             answer = await client.complete(prompt="hello", max_tokens=20)
             assert answer.status == 200
             body = answer.json
-            assert body["id"].startswith("cmpl-") and body["object"] == "text_completion" and body["model"] == "fake/bytes"
+            assert (
+                body["id"].startswith("cmpl-") and body["object"] == "text_completion" and body["model"] == "fake/bytes"
+            )
             assert body["choices"] == [
                 {
                     "index": 0,
@@ -279,7 +281,13 @@ def test_a_streams_text_and_logprobs_equal_the_unstreamed_ones(
         # Bytes in any order: broken characters too, and separators that some clients take for line ends.
         data = (text + "\u2028\x85\r\n").encode()
         async with serving(FakeEngine(answer=lambda ids, index: data[index:] + data[: index + 1])) as client:
-            fields = {"n": n, "max_tokens": max_tokens, "echo": echo, "return_token_ids": return_ids, "logprobs": logprobs}
+            fields = {
+                "n": n,
+                "max_tokens": max_tokens,
+                "echo": echo,
+                "return_token_ids": return_ids,
+                "logprobs": logprobs,
+            }
             whole = (await client.complete(**fields)).json["choices"]
             streamed = joined((await client.complete(**fields, stream=True)).events)
             for choice in whole:
@@ -382,7 +390,11 @@ def test_the_openai_client_is_served() -> None:
             async with openai.AsyncOpenAI(base_url=client.url + "/v1", api_key="none", max_retries=0) as api:
                 whole = await api.completions.create(model="fake/bytes", prompt="hello", max_tokens=30, logprobs=2)
                 stream = await api.completions.create(
-                    model="fake/bytes", prompt="hello", max_tokens=30, stream=True, stream_options={"include_usage": True}
+                    model="fake/bytes",
+                    prompt="hello",
+                    max_tokens=30,
+                    stream=True,
+                    stream_options={"include_usage": True},
                 )
                 chunks = [chunk async for chunk in stream]
                 text = "".join(itertools.chain(*([choice.text for choice in chunk.choices] for chunk in chunks)))

@@ -1,4 +1,4 @@
-"""Nothing that a client sends gives a 5xx, a traceback, or an error in another shape; and the next request is served."""
+"""Nothing that a client sends gives a 5xx, or an error in another shape; and the next request is served."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ import asyncio
 import json
 import os
 import signal
-import struct
 import socket
+import struct
 
 import pytest
 from fake_engine import FakeEngine
@@ -45,7 +45,12 @@ def test_tokens_and_texts_are_turned_into_each_other() -> None:
     async def run() -> None:
         async with serving() as client:
             answer = (await client.post("/tokenize", {"prompt": "hi", "return_token_strs": True})).json
-            assert answer == {"count": 3, "max_model_len": 512, "tokens": [256, 104, 105], "token_strs": ["<256>", "h", "i"]}
+            assert answer == {
+                "count": 3,
+                "max_model_len": 512,
+                "tokens": [256, 104, 105],
+                "token_strs": ["<256>", "h", "i"],
+            }
             bare = (await client.post("/tokenize", {"prompt": "hi", "add_special_tokens": False})).json
             assert bare["tokens"] == [104, 105]
             chat = (await client.post("/tokenize", {"messages": [{"role": "user", "content": "hi"}]})).json
@@ -308,7 +313,9 @@ def test_the_description_names_every_route_and_is_valid_json() -> None:
         async with serving() as client:
             document = (await client.get("/openapi.json")).json
             assert document["openapi"] == "3.1.0"
-            assert {"/v1/completions", "/v1/chat/completions", "/v1/models/{model}", "/tokenize"} <= set(document["paths"])
+            assert {"/v1/completions", "/v1/chat/completions", "/v1/models/{model}", "/tokenize"} <= set(
+                document["paths"]
+            )
             body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]
             reference = body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
             schema = document["components"]["schemas"][reference]

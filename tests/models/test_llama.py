@@ -104,6 +104,30 @@ def test_rows_batched_together_get_the_logits_they_get_alone(tmp_path: Path) -> 
         torch.testing.assert_close(mixed[row], expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_position_past_the_prepared_ones_is_an_error_and_not_a_wrong_angle(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path)
+    model = load_model(tmp_path, dtype="float32", model_impl="native", max_model_len=16)
+    run_paged(model, random_token_ids(16))
+    with pytest.raises(IndexError):
+        run_paged(model, random_token_ids(17))
+
+
+@pytest.mark.parametrize("served", [32, 40])
+def test_longrope_equals_transformers_at_the_served_length(served: int, tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [2.0 + 0.5 * i for i in range(8)],
+        "original_max_position_embeddings": 32,
+        "rope_theta": 10000.0,
+    }
+    reference = save_tiny_model("llama", tmp_path, rope_parameters=rope, max_position_embeddings=128)
+    model = load_model(tmp_path, dtype="float32", model_impl="native", max_model_len=served)
+    token_ids = random_token_ids(served)
+    expected = reference_logits(reference, token_ids)
+    torch.testing.assert_close(run_paged(model, token_ids, chunks=(9, 14)), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_as_near_to_float32_as_transformers_is(model_type: str, dtype: str, tmp_path: Path) -> None:

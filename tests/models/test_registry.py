@@ -110,6 +110,7 @@ def test_code_that_a_checkpoint_brings_is_not_run_unless_asked_for(tmp_path: Pat
         ("auto", torch.bfloat16, True, torch.bfloat16),
         ("auto", torch.bfloat16, False, torch.float32),
         ("auto", "bfloat16", True, torch.bfloat16),
+        ("auto", torch.float16, True, torch.float32),
         ("auto", torch.float64, True, torch.float32),
         ("bfloat16", torch.float32, False, torch.bfloat16),
         ("float16", torch.bfloat16, False, torch.float16),
@@ -121,7 +122,31 @@ def test_auto_takes_the_checkpoints_dtype_unless_the_cpu_would_emulate_it(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bfloat16})
     config = tiny_config("llama")
     config.dtype = stored
-    assert resolve_dtype(asked, config, Path(), CPU) == expected
+    assert resolve_dtype(asked, config, Path(), CPU, native=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("native", "kernels_built", "larger_than_caches", "expected"),
+    [
+        (True, True, True, torch.bfloat16),
+        (True, True, False, torch.float32),
+        (True, False, True, torch.float32),
+        (False, True, True, torch.float32),
+    ],
+)
+def test_auto_keeps_bfloat16_for_large_native_models_where_our_kernels_are(
+    native: bool,
+    kernels_built: bool,
+    larger_than_caches: bool,
+    expected: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(registry.cpu_build, "library", lambda: object() if kernels_built else None)
+    monkeypatch.setattr(registry, "_LARGER_THAN_CACHES", 1000 if larger_than_caches else 1_000_000_000)
+    save_tiny_model("llama", tmp_path).bfloat16().save_pretrained(tmp_path)
+    assert resolve_dtype("auto", load_config(tmp_path), tmp_path, CPU, native=native) == expected
 
 
 def test_auto_looks_into_the_weights_where_the_configuration_names_no_dtype(
@@ -131,7 +156,7 @@ def test_auto_looks_into_the_weights_where_the_configuration_names_no_dtype(
     save_tiny_model("llama", tmp_path).bfloat16().save_pretrained(tmp_path)
     config = load_config(tmp_path)
     config.dtype = None
-    assert resolve_dtype("auto", config, tmp_path, CPU) == torch.bfloat16
+    assert resolve_dtype("auto", config, tmp_path, CPU, native=False) == torch.bfloat16
 
 
 def test_an_unknown_dtype_is_refused_with_the_known_ones(tmp_path: Path) -> None:

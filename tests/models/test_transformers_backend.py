@@ -265,7 +265,7 @@ def test_recurrent_state_is_refused_before_any_weight_is_read(
     ("model_type", "reason"),
     [
         ("t5", "encoder-decoder"),
-        ("deepseek_v32", "indexed_attention layers.*not paged yet"),
+        ("deepseek_v32", "indexed_attention.*not paged yet"),
         ("clip", "no decoder that generates text"),
     ],
 )

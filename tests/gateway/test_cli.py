@@ -1,0 +1,277 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import engine_on, save_servable
+
+from octavo.gateway.cli import build_parser, main
+from octavo.gateway.config import EngineConfig, make_config
+from octavo.gateway.flags import ENGINE_FIELDS, engine_fields, number
+from octavo.gateway.server import start_http
+from octavo.gateway.settings import ServerSettings
+
+SMALL = ["--dtype", "float32", "--num-gpu-blocks-override", "128", "--block-size", "4", "--max-model-len", "96"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    save_servable("llama", folder)
+    return folder
+
+
+def exit_status(argv: list[str]) -> int:
+    try:
+        return main(argv)
+    except SystemExit as exited:
+        return int(exited.code or 0)
+
+
+# ---- flags ----
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["serve"], ["run"], ["bench"], ["bench", "offline"], ["bench", "serve"], ["doctor"]]
+)
+def test_every_command_explains_itself(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status([*command, "--help"]) == 0
+    assert f"usage: {' '.join(['octavo', *command])}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [[], ["bench"]])
+def test_a_command_that_needs_another_lists_them(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(command) == 0
+    assert "serve" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["serve", "--max-num-seq", "4"], ["unknown flag --max-num-seq", "did you mean --max-num-seqs?"]),
+        (["run", "--promt=hi"], ["unknown flag --promt", "did you mean --prompt?"]),
+        (["bench", "offline", "--concurency", "4"], ["did you mean --concurrency?"]),
+        (["doctor", "--zzzzzz"], ["unknown flag --zzzzzz"]),
+        (["doctor", "extra"], ["unexpected argument 'extra'"]),
+        (["serve", "--block-size", "many"], ["'many' is not a number such as 4096, 8k or 2G"]),
+        (["serve", "--block-size", "1.5"], ["'1.5' is not a whole number"]),
+        (["serve", "--port", "70000"], ["'70000' is not a port"]),
+        (["serve", "--dtype", "int3"], ["float32"]),
+        (["bench", "offline", "--concurrency", "0"], ["at least 1"]),
+        (["bench", "offline", "--repeats", "0"], ["at least 1"]),
+        (["bench", "serve", "--request-rate", "0"], ["is not a rate"]),
+        (["serv"], ["serve"]),
+    ],
+)
+def test_a_slip_is_one_line_that_helps(argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(argv) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("4096", 4096),
+        ("8k", 8000),
+        ("8K", 8192),
+        ("8KiB", 8192),
+        ("1.5k", 1500),
+        ("2m", 2_000_000),
+        ("2G", 2 * 2**30),
+        ("2GB", 2 * 2**30),
+        ("1gib", 2**30),
+        ("9007199254740993", 9007199254740993),
+    ],
+)
+def test_numbers_may_have_a_suffix(text: str, value: int) -> None:
+    assert number(text) == value
+
+
+def test_flags_set_every_field_that_they_name_and_default_to_the_struct_s() -> None:
+    parser = build_parser()
+    assert make_config(engine_fields(parser.parse_args(["serve"]))) == EngineConfig()
+    without_flag = set(EngineConfig.__struct_fields__) - set(ENGINE_FIELDS)
+    assert without_flag == {"served_model_names", "priority_aging_s", "pipeline_depth"}  # the first has one of serve's
+    flags = {
+        "--tokenizer": ("tokenizer", "there"),
+        "--revision": ("revision", "main"),
+        "--dtype": ("dtype", "float16"),
+        "--model-impl": ("model_impl", "native"),
+        "--trust-remote-code": ("trust_remote_code", True),
+        "--offline": ("offline", True),
+        "--chat-template": ("chat_template", "{{ messages }}"),
+        "--max-model-len": ("max_model_len", 77),
+        "--max_num_seqs": ("max_num_seqs", 3),
+        "--max-num-batched-tokens": ("max_num_batched_tokens", 33),
+        "--block-size": ("block_size", 8),
+        "--kv-cache-memory-bytes": ("kv_cache_memory_bytes", 12345),
+        "--gpu-memory-utilization": ("memory_utilization", 0.25),
+        "--num-gpu-blocks-override": ("num_blocks", 9),
+        "--no-enable-prefix-caching": ("enable_prefix_caching", False),
+        "--max-num-queued-reqs": ("max_num_queued_requests", 5),
+        "--max-num-queued-tokens": ("max_num_queued_tokens", 500),
+        "--seed": ("seed", 4),
+        "--num-threads": ("num_threads", 2),
+        "--max-logprobs": ("max_logprobs", 7),
+    }
+    assert {name for name, _ in flags.values()} | {"model"} == set(ENGINE_FIELDS)
+    argv = ["serve", "here"]
+    for flag, (_, value) in flags.items():
+        argv += [flag] if isinstance(value, bool) else [flag, str(value)]
+    expected = EngineConfig(model="here", **dict(flags.values()))
+    assert make_config(engine_fields(parser.parse_args(argv))) == expected
+
+
+# ---- commands ----
+
+
+@pytest.mark.parametrize("command", [["run", "--prompt", "hi"], ["bench", "offline"], ["serve"]])
+def test_a_wrong_model_name_is_one_clear_line(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert (
+        exit_status(
+            [*command[:2], "no-such/model-anywhere", *command[2:], "--offline"]
+            if command[0] == "bench"
+            else [command[0], "no-such/model-anywhere", *command[1:], "--offline"]
+        )
+        == 2
+    )
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("octavo: ")
+    assert "no-such/model-anywhere" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_configuration_out_of_range_is_one_clear_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(["run", str(folder), "--block-size", "300", "--prompt", "hi"]) == 2
+    assert capsys.readouterr().err == "octavo: block_size is 300, but must be from 1 to 256\n"
+
+
+def test_run_answers_a_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["run", str(folder), "--prompt", "hi", "--system", "Be brief.", "--max-tokens", "5", *SMALL]
+    assert exit_status([*argv, "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.strip()
+    # More than the context has room for is as much as it has room for.
+    assert exit_status([*argv, "--temperature", "0", "--max-tokens", "4k"]) == 0
+
+
+def test_doctor_finds_nothing_in_the_way(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(["doctor"]) == 0
+    assert "torch threads" in capsys.readouterr().out
+
+
+def test_bench_offline_prints_a_table_and_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench", "offline", str(folder), *SMALL, "--input-len", "6", "--output-len", "4", "--concurrency", "1", "2"]
+    assert exit_status([*argv, "--repeats", "1", "--num-prompts", "3", "--compare-prompts", "1", "--json", "-"]) == 0
+    out = capsys.readouterr().out
+    assert "octavo bench offline: 6 in, 4 out, 1 rounds" in out
+    figures = json.loads(out[out.index("{") :])["figures"]
+    assert [figure["concurrency"] for figure in figures] == [1, 2]
+    assert all(figure["octavo_tokens_per_s"] > 0 and figure["ratio"] > 0 for figure in figures)
+
+
+@dataclasses.dataclass
+class Served:
+    """A server on a loop in a thread."""
+
+    port: int
+    engine: Any
+
+
+@pytest.fixture
+def served(folder: Path) -> Iterator[Served]:
+    ready = threading.Event()
+    found: list[Served] = []
+    loop = asyncio.new_event_loop()
+    stop = asyncio.Event()
+
+    async def serve() -> None:
+        async with engine_on(folder) as engine:
+            server = await start_http(engine, ServerSettings(log_requests=False), port=0)
+            found.append(Served(server.port, engine))
+            ready.set()
+            await stop.wait()
+            await server.close()
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            try:
+                runner.run(serve())
+            finally:
+                ready.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    ready.wait(60)
+    yield found[0]
+    loop.call_soon_threadsafe(stop.set)
+    thread.join()
+
+
+def test_bench_serve_measures_a_running_server(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = ["bench", "serve", "--base-url", f"http://127.0.0.1:{served.port}"]
+    work = ["--num-prompts", "6", "--input-len", "5", "--output-len", "4"]
+    assert exit_status([*url, *work, "--json", str(tmp_path / "out.json")]) == 0
+    assert "time to first token" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert (report["num_requests"], report["num_failed"]) == (6, 0)
+    assert served.engine.stats().generation_tokens >= 24
+    assert exit_status([*url, "--num-prompts", "2", "--input-len", "500"]) == 1  # too long: each is refused
+    assert "first failure: 400" in capsys.readouterr().out
+
+
+def test_bench_serve_without_a_server_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(["bench", "serve", "--base-url", "http://127.0.0.1:1"]) == 2
+    assert "no server answers at this --base-url" in capsys.readouterr().err
+
+
+# ---- a conversation in a terminal ----
+
+
+@pytest.mark.parametrize("moment", ["at the prompt", "during an answer", "at the end of input"])
+def test_a_conversation_ends_without_a_traceback(folder: Path, moment: str) -> None:
+    ours, theirs = pty.openpty()
+    argv = ["run", str(folder), "--dtype", "float32", "--num-gpu-blocks-override", "128", "--block-size", "4"]
+    argv += ["--num-threads", "1", "--temperature", "0", "--max-tokens", "400", "--chat-template", "{{ messages }}"]
+    chat = subprocess.Popen(
+        [sys.executable, "-m", "octavo", *argv], stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    os.close(theirs)
+    try:
+        assert chat.stdout is not None
+        read = b""
+        while b"> " not in read:
+            read += (piece := os.read(chat.stdout.fileno(), 4096))
+            assert piece, chat.communicate()
+        if moment == "at the end of input":
+            os.write(ours, b"\x04")
+        else:
+            if moment == "during an answer":
+                os.write(ours, b"hello\n")
+                assert os.read(chat.stdout.fileno(), 1)
+            chat.send_signal(signal.SIGINT)
+        _, errors = chat.communicate(timeout=60)
+    finally:
+        chat.kill()
+        os.close(ours)
+    assert chat.returncode == (0 if moment == "at the end of input" else 130), errors
+    assert b"Traceback" not in errors
