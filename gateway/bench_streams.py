@@ -185,7 +185,7 @@ async def measure_model(model: str | None, num_streams: int, num_tokens: int) ->
     return {
         **received,
         "open_at_once": most_open,
-        "tokens_per_s": round(received["tokens"] / wall),
+        "tokens_per_s": round(num_streams * num_tokens / wall),
         "kib_per_stream": round((most_memory - memory_before) / num_streams / 1024, 1),
     }
 
@@ -221,7 +221,7 @@ async def run_clients(port: int, num_streams: int, num_tokens: int) -> dict[str,
     return {
         "streams": num_streams,
         "lost": sum(not is_whole for is_whole, _ in results),
-        "tokens": sum(count for _, count in results),
+        "events": sum(count for _, count in results),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ from .stats import EngineStats
 
 if TYPE_CHECKING:
     from ..actors.executor.actor import ExecutorThread
+    from ..actors.executor.device import Device
     from ..actors.tokenizer.hf_tokenizer import HFTokenizer
 
 __all__ = ["CompletionOutput", "Engine", "EngineStats", "RequestOutput", "StreamDelta"]
@@ -47,6 +49,8 @@ log = structlog.get_logger("octavo.engine")
 
 STALL_NS = 60_000_000_000
 """A step that runs longer than this makes the engine not ready."""
+
+_LOADING = threading.Lock()
 
 MAX_N = 16
 """Most sequences of one prompt."""
@@ -133,9 +137,7 @@ class Engine:
             tokenizer_folder, _ = await asyncio.to_thread(
                 locate_model, config.tokenizer, revision=config.revision, offline=config.offline, weights=False
             )
-        device, tokenizer = await asyncio.gather(
-            asyncio.to_thread(executor.load), asyncio.to_thread(_load_tokenizer, tokenizer_folder, config)
-        )
+        tokenizer, device = await asyncio.to_thread(_load, tokenizer_folder, config, executor)
         self.dtype = str(device.model.dtype).removeprefix("torch.")
         self.model_folder = str(folder)
         self.load_seconds = device.load_seconds
@@ -503,6 +505,16 @@ def _scheduler_config(config: EngineConfig, num_blocks: int, max_model_len: int)
         priority_aging_ns=int(config.priority_aging_s * 1e9),
         enable_prefix_caching=config.enable_prefix_caching,
     )
+
+
+def _load(folder: Path, config: EngineConfig, executor: ExecutorThread) -> tuple[HFTokenizer, Device]:
+    """Load tokenizer and model, one after the other and one engine at a time.
+
+    Both import parts of `transformers` as they need them, and those imports fail now and then when two threads make
+    them at once ("partially initialized module", for its circular imports).
+    """
+    with _LOADING:
+        return _load_tokenizer(folder, config), executor.load()
 
 
 def _load_tokenizer(folder: Path, config: EngineConfig) -> HFTokenizer:

@@ -80,7 +80,8 @@ def _with_right_types(params: SamplingParams) -> SamplingParams:
 
 
 def _check_range(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
-    if not math.isfinite(value) or value > high or value < low or (above_low and value == low):
+    is_number = not isinstance(value, float) or math.isfinite(value)
+    if not is_number or value > high or value < low or (above_low and value == low):
         bounds = f"more than {low:g} and at most {high:g}" if above_low else f"from {low:.10g} to {high:.10g}"
         raise InvalidRequestError(f"{name} is {_short(value)}, but must be {bounds}", param=name)
 

@@ -230,6 +230,36 @@ async def test_a_failed_start_can_be_repeated(folder: Path, monkeypatch: pytest.
 
 
 @on_loop
+async def test_engines_that_start_at_once_load_one_after_the_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers' lazy imports fail when two threads make them at once.
+    from octavo.actors.executor.actor import ExecutorThread
+    from octavo.gateway import engine as engine_module
+
+    inside: list[str] = []
+
+    def alone(name: str, load: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any) -> Any:
+            assert inside == []
+            inside.append(name)
+            try:
+                return load(*args)
+            finally:
+                inside.remove(name)
+
+        return checked
+
+    monkeypatch.setattr(engine_module, "_load_tokenizer", alone("tokenizer", engine_module._load_tokenizer))
+    monkeypatch.setattr(ExecutorThread, "load", alone("model", ExecutorThread.load))
+    engines = [engine_on(folder) for _ in range(3)]
+    await asyncio.gather(*(engine.start() for engine in engines))
+    outputs = await asyncio.gather(*(tokens_of(engine, GREEDY) for engine in engines))
+    assert outputs[0] == outputs[1] == outputs[2]
+    await asyncio.gather(*(engine.close() for engine in engines))
+
+
+@on_loop
 async def test_a_drain_finishes_what_was_accepted_and_takes_nothing_new(folder: Path) -> None:
     async with opened(folder) as engine:
         tasks = [asyncio.create_task(tokens_of(engine, GREEDY)) for _ in range(5)]
