@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -441,12 +442,14 @@ class Engine:
             self._break(f"the executor failed too often: {self._supervisor.gave_up_because}")
         for answer in answers:
             if isinstance(answer, StartExecutor):
-                log.error("executor.restarted", epoch=answer.epoch, why=getattr(message, "why", ""))
+                with suppress(Exception):  # a log that cannot be written must not lose the restart
+                    log.error("executor.restarted", epoch=answer.epoch, why=getattr(message, "why", ""))
         return answers
 
     def _on_actor_failure(self, address: Address, error: Exception) -> None:
-        log.error("actor.failed", actor=address, exc_info=error)
         self._break(f"the {address} failed: {type(error).__name__}")
+        with suppress(Exception):
+            log.error("actor.failed", actor=address, exc_info=error)
 
     def _break(self, why: str) -> None:
         self._broken_because = self._broken_because or why

@@ -6,6 +6,7 @@ import asyncio
 import operator
 import random
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import msgspec
 import structlog
@@ -148,8 +149,9 @@ class FrontEnd:
             sink(message)
         except Exception:
             # A defect of one consumer must not stop the others' streams.
-            log.exception("request.sink_failed", request_id=request_id)
             self.cancel(request_id)
+            with suppress(Exception):  # nor must a log that cannot be written
+                log.exception("request.sink_failed", request_id=request_id)
 
 
 def _token_ids(prompt: Sequence[int]) -> tuple[int, ...]:

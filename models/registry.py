@@ -155,5 +155,10 @@ def load_model(
     from .transformers_backend import load_transformers_model
 
     return load_transformers_model(
-        str(folder), config, dtype=torch_dtype, trust_remote_code=trust_remote_code, device=target
+        str(folder),
+        config,
+        dtype=torch_dtype,
+        trust_remote_code=trust_remote_code,
+        device=target,
+        max_model_len=max_model_len,
     )

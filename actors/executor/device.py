@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+import numpy as np
 import psutil
 import torch
 
@@ -138,7 +140,11 @@ class Device:
             )
 
     def _zeros(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+        if self.model.device.type != "cpu":
+            return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+        # numpy asks the system for zero pages, which cost nothing until they are written; torch would write them all.
+        num_bytes = math.prod(shape) * self.model.dtype.itemsize
+        return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(self.model.dtype).view(shape)
 
     @torch.inference_mode()
     def forward(self, arrays: StepArrays) -> torch.Tensor:

@@ -85,16 +85,18 @@ class Mailbox:
     def _drain(self) -> None:
         self._is_scheduled = False
         runtime = self._runtime
-        inbox = self._inbox
+        inbox, handler = self._inbox, self._handler
         now_ns = runtime.clock.now_ns()
         try:
             for _ in range(min(len(inbox), MAX_BATCH)):
-                runtime.send_all(self._address, self._handler(inbox.popleft(), now_ns))
+                answers = handler(inbox.popleft(), now_ns)
+                if answers:
+                    runtime.send_all(self._address, answers)
             if inbox:
                 self._is_scheduled = True
                 runtime.loop.call_soon(self._drain)
             elif self._after_batch is not None:
-                runtime.send_all(self._address, self._handler(self._after_batch, now_ns))
+                runtime.send_all(self._address, handler(self._after_batch, now_ns))
         except Exception as error:
             runtime.fail(self._address, error)
 
@@ -113,7 +115,7 @@ class InProcessRuntime:
         self.clock = clock
         self._routes = routes
         self._carriers: dict[Address, Carrier] = {}
-        self._targets: dict[Address, dict[type[Message], tuple[Carrier, ...]]] = {}
+        self._targets: dict[Address, dict[type[Message], tuple[Callable[[Message], None], ...]]] = {}
         self._on_failure = on_failure
         self._has_failed = False
 
@@ -124,21 +126,25 @@ class InProcessRuntime:
     def connect(self) -> None:
         """Resolve the routes; raises `KeyError` for an address without a carrier."""
         for (sender, kind), receivers in self._routes.items():
-            self._targets.setdefault(sender, {})[kind] = tuple(self._carriers[receiver] for receiver in receivers)
+            posts = tuple(self._carriers[receiver].post for receiver in receivers)
+            self._targets.setdefault(sender, {})[kind] = posts
 
     def send(self, sender: Address, message: Message) -> None:
         """Deliver one message to whoever hears it."""
-        for carrier in self._targets[sender][type(message)]:
-            carrier.post(message)
+        for post in self._targets[sender][type(message)]:
+            post(message)
 
     def send_all(self, sender: Address, messages: Iterable[Message]) -> None:
         """Deliver what a handler returned, in order."""
-        targets = None
+        targets = self._targets[sender]
+        kind: type[Message] | None = None
+        posts: tuple[Callable[[Message], None], ...] = ()
         for message in messages:
-            if targets is None:
-                targets = self._targets[sender]
-            for carrier in targets[type(message)]:
-                carrier.post(message)
+            if type(message) is not kind:  # a step's deltas come by the hundred: look their receivers up once
+                kind = type(message)
+                posts = targets[kind]
+            for post in posts:
+                post(message)
 
     def send_from_thread(self, sender: Address, message: Message) -> None:
         """Like `send`, from a thread that is not the loop's; a closed loop drops the message."""

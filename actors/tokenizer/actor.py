@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
 
 import structlog
 
@@ -55,7 +56,8 @@ class TokenizerActor:
         try:
             return self._core.handle(message, now_ns)
         except Exception as error:
-            log.exception("tokenizer.failed", request_ids=message.request_ids)
+            with suppress(Exception):  # a log that cannot be written must not lose the answer
+                log.exception("tokenizer.failed", request_ids=message.request_ids)
             why = f"the prompt could not be tokenized: {type(error).__name__}: {error}"
             return [
                 RequestEnded(

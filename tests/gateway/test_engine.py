@@ -616,6 +616,26 @@ async def test_a_consumer_that_raises_harms_nobody_else(folder: Path) -> None:
 
 
 @on_loop
+async def test_a_log_that_cannot_be_written_costs_no_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ClosedLog:
+        def error(self, *args: Any, **fields: Any) -> None:
+            raise ValueError("I/O operation on closed file")
+
+        exception = error
+
+    monkeypatch.setattr("octavo.gateway.engine.log", ClosedLog())
+    monkeypatch.setattr("octavo.gateway.frontend.log", ClosedLog())
+    async with opened(folder) as engine:
+        calm = await tokens_of(engine, GREEDY)
+        countdown = iter([False] * 3 + [True])
+        fail_steps(engine, lambda _: next(countdown, False))
+        engine.submit(PROMPT, GREEDY, lambda _: 1 / 0)
+        async with asyncio.timeout(30):
+            assert await tokens_of(engine, GREEDY) == calm
+        assert engine.stats().num_executor_restarts == 1
+
+
+@on_loop
 async def test_an_actor_that_raises_ends_every_request_and_readiness(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
