@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import structlog
+
+
+class StderrLogger:
+    """Writes to whatever standard error is now; a log that is closed or full must never break what it tells of."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def msg(self, message: str) -> None:
+        """Write one line."""
+        with contextlib.suppress(OSError, ValueError):
+            print(message, file=sys.stderr, flush=True)
+
+    log = debug = info = warn = warning = msg
+    fatal = failure = err = error = critical = exception = msg
 
 
 def configure_logs(log_format: str) -> None:
@@ -25,6 +41,6 @@ def configure_logs(log_format: str) -> None:
         processors += [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
     structlog.configure(
         processors=processors,
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        logger_factory=StderrLogger,
         cache_logger_on_first_use=True,
     )

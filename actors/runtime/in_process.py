@@ -96,7 +96,9 @@ class Mailbox:
                 self._is_scheduled = True
                 runtime.loop.call_soon(self._drain)
             elif self._after_batch is not None:
-                runtime.send_all(self._address, handler(self._after_batch, now_ns))
+                answers = handler(self._after_batch, now_ns)
+                if answers:
+                    runtime.send_all(self._address, answers)
         except Exception as error:
             runtime.fail(self._address, error)
 

@@ -39,7 +39,7 @@ class Sense(NamedTuple):
     part: str  # n, v, a, s or r
     gloss: str
     examples: tuple[str, ...]
-    count: int  # how often WordNet's tagged texts use it
+    num_uses: int  # how often WordNet's tagged texts use it
 
 
 def unpack_packages(root: Path) -> None:
@@ -163,9 +163,9 @@ def wordnet_senses(root: Path) -> list[Sense]:
                 continue
             gloss, *examples = re.split(r"; \"", glosses[first])
             quoted = tuple(example.split('"')[0] for example in examples)
-            count = counts.get(f"{fields[0]}/{part}", 0)
-            senses.append(Sense(fields[0], part, gloss.split(";")[0].strip(), quoted, count))
-    return sorted(senses, key=lambda sense: (-sense.count, sense.word, sense.part))
+            num_uses = counts.get(f"{fields[0]}/{part}", 0)
+            senses.append(Sense(fields[0], part, gloss.split(";")[0].strip(), quoted, num_uses))
+    return sorted(senses, key=lambda sense: (-sense.num_uses, sense.word, sense.part))
 
 
 def _wordnet_documents(senses: list[Sense]) -> list[Document]:

@@ -71,7 +71,7 @@ class Recipe(NamedTuple):
 # A shallow model learns as much from a token for less compute at first, so the deep one starts shallow and grows.
 # Source: Gong et al., "Efficient training of BERT by progressively stacking", ICML 2019.
 RECIPES = {
-    "leaf-6m": Recipe(256, 704, 4, 2, 64, (Stage(2, 400, 256), Stage(4, 170, 256), Stage(4, 30, 512))),
+    "leaf-6m": Recipe(256, 704, 4, 2, 64, (Stage(2, 400, 256), Stage(4, 650, 256), Stage(4, 50, 512))),
     "leaf-draft": Recipe(128, 384, 2, 1, 64, (Stage(2, 700, 256), Stage(2, 100, 512))),
 }
 
@@ -113,9 +113,7 @@ class Batches:
         """Return `[num_rows, seq_len + 1]` token ids."""
         size = seq_len + 1
         rows = [self._chats[self._chance.randrange(len(self._chats))][:size] for _ in range(num_rows // 2)]
-        sources = self._chance.choices(
-            list(_SOURCE_WEIGHTS), list(_SOURCE_WEIGHTS.values()), k=num_rows - len(rows)
-        )
+        sources = self._chance.choices(list(_SOURCE_WEIGHTS), list(_SOURCE_WEIGHTS.values()), k=num_rows - len(rows))
         for source in sources:
             start = self._chance.randrange(len(self._streams[source]) - size)
             rows.append(self._streams[source][start : start + size])
@@ -185,7 +183,7 @@ def make_config(recipe: Recipe, num_layers: int) -> Qwen3Config:
         num_key_value_heads=recipe.num_kv_heads,
         head_dim=recipe.head_dim,
         max_position_embeddings=2048,
-        rope_theta=10000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=IM_END,
@@ -235,7 +233,7 @@ def loss_of(model: Qwen3ForCausalLM, rows: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def evaluate(model: Qwen3ForCausalLM, held_out: dict[str, torch.Tensor]) -> dict[str, float]:
     """Return the loss on each set of held out rows."""
-    model.eval()
+    model.train(False)
     losses = {name: round(loss_of(model, rows).item(), 3) for name, rows in held_out.items()}
     model.train()
     return losses
@@ -247,10 +245,10 @@ def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     copy = Qwen3ForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
-    copy.generation_config = GenerationConfig(
+    copy.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
         do_sample=True, temperature=0.6, top_p=0.95, top_k=20, eos_token_id=[IM_END, END_OF_TEXT], pad_token_id=PAD
     )
-    copy.to(torch.bfloat16).save_pretrained(partial)
+    copy.bfloat16().save_pretrained(partial)
     tokenizer.save(str(partial / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -346,7 +344,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint, written now and then")
     parser.add_argument("--corpus", type=Path, default=Path("corpus"), help="folder of the unpacked Debian packages")
     parser.add_argument("--tokenizer", type=Path, help="folder of a checkpoint whose tokenizer to reuse")
-    parser.add_argument("--resume", type=int, default=0, help="continue the weights in --out from this step of the plan")
+    parser.add_argument("--resume", type=int, default=0, help="continue --out from this step of the plan")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of steps")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
