@@ -8,7 +8,7 @@ from pathlib import Path
 from .errors import ModelLoadError, ModelNotFoundError, WeightsError
 
 SHIPPED = Path(__file__).parent / "shipped"
-DEFAULT_MODEL = "leaf-6m"
+DEFAULT_MODEL = "leaf-4m"
 
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 _WEIGHTS = "*.safetensors"

@@ -1,7 +1,7 @@
 """Train the small Qwen3-shaped models that octavo ships, from scratch, on one or two CPU cores.
 
-    python models/shipped/train.py --model leaf-6m --out models/shipped/leaf-6m
-    python models/shipped/train.py --model leaf-draft --out models/shipped/leaf-draft --tokenizer models/shipped/leaf-6m
+    python models/shipped/train.py --model leaf-4m --out models/shipped/leaf-4m
+    python models/shipped/train.py --model leaf-draft --out models/shipped/leaf-draft --tokenizer models/shipped/leaf-4m
 
 The corpus comes from the Debian packages that `corpus.py` names; `--corpus` is a folder into which they are unpacked,
 by this script if it is empty. Half of each batch is conversations from `conversations.py`. Same packages, same Python,
@@ -71,7 +71,7 @@ class Recipe(NamedTuple):
 # A shallow model learns as much from a token for less compute at first, so the deep one starts shallow and grows.
 # Source: Gong et al., "Efficient training of BERT by progressively stacking", ICML 2019.
 RECIPES = {
-    "leaf-6m": Recipe(256, 704, 4, 2, 64, (Stage(2, 400, 256), Stage(4, 650, 256), Stage(4, 50, 512))),
+    "leaf-4m": Recipe(256, 704, 4, 2, 64, (Stage(2, 400, 256), Stage(4, 650, 256), Stage(4, 50, 512))),
     "leaf-draft": Recipe(128, 384, 2, 1, 64, (Stage(2, 700, 256), Stage(2, 100, 512))),
 }
 
@@ -340,7 +340,7 @@ def train(args: argparse.Namespace) -> None:
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(RECIPES), default="leaf-6m")
+    parser.add_argument("--model", choices=sorted(RECIPES), default="leaf-4m")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint, written now and then")
     parser.add_argument("--corpus", type=Path, default=Path("corpus"), help="folder of the unpacked Debian packages")
     parser.add_argument("--tokenizer", type=Path, help="folder of a checkpoint whose tokenizer to reuse")

@@ -137,8 +137,8 @@ def test_no_name_means_the_shipped_model_which_has_a_name_too(tmp_path: Path, mo
     monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
     with pytest.raises(ModelNotFoundError, match="install octavo again"):
         resolve_checkpoint(None)
-    (tmp_path / "leaf-6m").mkdir()
-    (tmp_path / "leaf-6m" / "config.json").touch()
+    (tmp_path / "leaf-4m").mkdir()
+    (tmp_path / "leaf-4m" / "config.json").touch()
     monkeypatch.chdir(tmp_path.parent)
-    assert resolve_checkpoint(None) == tmp_path / "leaf-6m"
-    assert resolve_checkpoint("leaf-6m") == tmp_path / "leaf-6m"
+    assert resolve_checkpoint(None) == tmp_path / "leaf-4m"
+    assert resolve_checkpoint("leaf-4m") == tmp_path / "leaf-4m"
