@@ -1,0 +1,1 @@
+"""What arrives when: traces, synthetic loads, and transforms of both."""
