@@ -15,7 +15,7 @@ ALLOWED = {
     "models": {"models", "kernels"},
     "actors": {"actors", "messages"},
     "sim": {"sim", "messages", "actors"},
-    "gateway": {"gateway", "messages", "actors", "__init__"},
+    "gateway": {"gateway", "messages", "actors", "sim", "__init__"},
 }
 EXECUTOR_ALSO = {"models", "kernels"}
 HEAVY = {"torch", "transformers", "triton"}
