@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
+from ..actors.router.config import RoutingPolicy
 from ..actors.scheduler.config import SchedulerConfig
 
-RoutingPolicy = Literal["round_robin", "least_loaded", "prefix_aware"]
+__all__ = ["Outage", "RoutingPolicy", "SimConfig"]
 
 
 class Outage(msgspec.Struct, frozen=True):

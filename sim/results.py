@@ -75,7 +75,7 @@ class ReplicaResult(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         busy_share: part of the run that its device was computing.
         mean_batch: rows of a step, weighted by its duration.
-        kv_use_mean, kv_use_peak: held blocks of all blocks, 0 to 1; the mean weighted by time.
+        kv_use_peak: held blocks of all blocks, 0 to 1; the highest at the instants of the timeline.
         num_steps: executed; of them `num_steps_skipped` were advanced over by fast-forward.
     """
 
@@ -84,7 +84,6 @@ class ReplicaResult(msgspec.Struct, frozen=True, kw_only=True):
     num_steps_skipped: int
     busy_share: float
     mean_batch: float
-    kv_use_mean: float
     kv_use_peak: float
     num_preemptions: int
     num_recomputed_tokens: int

@@ -60,7 +60,8 @@ class StepTimeModel(Protocol):
     def host_ns(self, shape: StepShape) -> int:
         """Time between a step's end and the moment the executor may begin the step planned in answer to it.
 
-        With several steps in flight it is hidden behind the next step, unless it is longer than that.
+        With several steps in flight it is hidden behind the next step, unless it is longer than that. It may depend on
+        the number of rows and tokens, not on context lengths, so that it is the same along a run of decode steps.
         """
         ...
 

@@ -1,0 +1,307 @@
+"""A workload on a cluster: the production router, schedulers and allocators under virtual time."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from ..actors.router.core import RouterConfig, RouterCore
+from ..messages.ids import RequestId
+from ..messages.request import RequestEnded, SubmitRequest
+from ..messages.router import ReplicaDown, ReplicaUp, RequestLeft
+from ..messages.sampling import SamplingParams
+from .agenda import Agenda
+from .config import Outage, SimConfig
+from .event_log import NumberStream
+from .guard import Guard, no_real_world, real_world
+from .metrics import summarize
+from .replica import Replica
+from .results import Outcome, RequestRecord, RunResult
+from .slo import Slo
+from .step_time.interface import StepTimeModel
+from .timeline import Timeline
+from .workload.request import TraceRequest, Workload
+
+Progress = Callable[[int, int, float], None]
+"""Called now and then with requests ended, requests arrived, and virtual seconds."""
+
+_OUTAGE_RANK, _CANCEL_RANK, _ARRIVAL_RANK, _TIMELINE_RANK = ((1 << 30) + i for i in range(1, 5))
+_OUTCOMES: dict[str, Outcome] = {"stop": "done", "length": "done", "refused": "refused", "error": "failed"}
+_REPORT_EVERY = 64
+
+
+class Simulation(msgspec.Struct, frozen=True):
+    """A finished run.
+
+    Attributes:
+        result: its summary.
+        records: what became of each request, in order of arrival.
+        is_cut_short: the run was ended because it could no longer meet its service level.
+    """
+
+    result: RunResult
+    records: list[RequestRecord]
+    is_cut_short: bool = False
+
+
+class _Watch:
+    """Ends a run that can no longer meet its service level.
+
+    With N requests and a limit on the p-th percentile, more than N x (1 - p) requests beyond it decide the run. There
+    is no early pass.
+    """
+
+    def __init__(self, slo: Slo, num_requests: int) -> None:
+        self._limits = [
+            (term.metric, round(term.limit_s * 1e9), int(num_requests * (1 - term.percentile / 100)))
+            for term in slo.terms
+            if term.percentile > 0 and term.metric in ("ttft", "e2e")
+        ]
+        self._num_missed = [0] * len(self._limits)
+        self.is_lost = False
+
+    def see(self, metric: str, value_ns: int) -> None:
+        """A request has this figure."""
+        for i, (name, limit_ns, num_allowed) in enumerate(self._limits):
+            if name == metric and value_ns > limit_ns:
+                self._num_missed[i] += 1
+                self.is_lost = self.is_lost or self._num_missed[i] > num_allowed
+
+
+class Cluster:
+    """Replicas behind a router, and the clients that use them.
+
+    Args:
+        config: how many, and how each is set.
+        workload: what arrives.
+        model: how long a step of a replica takes.
+        watch: if given, asked whether to go on.
+    """
+
+    def __init__(
+        self, config: SimConfig, workload: Workload, model: StepTimeModel, watch: _Watch | None = None
+    ) -> None:
+        self._config = config
+        self._workload = workload
+        self._watch = watch
+        self.agenda = Agenda()
+        self.records: list[RequestRecord] = []
+        self.num_ended = 0
+        self._open: dict[RequestId, TraceRequest] = {}
+        self._left: dict[RequestId, None] = {}  # clients that went away, and whose request has not ended
+        self._routes = NumberStream()
+        self._ends = NumberStream()
+        self._router = RouterCore(RouterConfig(num_replicas=config.num_replicas, policy=config.routing))
+        self.replicas = [
+            Replica(
+                i,
+                config.scheduler,
+                model,
+                self.agenda,
+                on_first_token=self._on_first_token,
+                on_ended=self._on_ended,
+                fast_forward=config.fast_forward,
+            )
+            for i in range(config.num_replicas)
+        ]
+        self._arrivals: Iterator[TraceRequest] = workload.arrivals()
+        self.timeline = Timeline(self.agenda, _TIMELINE_RANK, self.replicas, config.scheduler.num_blocks)
+        self._num_arrivals_due = 0
+        for outage in config.outages:
+            self._add_outage(outage)
+        self._await_next()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing arrives any more and everything has ended."""
+        return not self._open and not self._num_arrivals_due
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the service level cannot be met any more."""
+        return self._watch is not None and self._watch.is_lost
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of every decision and every time."""
+        sha = hashlib.sha256(self._routes.digest() + self._ends.digest())
+        for replica in self.replicas:
+            sha.update(replica.log.digest())
+        return sha.hexdigest()
+
+    # -- clients ------------------------------------------------------------------------------------------------------
+
+    def _await_next(self) -> None:
+        """Write down the next arrival that the workload knows beforehand; one at a time, however many there are."""
+        trace = next(self._arrivals, None)
+        if trace is not None:
+            self._add_arrival(trace, is_known=True)
+
+    def _add_arrival(self, trace: TraceRequest, *, is_known: bool) -> None:
+        self._num_arrivals_due += 1
+
+        def arrive() -> None:
+            self._num_arrivals_due -= 1
+            self._arrive(trace)
+            if is_known:
+                self._await_next()
+
+        self.agenda.add(max(trace.arrival_ns, self.agenda.now_ns), _ARRIVAL_RANK, arrive)
+
+    def _arrive(self, trace: TraceRequest) -> None:
+        request_id = RequestId(len(self.records))
+        now_ns = self.agenda.now_ns
+        self._open[request_id] = trace
+        self.records.append(
+            RequestRecord(
+                index=request_id,
+                replica=-1,
+                tenant=trace.tenant,
+                outcome="failed",
+                num_prompt_tokens=trace.num_prompt_tokens,
+                num_output_tokens=0,
+                num_cached_tokens=0,
+                num_preemptions=0,
+                arrival_ns=now_ns,
+                scheduled_ns=-1,
+                first_token_ns=-1,
+                last_token_ns=-1,
+                ended_ns=-1,
+            )
+        )
+        if trace.cancel_after_ns:
+            self.agenda.add(now_ns + trace.cancel_after_ns, _CANCEL_RANK, lambda: self._leave(request_id))
+        if self._config.ingress_ns:
+            self.agenda.add(now_ns + self._config.ingress_ns, _ARRIVAL_RANK, lambda: self._submit(request_id))
+        else:
+            self._submit(request_id)
+
+    def _submit(self, request_id: RequestId) -> None:
+        """The request has passed gateway and tokenizer: route it."""
+        trace = self._open.get(request_id)
+        if trace is None:
+            return  # its client left meanwhile
+        now_ns = self.agenda.now_ns
+        submit = SubmitRequest(
+            request_id=request_id,
+            prompt_token_ids=trace.prompt_token_ids(),
+            params=SamplingParams(max_tokens=trace.num_output_tokens, ignore_eos=True),
+            arrival_ns=self.records[request_id].arrival_ns,
+            priority=trace.priority,
+            deadline_ns=self.records[request_id].arrival_ns + trace.timeout_ns if trace.timeout_ns else 0,
+        )
+        for route in self._router.handle(submit, now_ns):
+            self.records[request_id].replica = route.replica
+            self._routes.extend((now_ns, request_id, route.replica))
+            self.replicas[route.replica].submit(route.submit, trace.answer_id)
+
+    def _leave(self, request_id: RequestId) -> None:
+        """The client goes away, unless it has its answer."""
+        if request_id not in self._open:
+            return
+        self._left[request_id] = None
+        replica = self.records[request_id].replica
+        if replica >= 0:
+            self.replicas[replica].cancel(request_id)
+        else:
+            self._on_ended(RequestEnded(request_id, "abort"))
+
+    def _on_first_token(self, request_id: RequestId, end_ns: int) -> None:
+        record = self.records[request_id]
+        record.first_token_ns = end_ns + self._config.egress_ns
+        if self._watch is not None:
+            self._watch.see("ttft", record.first_token_ns - record.arrival_ns)
+
+    def _on_ended(self, ended: RequestEnded) -> None:
+        request_id = ended.request_id
+        trace = self._open.pop(request_id)
+        now_ns = self.agenda.now_ns
+        record = self.records[request_id]
+        record.ended_ns = now_ns
+        record.num_output_tokens = ended.num_output_tokens
+        record.num_cached_tokens = ended.num_cached_tokens
+        record.num_preemptions = ended.num_preemptions
+        record.scheduled_ns = ended.first_scheduled_ns or -1
+        if ended.reason == "abort":
+            record.outcome = "cancelled" if self._left.pop(request_id, 0) is None else "timeout"
+        else:
+            record.outcome = _OUTCOMES[ended.reason]
+            if record.outcome == "done":
+                record.last_token_ns = now_ns + self._config.egress_ns
+                if self._watch is not None:
+                    self._watch.see("e2e", record.last_token_ns - record.arrival_ns)
+        self._ends.extend((now_ns, request_id, ended.num_output_tokens, ended.num_cached_tokens))
+        self._left.pop(request_id, None)
+        self.num_ended += 1
+        self._router.handle(RequestLeft(request_id), now_ns)
+        for follower in self._workload.followers(trace, now_ns + self._config.egress_ns):
+            self._add_arrival(follower, is_known=False)
+
+    # -- faults -------------------------------------------------------------------------------------------------------
+
+    def _add_outage(self, outage: Outage) -> None:
+        replica = self.replicas[outage.replica]
+
+        def begin() -> None:
+            self._router.handle(ReplicaDown(outage.replica), self.agenda.now_ns)
+            replica.lose_executor(outage.end_ns)
+
+        def end() -> None:
+            self._router.handle(ReplicaUp(outage.replica), self.agenda.now_ns)
+
+        self.agenda.add(outage.begin_ns, _OUTAGE_RANK, begin)
+        self.agenda.add(outage.end_ns, _OUTAGE_RANK, end)
+
+
+def simulate(
+    config: SimConfig,
+    workload: Workload,
+    model: StepTimeModel,
+    *,
+    slo: Slo | None = None,
+    progress: Progress | None = None,
+    stop_early: bool = False,
+) -> Simulation:
+    """Run a workload to its end, under virtual time.
+
+    While it runs, reading a clock, global chance, starting a thread or opening a socket raises `RealWorldError`.
+
+    Args:
+        config: the cluster.
+        workload: what arrives; its `followers` may add to it.
+        model: how long steps take.
+        slo: for goodput and the verdict.
+        progress: told how far the run is; the real world is open to it.
+        stop_early: end the run once it cannot meet the service level; needs a workload without followers.
+
+    Returns:
+        The same result for the same arguments, whatever else the machine does.
+    """
+    watch = None
+    if stop_early and slo is not None:
+        watch = _Watch(slo, sum(1 for _ in workload.arrivals()))
+    was_collecting = gc.isenabled()
+    gc.disable()  # nothing here makes circles; the collector would walk all requests again and again
+    try:
+        with no_real_world() as guard:
+            cluster = Cluster(config, workload, model, watch)
+            _run(cluster, guard, progress)
+    finally:
+        if was_collecting:
+            gc.enable()
+    result = summarize(config, workload, model, cluster, slo)
+    return Simulation(result, cluster.records, cluster.is_lost)
+
+
+def _run(cluster: Cluster, guard: Guard, progress: Progress | None) -> None:
+    run_next = cluster.agenda.run_next
+    report_at = _REPORT_EVERY
+    while not cluster.is_done and not cluster.is_lost:
+        if not run_next():
+            raise RuntimeError(f"{len(cluster.records) - cluster.num_ended} requests wait, and nothing will happen")
+        if progress is not None and cluster.num_ended >= report_at:
+            report_at = cluster.num_ended + _REPORT_EVERY
+            with real_world(guard):
+                progress(cluster.num_ended, len(cluster.records), cluster.agenda.now_ns / 1e9)
