@@ -29,6 +29,30 @@ class InvalidConfigError(OctavoError):
         super().__init__(message)
 
 
+class InvalidTraceError(OctavoError):
+    """A recorded trace cannot be read: which file and line, what is wrong there, what to do."""
+
+    code = "invalid_trace"
+
+    def __init__(self, message: str, *, file: str = "", line: int = 0, advice: str = "") -> None:
+        self.file = file  # empty only while another process's error is put together again from its message
+        self.line = line  # from 1; 0: the file as a whole
+        where = f"{file}:{line}: " if line else f"{file}: " if file else ""
+        super().__init__(f"{where}{message}{'. ' + advice if advice else ''}")
+
+
+class InvalidJournalError(OctavoError):
+    """A journal cannot be read: where it was damaged, or why it is none."""
+
+    code = "invalid_journal"
+
+
+class InvalidWorkloadError(OctavoError):
+    """A workload's description or a transform of it is malformed or impossible."""
+
+    code = "invalid_workload"
+
+
 class ContextLengthExceededError(InvalidRequestError):
     """Prompt (and output asked for) do not fit the model's context or the KV cache."""
 

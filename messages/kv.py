@@ -13,8 +13,8 @@ class MatchPrefix(Message, frozen=True):
 
     Attributes:
         token_ids: int32, little endian: prompt, then outputs so far.
-        cache_salt: part of the hash chain's root.
-        adapter: name of the LoRA adapter, part of the hash chain's root.
+        cache_salt: part of the history: nothing is shared under another salt.
+        adapter: name of the LoRA adapter, part of the history as well.
         fork_of: share the leading full blocks of this request's table (its prompt is computed); -1 if none.
         skip_cache: pin nothing (prompt logprobs need every position computed).
     """

@@ -140,7 +140,6 @@ class TextDelta(Message, frozen=True):
         text: ready to be sent; never part of a character, never part of a possible stop string.
         token_ids: tokens that this delta accounts for (their text may come with a later delta).
         logprobs: one entry for each of `token_ids`, if asked for.
-        token_texts: text of each token by itself, if logprobs were asked for.
         finish_reason: set on the last delta of the stream.
         stop_reason: the stop string or stop token id that ended it.
         ended: the scheduler's account, on the last delta.
@@ -155,3 +154,19 @@ class TextDelta(Message, frozen=True):
     stop_reason: str | int | None = None
     ended: RequestEnded | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+
+
+class StepTexts(Message, frozen=True):
+    """Detokenizer -> front end: what streams gained in one step by a token whose text is simply its own.
+
+    Stands for a `TextDelta(request_id, text, (token_id,))` of each row: one message a step where there would be
+    hundreds. A stream has at most one row, and its other deltas keep their place before or behind.
+
+    Attributes:
+        texts: one for each of `request_ids`, ready to be sent.
+        token_ids: likewise.
+    """
+
+    request_ids: tuple[RequestId, ...]
+    texts: tuple[str, ...]
+    token_ids: tuple[int, ...]

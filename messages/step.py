@@ -1,6 +1,6 @@
 """The ring: a step is planned, stamped with blocks, executed, and its tokens come back.
 
-One lap a step: scheduler -`PlanStep`-> KV allocator -`ExecuteStep`-> executor -`StepExecuted`-> scheduler, detokenizer.
+One lap a step: scheduler -`PlanStep`-> KV allocator -`ExecuteStep`-> executor -`StepExecuted`-> scheduler and
 detokenizer. Messages carry what changes, so their size does not grow with context length.
 """
 
@@ -105,3 +105,24 @@ class StepExecuted(Message, frozen=True):
 
 class PlanDue(Message, frozen=True):
     """Runtime -> scheduler: the inbox is drained; plan steps as long as the pipeline has room."""
+
+
+class DecodeStretch(Message, frozen=True):
+    """Scheduler -> KV allocator, under virtual time alone: steps that were planned and executed without messages.
+
+    Stands for `num_steps` plans of nothing but one token for each of the same rows. Made by
+    `SchedulerCore.advance_decode`, applied by `KVAllocatorCore.advance_decode`.
+
+    Attributes:
+        first_step_id: of the first step planned in the stretch; as many steps older than it were executed as there are
+            steps in flight.
+        request_ids: the rows of every one of these steps.
+        grow: `(step_offset, request_id)`, one block to append before step `first_step_id + step_offset`, in the order
+            in which the plans would have asked.
+    """
+
+    epoch: Epoch
+    first_step_id: StepId
+    num_steps: int
+    request_ids: tuple[RequestId, ...]
+    grow: tuple[tuple[int, RequestId], ...] = ()

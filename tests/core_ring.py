@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from octavo.actors.kv_allocator.config import AllocatorConfig
 from octavo.actors.kv_allocator.core import KVAllocatorCore
-from octavo.actors.kv_allocator.prefix_index import chain_digest
 from octavo.actors.scheduler.config import FIRST_EPOCH, SchedulerConfig
 from octavo.actors.scheduler.core import SchedulerCore
 from octavo.messages.ids import Epoch, RequestId, StepId
@@ -196,9 +195,7 @@ class CheckingExecutor:
 class CoreRing:
     """Delivers messages in order on each edge and in any order between edges; checks after each of them."""
 
-    def __init__(
-        self, config: SchedulerConfig, *, seed: int = 0, vocab: int = 8, checks: bool = True, digest=chain_digest
-    ) -> None:
+    def __init__(self, config: SchedulerConfig, *, seed: int = 0, vocab: int = 8, checks: bool = True) -> None:
         self.config = config
         self.vocab = vocab
         self.checks = checks
@@ -209,7 +206,7 @@ class CoreRing:
             block_size=config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        self.allocator = KVAllocatorCore(allocator_config, digest=digest)
+        self.allocator = KVAllocatorCore(allocator_config)
         self.executor = CheckingExecutor(config, vocab)
         self.edges: dict[str, deque] = {
             name: deque() for name in ("submit", "lost", "to_allocator", "from_allocator", "to_executor", "executed")

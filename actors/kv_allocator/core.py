@@ -8,10 +8,10 @@ import msgspec
 
 from ...messages.ids import BlockId, Epoch, RequestId
 from ...messages.kv import BlocksFreed, MatchPrefix, PrefixMatched, ReleaseMatch, ResetBlocks, ResetPrefixCache
-from ...messages.step import ExecuteStep, PlanStep
+from ...messages.step import DecodeStretch, ExecuteStep, PlanStep
 from .block_pool import BlockPool
 from .config import FIRST_EPOCH, AllocatorConfig
-from .prefix_index import PrefixIndex, PrefixLink, chain_digest
+from .prefix_index import PrefixIndex, root_of
 
 __all__ = ["AllocatorConfig", "AllocatorInbox", "AllocatorOutbox", "AllocatorStats", "KVAllocatorCore"]
 
@@ -48,8 +48,8 @@ class _RequestBlocks:
         block_table: block ids in order.
         token_ids: int32 bytes, the tokens that were known when the request was matched.
         num_computed_tokens: leading tokens of `token_ids` whose KV is in the cache.
-        link: of the last block that was looked up or published; None once nothing of it may be found.
-        num_linked_blocks: leading blocks that `link` covers.
+        root: of its history in the prefix index; None once nothing of it may be found.
+        num_published: leading blocks that were found, or published after.
         num_shared_blocks: leading blocks that were found, not computed by this request.
         is_started: part of the executor's batch, no longer merely pinned.
     """
@@ -57,18 +57,18 @@ class _RequestBlocks:
     __slots__ = (
         "block_table",
         "is_started",
-        "link",
         "num_computed_tokens",
-        "num_linked_blocks",
+        "num_published",
         "num_shared_blocks",
+        "root",
         "token_ids",
     )
 
-    def __init__(self, token_ids: bytes, block_table: list[BlockId], link: PrefixLink | None, num_linked: int) -> None:
+    def __init__(self, token_ids: bytes, block_table: list[BlockId], root: bytes | None, num_published: int) -> None:
         self.token_ids = token_ids
         self.block_table = block_table
-        self.link = link
-        self.num_linked_blocks = num_linked
+        self.root = root
+        self.num_published = num_published
         self.num_shared_blocks = len(block_table)
         self.num_computed_tokens = 0
         self.is_started = False
@@ -85,15 +85,11 @@ class KVAllocatorCore:
     Args:
         config: how much KV there is.
         epoch: the executor's incarnation to begin with.
-        digest: hash of the prefix chain's links; tests weaken it.
     """
 
-    def __init__(
-        self, config: AllocatorConfig, epoch: Epoch = FIRST_EPOCH, digest: Callable[[bytes], bytes] = chain_digest
-    ) -> None:
+    def __init__(self, config: AllocatorConfig, epoch: Epoch = FIRST_EPOCH) -> None:
         self._config = config
         self._epoch = epoch
-        self._digest = digest
         self._num_dropped_messages = 0
         self._num_evicted_before = 0  # by pools of earlier epochs
         self._block_bytes = config.block_size * _TOKEN_BYTES
@@ -107,7 +103,7 @@ class KVAllocatorCore:
         self._clear()
 
     def _clear(self) -> None:
-        self._index = PrefixIndex(self._digest)
+        self._index = PrefixIndex(self._config.num_blocks, self._block_bytes)
         self._pool = BlockPool(self._config.num_blocks, self._index)
         self._requests: dict[RequestId, _RequestBlocks] = {}
 
@@ -139,15 +135,7 @@ class KVAllocatorCore:
                 request.is_started = True
                 heads.append(tuple(request.block_table))
             block_tables = tuple(heads)
-        append_blocks: tuple[tuple[RequestId, tuple[BlockId, ...]], ...] = ()
-        if plan.grow:
-            take = self._pool.take
-            appended: list[tuple[RequestId, tuple[BlockId, ...]]] = []
-            for request_id, num_blocks in plan.grow:
-                block_ids = take(num_blocks)
-                requests[request_id].block_table.extend(block_ids)
-                appended.append((request_id, block_ids))
-            append_blocks = tuple(appended)
+        append_blocks = self._grow(plan.grow) if plan.grow else ()
         for request_id, num_tokens in plan.computed_prompt_tokens:
             request = requests[request_id]
             request.num_computed_tokens = num_tokens
@@ -168,26 +156,51 @@ class KVAllocatorCore:
             out.append(BlocksFreed(self._epoch, num_freed, self._pool.num_cached, len(plan.release)))
         return out
 
+    def _grow(self, grow: tuple[tuple[RequestId, int], ...]) -> tuple[tuple[RequestId, tuple[BlockId, ...]], ...]:
+        """Append new blocks to block tables; return which."""
+        requests = self._requests
+        taken = self._pool.take(sum([num_blocks for _, num_blocks in grow]))
+        appended = []
+        at = 0
+        for request_id, num_blocks in grow:
+            block_ids = taken[at : at + num_blocks]
+            at += num_blocks
+            requests[request_id].block_table += block_ids
+            appended.append((request_id, tuple(block_ids)))
+        return tuple(appended)
+
+    def advance_decode(self, stretch: DecodeStretch) -> list[tuple[int, RequestId, BlockId]]:
+        """Append the blocks that the plans of a stretch would have appended; return them as `(step_offset, id, block)`.
+
+        Beside `handle` for the simulator alone, which skips the messages of steps whose outcome is known.
+        """
+        assert stretch.epoch == self._epoch
+        requests = self._requests
+        block_ids = self._pool.take(len(stretch.grow))
+        appended = []
+        for (step_offset, request_id), block_id in zip(stretch.grow, block_ids, strict=True):
+            requests[request_id].block_table.append(block_id)
+            appended.append((step_offset, request_id, block_id))
+        return appended
+
     def _release(self, request_id: RequestId, token_ids: bytes) -> int:
         request = self._requests.pop(request_id)
         if token_ids:
             num_full = min(len(token_ids) // self._block_bytes, len(request.block_table))
             self._publish(request, token_ids, num_full)
         else:
-            for block_id in request.block_table[request.num_shared_blocks : request.num_linked_blocks]:
-                self._pool.unpublish(block_id)
+            self._pool.forget_held(request.block_table[request.num_shared_blocks : request.num_published])
         return self._pool.release(request.block_table)
 
     def _publish(self, request: _RequestBlocks, token_ids: bytes, num_blocks: int) -> None:
         """Let the first `num_blocks` blocks of a request be found by their tokens."""
-        begin = request.num_linked_blocks
-        if request.link is None or num_blocks <= begin:
+        begin = request.num_published
+        if request.root is None or num_blocks <= begin:
             return
-        size = self._block_bytes
-        request.link = self._pool.publish(
-            request.link, token_ids[begin * size : num_blocks * size], request.block_table[begin:num_blocks]
+        self._index.add(
+            request.root, token_ids[: num_blocks * self._block_bytes], request.block_table[begin:num_blocks]
         )
-        request.num_linked_blocks = num_blocks
+        request.num_published = num_blocks
 
     # -- beside the step path -----------------------------------------------------------------------------------------
 
@@ -196,30 +209,26 @@ class KVAllocatorCore:
             self._num_dropped_messages += 1
             return []
         assert match.request_id not in self._requests
-        size = self._block_bytes
         token_ids = match.token_ids
         # The last token is always computed: its logits are what the next token is drawn from.
-        max_blocks = 0 if match.skip_cache else (len(token_ids) - _TOKEN_BYTES) // size
+        max_blocks = 0 if match.skip_cache else (len(token_ids) - _TOKEN_BYTES) // self._block_bytes
         block_table: list[BlockId] = []
-        link: PrefixLink | None = None
+        root: bytes | None = None
         if self._config.enable_prefix_caching:
-            link = self._index.root(match.cache_salt, match.adapter)
-            for i in range(max_blocks):
-                found = self._index.follow(link, token_ids[i * size : (i + 1) * size])
-                if found is None:
-                    break
-                block_table.append(found.block_id)
-                link = found
-        num_linked = len(block_table)
+            root = root_of(match.cache_salt, match.adapter)
+            block_table = self._index.find(root, token_ids, max_blocks)
+        num_published = len(block_table)
         leader = self._requests.get(match.fork_of)
         if leader is not None:
             num_forked = min(leader.num_computed_tokens // self._config.block_size, max_blocks)
-            while num_forked > num_linked and not token_ids.startswith(leader.token_ids[: num_forked * size]):
+            while num_forked > num_published and not token_ids.startswith(
+                leader.token_ids[: num_forked * self._block_bytes]
+            ):
                 num_forked -= 1
-            if num_forked > num_linked:
+            if num_forked > num_published:
                 block_table = leader.block_table[:num_forked]
         num_taken = self._pool.hold(block_table)
-        self._requests[match.request_id] = _RequestBlocks(token_ids, block_table, link, num_linked)
+        self._requests[match.request_id] = _RequestBlocks(token_ids, block_table, root, num_published)
         num_cached_tokens = len(block_table) * self._config.block_size
         return [PrefixMatched(self._epoch, match.request_id, num_cached_tokens, num_taken)]
 
@@ -244,7 +253,7 @@ class KVAllocatorCore:
     def _on_reset_prefix_cache(self, _: ResetPrefixCache) -> list[AllocatorOutbox]:
         self._pool.forget_cached()
         for request in self._requests.values():
-            request.link = None  # what it computed before must not be found later either
+            request.root = None  # what it computed before must not be found later either
         return []
 
     # -- for metrics and tests ----------------------------------------------------------------------------------------

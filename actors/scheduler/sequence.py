@@ -7,6 +7,8 @@ from array import array
 
 from ...messages.request import SubmitRequest
 
+NOT_DECODING = -1
+
 
 class State(enum.Enum):
     """Where a request is in its life; a preempted one is waiting again."""
@@ -26,12 +28,14 @@ class Sequence:
         key: place in every order, smallest first: arrival plus the fixed waiting time that its priority is worth.
         tokens: int32; prompt, then the outputs that are known.
         max_total: tokens at which it ends by length.
-        num_computed: tokens whose KV is in the cache once all steps sent are executed.
+        num_computed: tokens whose KV is in the cache once all steps sent are executed; while decoding, see
+            `DecodingRows.num_computed`.
         num_slots: tokens that the blocks in its block table hold.
         num_promised: blocks set aside for tokens it has already.
         num_queued_tokens: tokens it had when it was queued.
         num_backlog: its share of the prompt tokens the next step can take.
-        decode_limit: while decoding, `num_computed` up to which a row needs neither a block nor a closer look.
+        decode_base: while decoding, tokens computed before the clock of `DecodingRows` began.
+        due_clock: clock at which its row needs a closer look; `NOT_DECODING` if it is no decoding row.
         fork_of: sibling that it waits for, then shares blocks with.
         siblings: parked sequences that wait for this one.
         last_step_id: a step in flight when it was preempted; its tokens may still come.
@@ -39,7 +43,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "decode_limit",
+        "decode_base",
+        "due_clock",
         "first_scheduled_ns",
         "fork_of",
         "is_matched_before",
@@ -82,7 +87,8 @@ class Sequence:
         self.num_promised = 0
         self.num_queued_tokens = 0
         self.num_backlog = 0
-        self.decode_limit = 0
+        self.decode_base = 0
+        self.due_clock = NOT_DECODING
         self.fork_of = submit.fork_of
         self.siblings: list[Sequence] = []
         self.last_step_id = -1
@@ -97,3 +103,13 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """Outputs that are known and belong to the answer."""
         return max(0, min(len(self.tokens), self.max_total) - self.num_prompt)
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether all prompt tokens are computed by steps that were sent."""
+        return self.state is State.RUNNING and self.num_computed >= self.num_prompt
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether it is one of `DecodingRows`."""
+        return self.due_clock != NOT_DECODING

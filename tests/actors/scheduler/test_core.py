@@ -60,12 +60,26 @@ def test_a_prompt_that_can_never_fit_is_refused_at_once_with_the_numbers(
 
 
 def test_a_full_queue_refuses_and_serves_those_it_took() -> None:
-    ring = make(max_num_queued_requests=3)
-    for request_id in range(5):
+    ring = make(max_num_queued_requests=3, max_num_seqs=2)
+    for request_id in range(2):
+        ring.submit(submit(request_id, [1, 2, 3], max_tokens=50))
+    for _ in range(3):
+        ring.lap()
+    assert ring.scheduler.stats().num_running == 2
+    for request_id in range(2, 7):
         ring.submit(submit(request_id, [1, 2, 3]))
         ring.deliver("submit")
     ring.run()
-    assert [ring.ended[RequestId(i)].error_code for i in range(5)] == ["", "", "", "queue_full", "queue_full"]
+    assert [ring.ended[RequestId(i)].error_code for i in range(7)] == [""] * 5 + ["queue_full"] * 2
+
+
+def test_a_burst_into_free_seats_does_not_count_as_a_queue() -> None:
+    ring = make(max_num_queued_requests=1, max_num_seqs=4)
+    for request_id in range(7):
+        ring.submit(submit(request_id, [1, 2, 3]))
+        ring.deliver("submit")
+    ring.run()
+    assert [ring.ended[RequestId(i)].error_code for i in range(7)] == [""] * 5 + ["queue_full"] * 2
 
 
 def test_a_queue_full_of_tokens_refuses_but_an_empty_one_never_does() -> None:

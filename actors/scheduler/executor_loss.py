@@ -1,0 +1,73 @@
+"""What happens when the executor is lost, and who is held to be the cause."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+from ...messages.errors import ExecutorLostError
+from ...messages.ids import RequestId
+from ...messages.kv import ResetBlocks
+from ...messages.system import ExecutorLost
+from .ending import end
+from .sequence import Sequence, State
+from .state import SchedulerState
+
+
+def lose_executor(state: SchedulerState, lost: ExecutorLost) -> None:
+    """Send everything that runs back to the queue, under the new epoch."""
+    if lost.epoch <= state.epoch:
+        state.num_dropped_messages += 1
+        return
+    state.epoch = lost.epoch
+    state.num_executor_losses += 1
+    in_flight: dict[RequestId, Sequence] = {}
+    for step in state.in_flight:
+        for sequence in (*step.sampling, *step.computing):
+            if sequence.state is not State.ENDED:
+                in_flight[sequence.request_id] = sequence
+    state.in_flight.clear()
+    state.last_executed_step_id = state.next_step_id - 1
+    state.out.append(ResetBlocks(state.epoch))
+    returning = [*state.decoding.rows, *state.prompts]
+    returning.extend(sequence for sequence in state.matching.values() if sequence.state is State.MATCHING)
+    state.decoding.clear()
+    state.prompts = []
+    state.matching = {}
+    state.num_matching = 0
+    state.releases = []
+    state.num_releases_owed = 0
+    state.credit = state.config.num_blocks
+    for sequence in returning:
+        state.leave_seat(sequence)
+        sequence.num_promised = sequence.num_computed = sequence.num_slots = 0
+        state.enqueue(sequence)
+    for sequence in returning:
+        if sequence.state is State.WAITING:
+            state.unpark(sequence)
+    _blame(state, list(in_flight.values()), lost.why)
+
+
+def _blame(state: SchedulerState, suspects: list[Sequence], why: str) -> None:
+    """Count a loss against those in flight; end the one that must be its cause.
+
+    Half as many requests may run after each loss, so that whoever causes it is soon alone, and the others gain a
+    token, which clears them.
+    """
+    if not suspects:
+        return
+    state.seat_limit = max(1, len(suspects) // 2)
+    for sequence in suspects:
+        if len(sequence.tokens) > sequence.num_tokens_at_loss:
+            sequence.num_losses = 0
+        sequence.num_losses += 1
+        sequence.num_tokens_at_loss = len(sequence.tokens)
+    worst = max(suspects, key=attrgetter("num_losses"))
+    is_alone = sum(sequence.num_losses == worst.num_losses for sequence in suspects) == 1
+    if is_alone and worst.num_losses > state.config.max_executor_losses:
+        end(
+            state,
+            worst,
+            "error",
+            code=ExecutorLostError.code,
+            error=f"the executor was lost {worst.num_losses} times in a row while computing this request: {why}",
+        )
