@@ -1,8 +1,9 @@
 """`python -m octavo.gateway.bench_control_plane`: what a step costs when the executor returns at once.
 
-Scheduler, allocator, detokenizer, front end and the messages between them run as they serve, on one event loop; in the
-executor's place stands one that answers each step with made-up tokens. CPU time, medians of windows, at several batch
-sizes and at a short and a long context: no part may grow with context length.
+Scheduler, allocator, detokenizer, front end and the messages between them run as they serve, on one event loop, to the
+call of each request's sink with its token; in the executor's place stands one that answers each step with made-up
+tokens. CPU time, medians of windows, at several batch sizes and at a short and a long context: no part may grow with
+context length.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from ..actors.supervisor.core import SupervisorConfig, SupervisorCore
 from ..actors.tokenizer.hf_tokenizer import HFTokenizer, load_tokenizer
 from ..messages.base import Message
 from ..messages.ids import RequestId
-from ..messages.request import PromptReady, SubmitRequest, TextDelta
+from ..messages.request import PromptReady, SubmitPrompt, SubmitRequest, TextDelta
 from ..messages.sampling import SamplingParams
 from ..messages.step import ExecuteStep, PlanDue, StepExecuted
+from .frontend import FrontEnd
 
 WINDOW_STEPS = 100
 
@@ -83,19 +85,19 @@ async def measure(codec: HFTokenizer, *, num_running: int, context: int, num_ste
     )
     allocator = KVAllocatorCore(AllocatorConfig(num_blocks=num_blocks, block_size=block_size))
     executor = InstantExecutor(runtime, codec.vocab_size)
+    frontend = FrontEnd(lambda message: runtime.send("frontend", message), max_live=num_running, seed=0)
     num_texts = 0
 
-    def hear(message: Message, now_ns: int) -> tuple[Message, ...]:
+    def sink(event: PromptReady | TextDelta) -> None:
         nonlocal num_texts
-        num_texts += isinstance(message, TextDelta)
-        return ()
+        num_texts += 1
 
     handlers: dict[Address, tuple[object, Message | None]] = {
         "scheduler": (scheduler.handle, PlanDue()),
         "kv_allocator": (allocator.handle, None),
         "detokenizer": (DetokenizerCore(codec).handle, None),
-        "frontend": (hear, None),
-        "tokenizer": (hear, None),
+        "frontend": (frontend.handle, None),
+        "tokenizer": (_tokenize, None),
         "supervisor": (SupervisorCore(SupervisorConfig()).handle, None),
     }
     for address, (handler, after) in handlers.items():
@@ -103,12 +105,11 @@ async def measure(codec: HFTokenizer, *, num_running: int, context: int, num_ste
     runtime.add("executor", executor)
     runtime.connect()
     chance = random.Random(1)  # noqa: S311  # a workload, not a secret
-    for index in range(num_running):
+    params = SamplingParams(temperature=0.0, max_tokens=num_steps + 512, seed=0, ignore_eos=True)
+    for _ in range(num_running):
         prompt = [chance.randrange(300, codec.vocab_size) for _ in range(context)]
-        params = SamplingParams(temperature=0.0, max_tokens=num_steps + 512, seed=0, ignore_eos=True)
-        runtime.send("tokenizer", PromptReady((RequestId(index),), tuple(prompt), params))
-        runtime.send("tokenizer", SubmitRequest(RequestId(index), array("i", prompt).tobytes(), params))
-    while scheduler.stats().generation_tokens < num_running * WINDOW_STEPS:
+        frontend.submit(prompt, params, sink, now_ns=0)
+    while scheduler.stats().generation_tokens < num_running * WINDOW_STEPS and not failures:
         await asyncio.sleep(0)
     windows = []
     end = executor.num_steps + num_steps
@@ -119,8 +120,18 @@ async def measure(codec: HFTokenizer, *, num_running: int, context: int, num_ste
         windows.append((time.process_time() - started) / (executor.num_steps - first) * 1e6)
     if failures:
         raise failures[0]
-    assert num_texts > 0
+    assert num_texts >= num_running * num_steps
     return statistics.median(windows)
+
+
+def _tokenize(message: Message, now_ns: int) -> tuple[Message, ...]:
+    """In the tokenizer's place: the prompts are token ids already."""
+    assert isinstance(message, SubmitPrompt) and isinstance(message.prompt, tuple), message
+    (request_id,) = message.request_ids
+    return (
+        PromptReady(message.request_ids, message.prompt, message.params),
+        SubmitRequest(request_id, array("i", message.prompt).tobytes(), message.params),
+    )
 
 
 def main() -> None:

@@ -3,7 +3,13 @@
     python -m octavo.gateway.bench_streams --streams 2000 --tokens 50
 
 Server and clients are two processes. The engine gives every stream a token at each step and costs nothing else, unless
-`--model` names a real one.
+`--model` names a real one; its microsecond is in the figures.
+
+What is whose: `us_per_token` is all CPU time of the server's thread; `us_per_token_ours` and `us_per_token_kernel` are
+its user and system time as the kernel samples them at its tick. The kernel's is one `send` of a small packet for each
+token of each stream, on one host with its delivery to the client. `us_per_token_floor` is all CPU time of the least
+that could be done on the same event loop, measured in the same run: the same packets, made beforehand, to as many
+sockets.
 """
 
 from __future__ import annotations
@@ -32,6 +38,17 @@ from .stats import EngineStats
 WORD = " token"
 
 
+class _Sequence:
+    """A sequence of the paced engine."""
+
+    __slots__ = ("num_left", "request_id", "sink")
+
+    def __init__(self, request_id: RequestId, sink: Sink, num_left: int) -> None:
+        self.request_id = request_id
+        self.sink = sink
+        self.num_left = num_left
+
+
 class PacedEngine:
     """Gives one token to every live sequence each time it is told to."""
 
@@ -46,7 +63,7 @@ class PacedEngine:
         self.why_not_ready = ""
         self.special_token_ids: frozenset[int] = frozenset()
         self.num_cancelled = 0
-        self._live: dict[RequestId, tuple[Sink, int]] = {}
+        self._live: dict[RequestId, _Sequence] = {}
         self._next_id = 0
 
     @property
@@ -70,18 +87,19 @@ class PacedEngine:
         self._next_id += params.n
         sink(PromptReady(ids, (1,), params))
         for request_id in ids:
-            self._live[request_id] = (sink, params.max_tokens or 1)
+            self._live[request_id] = _Sequence(request_id, sink, params.max_tokens or 1)
         return ids
 
     def step(self) -> None:
         """One token for everybody."""
-        for request_id, (sink, num_left) in list(self._live.items()):
-            if num_left > 1:
-                self._live[request_id] = (sink, num_left - 1)
-                sink(TextDelta(request_id, WORD, (1,)))
+        for sequence in list(self._live.values()):
+            request_id = sequence.request_id
+            sequence.num_left -= 1
+            if sequence.num_left:
+                sequence.sink(TextDelta(request_id, WORD, (1,)))
             elif self._live.pop(request_id, None) is not None:
                 ended = RequestEnded(request_id, "length", num_output_tokens=1)
-                sink(TextDelta(request_id, WORD, (1,), finish_reason="length", ended=ended))
+                sequence.sink(TextDelta(request_id, WORD, (1,), finish_reason="length", ended=ended))
 
     def cancel(self, request_id: RequestId) -> None:
         if self._live.pop(request_id, None) is not None:
@@ -121,6 +139,58 @@ class PacedEngine:
         self._live.clear()
 
 
+def make_event() -> bytes:
+    """An event of one token as `/v1/completions` sends it, in HTTP's chunked coding."""
+    event = (
+        b'data: {"id":"cmpl-0123456789abcdef0123456789abcdef","object":"text_completion","created":1700000000,'
+        b'"model":"paced","choices":[{"index":0,"text":" token","logprobs":null,"finish_reason":null,'
+        b'"stop_reason":null}]}\n\n'
+    )
+    return b"%x\r\n%b\r\n" % (len(event), event)
+
+
+class _BareStream(asyncio.Protocol):
+    """Answers any request with the head of a response, and leaves the rest to `measure_floor`."""
+
+    def __init__(self, is_open: Callable[[asyncio.Transport], None]) -> None:
+        self._is_open = is_open
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            self._is_open(self._transport)
+            self._transport = None  # the request may come in two pieces
+
+
+async def measure_floor(num_streams: int, num_tokens: int, interval_s: float) -> float:
+    """CPU microseconds a token where nothing is done but to write ready bytes to every socket."""
+    transports: list[asyncio.Transport] = []
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: _BareStream(transports.append), "127.0.0.1", 0)
+    clients = await _start_clients(server.sockets[0].getsockname()[1], num_streams, num_tokens)
+    while len(transports) < num_streams:
+        await asyncio.sleep(0.01)
+    event = make_event()
+    started = time.thread_time()
+    for _ in range(num_tokens):
+        begun = time.perf_counter()
+        for transport in transports:
+            transport.write(event)
+        await asyncio.sleep(max(0.0, interval_s - (time.perf_counter() - begun)))
+    spent = time.thread_time() - started
+    for transport in transports:
+        transport.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+        transport.close()
+    await clients.communicate()
+    server.close()
+    return spent / (num_streams * num_tokens) * 1e6
+
+
 async def measure_paced(num_streams: int, num_tokens: int, interval_s: float) -> dict[str, Any]:
     """Serve `num_streams` clients of another process a token each per step; all start before the first."""
     engine = PacedEngine()
@@ -135,14 +205,14 @@ async def measure_paced(num_streams: int, num_tokens: int, interval_s: float) ->
         await asyncio.sleep(0.01)
     memory_open = process.memory_info().rss
     step_seconds = []
-    wall, cpu = time.perf_counter(), process.cpu_times()
+    wall, thread, cpu = time.perf_counter(), time.thread_time(), process.cpu_times()
     for _ in range(num_tokens - 2):
         begun = time.perf_counter()
         engine.step()
         await asyncio.sleep(0)  # the pump writes in this turn of the loop
         step_seconds.append(time.perf_counter() - begun)
         await asyncio.sleep(max(0.0, interval_s - step_seconds[-1]))
-    wall, cpu_after = time.perf_counter() - wall, process.cpu_times()
+    wall, thread, cpu_after = time.perf_counter() - wall, time.thread_time() - thread, process.cpu_times()
     engine.step()
     received = json.loads((await clients.communicate())[0])
     await server.close()
@@ -151,7 +221,8 @@ async def measure_paced(num_streams: int, num_tokens: int, interval_s: float) ->
     return {
         **received,
         "cancelled": engine.num_cancelled,
-        # The kernel's share is `send`, which on one host includes delivering to the client.
+        "us_per_token": round(thread / num_measured * 1e6, 2),
+        "us_per_token_floor": round(await measure_floor(num_streams, num_tokens, interval_s), 2),
         "us_per_token_ours": round((cpu_after.user - cpu.user) / num_measured * 1e6, 2),
         "us_per_token_kernel": round((cpu_after.system - cpu.system) / num_measured * 1e6, 2),
         "tokens_per_s": round(num_measured / wall),

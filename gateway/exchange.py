@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -48,7 +48,8 @@ class Choice:
     """One sequence: its place in the answer, and what it gained so far.
 
     Attributes:
-        head: bytes before a chunk's text, made once.
+        head, tail: bytes before and behind a chunk's text, made once.
+        stream: where its texts go by themselves, once they need nothing but these; else None.
         has_begun: whether a chunk of it was written.
         last_token_ns: when its last token came; 0 before the first.
     """
@@ -65,6 +66,8 @@ class Choice:
         "offsets",
         "prompt",
         "stop_reason",
+        "stream",
+        "tail",
         "text_offsets",
         "texts",
         "token_ids",
@@ -74,6 +77,8 @@ class Choice:
         self.index = index
         self.prompt = prompt
         self.head = b""
+        self.tail = b""
+        self.stream: TextSink | None = None
         self.has_begun = False
         self.num_tokens = 0
         self.first_token_ns = 0
@@ -87,19 +92,23 @@ class Choice:
         self.offsets: list[int] = []
 
 
+class TextSink(Protocol):
+    """Where texts go that need nothing but a head and a tail; `EventStream` is one."""
+
+    def write_text(self, head: bytes, text: str, tail: bytes) -> int:
+        """Returns when this counts as written, monotonic ns."""
+
+
 class ChunkSink(Protocol):
     """Where a streamed request's deltas go; none of these waits."""
 
-    def delta(self, choice: Choice, delta: TextDelta) -> None: ...
+    def delta(self, choice: Choice, delta: TextDelta) -> None:
+        """Tell what a choice gained; may set `choice.stream`, and then is not told again before the last delta."""
 
     def finished(self) -> None:
         """Every choice has ended."""
 
     def failed(self, error: ApiError) -> None: ...
-
-
-def _nowhere(choice: Choice, delta: TextDelta) -> None:
-    raise AssertionError("a delta was told before anybody listened")
 
 
 class Exchange:
@@ -127,7 +136,6 @@ class Exchange:
         self._early: list[EngineEvent] | None = []
         self._num_unadmitted = 0
         self._chunks: ChunkSink | None = None
-        self._tell: Callable[[Choice, TextDelta], None] = _nowhere
         self._held: list[tuple[Choice, TextDelta]] = []
         self._keep = True
         self._is_open = False
@@ -167,7 +175,6 @@ class Exchange:
     def stream_to(self, chunks: ChunkSink) -> None:
         """From now on deltas go out as they come; call it before `submit`."""
         self._chunks = chunks
-        self._tell = chunks.delta
         self._keep = False
 
     def release_held(self) -> None:
@@ -182,15 +189,18 @@ class Exchange:
 
     def take(self, event: EngineEvent) -> None:
         """What the engine says; called on the event loop."""
-        if self._is_open and isinstance(event, TextDelta) and event.finish_reason is None:
+        if type(event) is TextDelta and event.finish_reason is None:
             # The way of nearly every token: it has a predecessor, a successor and a client.
             choice = self._live.get(event.request_id)
-            if choice is not None and choice.last_token_ns and event.token_ids:
-                now_ns = time.monotonic_ns()
+            if choice is not None and (stream := choice.stream) is not None and event.token_ids:
+                now_ns = stream.write_text(choice.head, event.text, choice.tail)
                 choice.num_tokens += len(event.token_ids)
-                self._token_gap((now_ns - choice.last_token_ns) * 1e-9)
-                choice.last_token_ns = now_ns
-                self._tell(choice, event)
+                last_ns = choice.last_token_ns
+                if now_ns > last_ns > 0:
+                    self._token_gap((now_ns - last_ns) * 1e-9)
+                    choice.last_token_ns = now_ns
+                else:
+                    self._count_time(choice, max(now_ns, last_ns))
                 return
         self._take_any(event)
 
@@ -269,13 +279,7 @@ class Exchange:
         now_ns = time.monotonic_ns()
         if num_new:
             choice.num_tokens += num_new
-            if choice.last_token_ns:
-                # Tokens that come together came one gap apart: the gap counts once, the others are free.
-                self._metrics.token_gap((now_ns - choice.last_token_ns) * 1e-9)
-            else:
-                choice.first_token_ns = now_ns
-                self._metrics.first_token((now_ns - self.arrival_ns) * 1e-9)
-            choice.last_token_ns = now_ns
+            self._count_time(choice, now_ns)
         if event.prompt_logprobs:
             choice.prompt.prompt_logprobs = event.prompt_logprobs
         if event.finish_reason is not None:
@@ -286,6 +290,15 @@ class Exchange:
                 choice.num_tokens = ended.num_output_tokens
                 choice.prompt.num_cached_tokens = max(choice.prompt.num_cached_tokens, ended.num_cached_tokens)
             self._metrics.sequence_ended(self, choice, event.finish_reason, ended, now_ns)
+
+    def _count_time(self, choice: Choice, now_ns: int) -> None:
+        if choice.last_token_ns:
+            # Tokens that come together came one gap apart: the gap counts once, the others are free.
+            self._token_gap((now_ns - choice.last_token_ns) * 1e-9)
+        else:
+            choice.first_token_ns = now_ns
+            self._metrics.first_token((now_ns - self.arrival_ns) * 1e-9)
+        choice.last_token_ns = now_ns
 
     def _finish(self) -> None:
         if self._chunks is not None:

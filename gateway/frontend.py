@@ -14,7 +14,7 @@ import structlog
 from ..messages.base import Message
 from ..messages.errors import EngineClosedError, InvalidRequestError, QueueFullError
 from ..messages.ids import RequestId
-from ..messages.request import CancelRequest, ChatPrompt, PromptReady, RequestEnded, SubmitPrompt, TextDelta
+from ..messages.request import CancelRequest, ChatPrompt, PromptReady, RequestEnded, StepTexts, SubmitPrompt, TextDelta
 from ..messages.sampling import SamplingParams
 
 log = structlog.get_logger("octavo.frontend")
@@ -108,7 +108,9 @@ class FrontEnd:
 
     def handle(self, message: Message, now_ns: int) -> Iterable[Message]:
         """Pass what a request gained to whoever waits for it."""
-        if isinstance(message, TextDelta):
+        if isinstance(message, StepTexts):
+            self._take_step(message)
+        elif isinstance(message, TextDelta):
             sink = self._sinks.get(message.request_id)
             if sink is not None:
                 if message.finish_reason is not None:
@@ -120,6 +122,17 @@ class FrontEnd:
                     self._call(sink, message, request_id)
                     break
         return ()
+
+    def _take_step(self, step: StepTexts) -> None:
+        request_ids = step.request_ids
+        for sink, request_id, text, token_id in zip(
+            map(self._sinks.get, request_ids), request_ids, step.texts, step.token_ids, strict=True
+        ):
+            if sink is not None:
+                try:
+                    sink(TextDelta(request_id, text, (token_id,)))
+                except Exception:
+                    self._sink_failed(request_id)
 
     def close(self, why: str) -> None:
         """Take no new requests."""
@@ -148,10 +161,13 @@ class FrontEnd:
         try:
             sink(message)
         except Exception:
-            # A defect of one consumer must not stop the others' streams.
-            self.cancel(request_id)
-            with suppress(Exception):  # nor must a log that cannot be written
-                log.exception("request.sink_failed", request_id=request_id)
+            self._sink_failed(request_id)
+
+    def _sink_failed(self, request_id: RequestId) -> None:
+        # A defect of one consumer must not stop the others' streams.
+        self.cancel(request_id)
+        with suppress(Exception):  # nor must a log that cannot be written
+            log.exception("request.sink_failed", request_id=request_id)
 
 
 def _token_ids(prompt: Sequence[int]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from ..messages.request import FinishReason, RequestEnded
 from .engine_protocol import EngineLike
 
 if TYPE_CHECKING:
+    from .connections import ConnectionTable
     from .exchange import Choice, Exchange
     from .sse import StreamPump
 
@@ -38,6 +39,16 @@ ERROR_CODES: Final = frozenset(
 MAX_PLAUSIBLE_S: Final = 7 * 86400.0
 
 
+class _Registry(CollectorRegistry):
+    """Leaves out `..._created`, the times at which series began: vLLM has none, and the switch of the library is for
+    the whole process, whose other metrics are not ours."""
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in super().collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
+
+
 class TokenHistogram(Collector):
     """A histogram that may be told of every token: a fifth of the library's cost for each observation."""
 
@@ -47,9 +58,15 @@ class TokenHistogram(Collector):
         self._labels = labels
         self._counts = [0] * (len(buckets) + 1)
         self._sum = 0.0
+        # Streams that go in step observe the same value one after another: its bucket is looked for once.
+        self._last_value = 0.0
+        self._last_index = bisect_left(self._buckets, 0.0)
 
     def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._buckets, value)] += 1
+        if value != self._last_value:
+            self._last_index = bisect_left(self._buckets, value)
+            self._last_value = value
+        self._counts[self._last_index] += 1
         self._sum += value
 
     def collect(self) -> Iterator[Metric]:
@@ -67,10 +84,13 @@ class TokenHistogram(Collector):
 class EngineCollector(Collector):
     """Gauges and totals that the engine counts itself, read when they are asked for."""
 
-    def __init__(self, engine: EngineLike, labels: Sequence[str], pump: StreamPump) -> None:
+    def __init__(
+        self, engine: EngineLike, labels: Sequence[str], pump: StreamPump, connections: ConnectionTable
+    ) -> None:
         self._engine = engine
         self._labels = labels
         self._pump = pump
+        self._connections = connections
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -90,6 +110,7 @@ class EngineCollector(Collector):
             ),
             ("octavo:engine_ready", "1 if a request sent now would be answered.", int(self._engine.is_ready)),
             ("octavo:open_streams", "Responses that are being streamed.", self._pump.num_open),
+            ("octavo:open_connections", "Connections that are open.", self._connections.num_open),
         )
         counters = (
             ("vllm:num_preemptions", "Preemptions.", stats.num_preemptions),
@@ -112,6 +133,14 @@ class EngineCollector(Collector):
             counter = CounterMetricFamily(name, text, labels=_LABELS)
             counter.add_metric(self._labels, value)
             yield counter
+        refused = CounterMetricFamily(
+            "octavo:connections_refused",
+            "Connections refused because all clients, or one of them, had too many.",
+            labels=(*_LABELS, "bound"),
+        )
+        for bound, count in self._connections.num_refused.items():
+            refused.add_metric((*self._labels, bound), count)
+        yield refused
         config = self._engine.config
         info = GaugeMetricFamily(
             "vllm:cache_config_info",
@@ -131,12 +160,13 @@ class GatewayMetrics:
         engine: asked for its own totals at every scrape.
         model_name: value of the label of that name.
         pump: asked for its open and shed streams.
+        connections: asked for those that are open and were refused.
     """
 
-    def __init__(self, engine: EngineLike, model_name: str, pump: StreamPump) -> None:
-        self.registry = CollectorRegistry(auto_describe=False)
+    def __init__(self, engine: EngineLike, model_name: str, pump: StreamPump, connections: ConnectionTable) -> None:
+        self.registry = _Registry(auto_describe=False)
         self._labels = (model_name, "0")
-        self.registry.register(EngineCollector(engine, self._labels, pump))
+        self.registry.register(EngineCollector(engine, self._labels, pump, connections))
         itl = TokenHistogram(
             (
                 ("vllm:inter_token_latency_seconds", "Time between two tokens of a sequence."),

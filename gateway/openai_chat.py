@@ -165,10 +165,6 @@ class ChatChunks:
 
     def delta(self, choice: Choice, delta: TextDelta) -> None:
         """Tell what a choice gained."""
-        if self._is_plain and choice.has_begun and delta.finish_reason is None:
-            if delta.text:
-                self._stream.write(choice.head + json_text(delta.text) + self._tail)
-            return
         if not choice.has_begun:
             self._begin(choice)
         if self._is_plain:
@@ -205,6 +201,9 @@ class ChatChunks:
     def _begin(self, choice: Choice) -> None:
         choice.has_begun = True
         choice.head = self._head + b'%d,"delta":{"content":' % choice.index
+        choice.tail = self._tail
+        if self._is_plain:
+            choice.stream = self._stream
         parts = [self._head, b'%d,"delta":{"role":"assistant","content":""},' % choice.index]
         parts.append(b'"logprobs":null,"finish_reason":null}]')
         if not self._has_told_prompt_ids:

@@ -237,10 +237,6 @@ class CompletionChunks:
 
     def delta(self, choice: Choice, delta: TextDelta) -> None:
         """Tell what a choice gained."""
-        if choice.has_begun and self._is_plain and delta.finish_reason is None:
-            if delta.text:
-                self._stream.write(choice.head + json_text(delta.text) + self._tail)
-            return
         is_first = not choice.has_begun
         text, token_ids, entries = delta.text, delta.token_ids, delta.logprobs
         finish_reason: str | None = delta.finish_reason
@@ -257,6 +253,9 @@ class CompletionChunks:
         if is_first:
             choice.has_begun = True
             choice.head = self._head + b'%d,"text":' % choice.index
+            choice.tail = self._tail
+            if self._is_plain:
+                choice.stream = self._stream
         logprobs = self._answer.logprobs(choice, text, token_ids, entries, is_first=is_first)
         parts = [
             choice.head,

@@ -94,7 +94,7 @@ async def _until_done(exchange: Exchange, stream: EventStream, keep_alive_s: flo
         if keep_alive_s <= 0:
             await asyncio.wait([exchange.done])
             return
-        num_written = stream.num_written
+        num_writes = stream.num_writes
         await asyncio.wait([exchange.done], timeout=keep_alive_s)
-        if stream.num_written == num_written:
+        if stream.num_writes == num_writes:
             stream.write(KEEP_ALIVE_COMMENT)

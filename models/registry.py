@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig
 
 from ..kernels import cpu_build
 from .errors import ModelNotFoundError, QuantizedModelError, UnsupportedModelError
@@ -14,6 +13,7 @@ from .gemma import GemmaForCausalLM
 from .interface import CausalLM
 from .layers import cpu_multiplies_in
 from .llama import LlamaForCausalLM
+from .plain_config import read_plain_config
 from .weights import checkpoint_dtype, weight_files
 
 ModelImpl = Literal["auto", "native", "transformers"]
@@ -46,6 +46,9 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         raise ModelNotFoundError(f"there is no folder {folder}")
     if not (folder / "config.json").is_file():
         raise ModelNotFoundError(f"{folder} has no config.json: is it a checkpoint in the Hugging Face layout?")
+    # Not at the top: a second that a native model with a plain configuration does not need.
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # noqa: BLE001,RUF100 - each configuration class raises what it likes on bad values
@@ -134,7 +137,8 @@ def load_model(
         ModelLoadError: with a message that says what is missing.
     """
     folder = Path(path)
-    config = load_config(folder, trust_remote_code=trust_remote_code)
+    plain = read_plain_config(folder) if model_impl != "transformers" else None
+    config = load_config(folder, trust_remote_code=trust_remote_code) if plain is None else plain
     check_supported(config, folder)
     target = torch.device(device)
     implementation = None if model_impl == "transformers" else native_class(config)
@@ -151,6 +155,8 @@ def load_model(
             f"{folder} is {named}, which has no native implementation; native are "
             f"{', '.join(architecture for architecture, _ in NATIVE.values())}. Leave --model-impl at auto"
         )
+    if plain is not None:
+        config = load_config(folder, trust_remote_code=trust_remote_code)
     torch_dtype = resolve_dtype(dtype, config, folder, target, native=False)
     from .transformers_backend import load_transformers_model
 

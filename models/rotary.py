@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .errors import UnsupportedModelError
 
@@ -56,6 +55,9 @@ def rotary_frequencies(
     if rope_type == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+    # Not at the top: a second of a server's start, and most models turn without scaling.
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, None, seq_len=max_len, layer_type=layer_type)
     if inv_freq.shape[0] != head_dim // 2:
         raise UnsupportedModelError(f"rope_type {rope_type!r} gives {inv_freq.shape[0]} angles for heads of {head_dim}")

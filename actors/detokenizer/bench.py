@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ...messages.ids import Epoch, RequestId, StepId
-from ...messages.request import PromptReady, TokenLogprobs
+from ...messages.request import PromptReady, StepTexts, TokenLogprobs
 from ...messages.sampling import SamplingParams
 from ...messages.step import StepExecuted
 from .core import DetokenizerCore
@@ -54,7 +54,7 @@ def microseconds_per_step(params: SamplingParams, *, emoji: bool = False, num_st
         start = time.thread_time_ns()
         deltas = core.handle(step, 0)
         times.append(time.thread_time_ns() - start)
-        assert len(deltas) == NUM_ROWS
+        assert sum(len(delta.texts) if isinstance(delta, StepTexts) else 1 for delta in deltas) == NUM_ROWS
     return sorted(times)[num_steps // 2] / 1000
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import assert_never
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Final, assert_never
 
 import msgspec
 
@@ -13,29 +14,23 @@ from ...messages.request import (
     FinishReason,
     PromptReady,
     RequestEnded,
+    StepTexts,
     StopMatched,
     TextDelta,
     TokenLogprobs,
 )
 from ...messages.step import StepExecuted
-from .incremental import ByteDecoder, PieceTable, TokenDecoder, TokenPiece, WindowDecoder, open_decoder
+from .incremental import ByteDecoder, PieceTable, TokenDecoder, WindowDecoder, open_decoder
 from .stop_strings import StopStream, StopStrings
 
 DetokenizerInbox = PromptReady | StepExecuted | RequestEnded | CancelRequest
-DetokenizerOutbox = TextDelta | StopMatched | PromptReady
+DetokenizerOutbox = TextDelta | StepTexts | StopMatched | PromptReady
 
 _NO_LIMIT = (1 << 30) - 1  # a small int: counting down is on the path of every token
 
 
-class _Never(dict[int, TokenPiece]):
-    """The table of a stream whose next token needs more than a look-up."""
-
-    def __missing__(self, token_id: int) -> TokenPiece:
-        return _SLOW
-
-
-_SLOW = TokenPiece(None, (), b"")
-_NEVER = _Never()
+# Of a stream whose next token needs more than a look-up.
+_NO_TEXTS: Final[Mapping[int, str]] = MappingProxyType({})
 
 
 class _Stream:
@@ -44,8 +39,8 @@ class _Stream:
     Attributes:
         limit: tokens it may have, as far as is known: `max_tokens`, then what `RequestEnded` says.
         remaining: tokens until `limit`; 0 once no more tokens count.
-        pieces: table of the texts while the next token's text is simply its own, else `_NEVER`.
-        plain_pieces: the table, if nothing but text was asked for, else `_NEVER`.
+        texts: the tokens' texts while the next token's is simply its own, else `_NO_TEXTS`.
+        plain_texts: the tokens' texts, if nothing but text was asked for, else `_NO_TEXTS`.
         find_candidate: finds in a text what a stop string may begin with; None without stop strings.
         wants_logprobs: each delta carries its tokens' log-probabilities.
         discards: `max_tokens=0`: a token is sampled for the prompt's sake, and not sent.
@@ -61,13 +56,13 @@ class _Stream:
         "find_candidate",
         "limit",
         "params",
-        "pieces",
-        "plain_pieces",
+        "plain_texts",
         "prompt_logprobs",
         "remaining",
         "request_id",
         "stop",
         "stop_string",
+        "texts",
         "wants_logprobs",
     )
 
@@ -95,15 +90,15 @@ class _Stream:
             [] if params.prompt_logprobs is None else [None] * len(message.prompt_token_ids)
         )
         is_plain = isinstance(decoder, ByteDecoder) and not self.wants_logprobs and not self.discards
-        self.plain_pieces: dict[int, TokenPiece] = pieces if is_plain else _NEVER
+        self.plain_texts: Mapping[int, str] = pieces.texts if is_plain else _NO_TEXTS
         # The first token goes the slow way, which looks after the prompt's log-probabilities and the first space.
-        self.pieces: dict[int, TokenPiece] = _NEVER
+        self.texts: Mapping[int, str] = _NO_TEXTS
 
     def complete(self) -> None:
         """No more tokens count."""
         self.limit -= self.remaining
         self.remaining = 0
-        self.plain_pieces = self.pieces = _NEVER
+        self.plain_texts = self.texts = _NO_TEXTS
 
     def take_prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
         taken, self.prompt_logprobs = tuple(self.prompt_logprobs), []
@@ -130,7 +125,7 @@ class _Stream:
 
 
 class DetokenizerCore:
-    """Turns `StepExecuted` into one `TextDelta` for each token of an open stream.
+    """Turns `StepExecuted` into one `TextDelta` for each token of an open stream, or a row of one `StepTexts`.
 
     `PromptReady` opens its streams and is passed on. A stream's text is the concatenation of its deltas: the text that
     decoding the output's tokens after the prompt gives, without the token that stopped it (kept under
@@ -180,30 +175,34 @@ class DetokenizerCore:
 
     def _step(self, step: StepExecuted) -> list[DetokenizerOutbox]:
         deltas: list[DetokenizerOutbox] = []
-        send = deltas.append
         find = self._streams.get
         for request_id, first_position, entries in step.prompt_logprobs:
             self._take_prompt_logprobs(request_id, first_position, entries)
         for request_id in step.stopped:
             if stream := find(request_id):
-                stream.pieces = _NEVER
+                stream.texts = _NO_TEXTS
         stopped = frozenset(step.stopped)
         logprobs = dict(step.logprobs)
         request_ids, token_ids = step.request_ids, step.token_ids
-        # 256 rows a step: the common row costs two look-ups and one message.
+        texts: list[str | None] = []
+        add = texts.append
+        # 256 rows a step: the common row costs two look-ups.
         for stream, request_id, token_id in zip(map(find, request_ids), request_ids, token_ids, strict=True):
             if stream is None:
-                continue
-            text, ids, _ = stream.pieces[token_id]
-            if (
-                text is not None
+                add(None)
+            elif (
+                (text := stream.texts.get(token_id)) is not None
                 and (remaining := stream.remaining - 1)
                 and ((find_candidate := stream.find_candidate) is None or find_candidate(text) is None)
             ):
                 stream.remaining = remaining
-                send(TextDelta(request_id, text, ids))
-            elif stream.remaining:
-                self._take_token(stream, token_id, request_id in stopped, logprobs.get(request_id), deltas)
+                add(text)
+            else:
+                add(None)
+                if stream.remaining:
+                    self._take_token(stream, token_id, request_id in stopped, logprobs.get(request_id), deltas)
+        if together := _together(request_ids, texts, token_ids):
+            deltas.append(together)
         return deltas
 
     def _take_token(
@@ -228,7 +227,7 @@ class DetokenizerCore:
             self._take_last_token(stream, text, token_ids, logprobs, deltas)
             return
         is_slow = stream.decoder.is_pending or (stream.stop is not None and stream.stop.is_waiting)
-        stream.pieces = _NEVER if is_slow else stream.plain_pieces
+        stream.texts = _NO_TEXTS if is_slow else stream.plain_texts
         if stream.wants_logprobs and logprobs is not None:
             delta = TextDelta(stream.request_id, text, token_ids, (logprobs,))
         else:
@@ -280,7 +279,7 @@ class DetokenizerCore:
             stream.ended = ended
             stream.limit = ended.num_output_tokens
             stream.remaining = missing
-            stream.plain_pieces = stream.pieces = _NEVER
+            stream.plain_texts = stream.texts = _NO_TEXTS
             return []
         text = ""
         if stream.remaining:  # it ends without a last token: cancelled, failed, or out of time
@@ -314,3 +313,16 @@ class DetokenizerCore:
             finish_reason, stop_reason = ("length", None) if finish_reason == "stop" else (finish_reason, None)
             ended = msgspec.structs.replace(ended, reason=finish_reason, num_output_tokens=0, stop_token_id=-1)
         return msgspec.structs.replace(delta, finish_reason=finish_reason, stop_reason=stop_reason, ended=ended)
+
+
+def _together(
+    request_ids: tuple[RequestId, ...], texts: list[str | None], token_ids: tuple[int, ...]
+) -> StepTexts | None:
+    """The rows that have a text, if there are any."""
+    whole = [text for text in texts if text is not None]
+    if not whole:
+        return None
+    if len(whole) < len(texts):
+        rows = [row for row, text in enumerate(texts) if text is not None]
+        request_ids, token_ids = tuple([request_ids[row] for row in rows]), tuple([token_ids[row] for row in rows])
+    return StepTexts(request_ids, tuple(whole), token_ids)

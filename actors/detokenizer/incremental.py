@@ -44,30 +44,34 @@ class TokenPiece(NamedTuple):
 
     Attributes:
         text: its text, None where its bytes are not whole characters.
-        token_ids: the token alone, ready for a message.
         data: its bytes.
     """
 
     text: str | None
-    token_ids: tuple[int, ...]
     data: bytes
 
 
 class PieceTable(dict[int, TokenPiece]):
-    """Token id -> its piece, filled as tokens appear. Only for bytewise tokenizers."""
+    """Token id -> its piece, filled as tokens appear. Only for bytewise tokenizers.
+
+    Attributes:
+        texts: the texts of those pieces that have one.
+    """
 
     def __init__(self, codec: TokenDecoder, skip_special_tokens: bool) -> None:
         super().__init__()
+        self.texts: dict[int, str] = {}
         self._codec = codec
         self._skipped = codec.special_token_ids if skip_special_tokens else frozenset[int]()
 
     def __missing__(self, token_id: int) -> TokenPiece:
         data = b"" if token_id in self._skipped else self._codec.token_bytes(token_id)
+        text: str | None
         try:
-            text: str | None = data.decode()
+            text = self.texts[token_id] = data.decode()
         except UnicodeDecodeError:
             text = None
-        piece = self[token_id] = TokenPiece(text, (token_id,), data)
+        piece = self[token_id] = TokenPiece(text, data)
         return piece
 
     def is_skipped(self, token_id: int) -> bool:
@@ -99,7 +103,7 @@ class ByteDecoder:
         self.is_pending = leading_space != "keep"
 
     def feed(self, token_id: int) -> str:
-        text, _, data = self._pieces[token_id]
+        text, data = self._pieces[token_id]
         if not self.is_pending and text is not None:
             return text
         if self._leading_space != "keep":

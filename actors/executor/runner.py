@@ -12,8 +12,9 @@ from ...messages.request import TokenLogprobs
 from ...messages.sampling import SamplingParams
 from ...messages.step import ExecuteStep, StartRequest, StepExecuted
 from .device import Device
-from .sampler import SampledTokens, Sampler, prompt_logprobs
+from .sampler import SampledTokens, Sampler
 from .standing_batch import StandingBatch, StepArrays
+from .token_logprobs import prompt_logprobs
 
 PromptLogprobs = tuple[RequestId, int, tuple[TokenLogprobs, ...]]
 

@@ -10,6 +10,7 @@ from ...messages.request import (
     CancelRequest,
     PromptReady,
     RequestEnded,
+    StepTexts,
     StopMatched,
     SubmitPrompt,
     SubmitRequest,
@@ -48,5 +49,6 @@ ROUTES: Routes = {
     ("supervisor", StartExecutor): ("executor",),
     ("detokenizer", PromptReady): ("frontend",),
     ("detokenizer", TextDelta): ("frontend",),
+    ("detokenizer", StepTexts): ("frontend",),
     ("detokenizer", StopMatched): ("scheduler",),
 }

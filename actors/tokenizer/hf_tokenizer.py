@@ -1,4 +1,4 @@
-"""A checkpoint's own tokenizer, through `transformers` and `tokenizers`; the only module here that imports them."""
+"""A checkpoint's own tokenizer: through `tokenizers` where tokenizer.json says all, else through `transformers`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import msgspec
 
 from ...messages.errors import InvalidRequestError, ModelNotFoundError, UnsupportedModelError
 from ...messages.request import ChatPrompt
+from .plain_tokenizer import RESERVED_KWARGS, PlainTokenizer, load_plain_tokenizer
 from .token_bytes import OTHER, DecoderKind, LeadingSpace, classify_decoder
 
 # With these classes tokenizer.json is the whole truth, so the class need not be looked up by `AutoTokenizer`, whose
@@ -36,10 +37,10 @@ class HFTokenizer:
     """
 
     def __init__(self, tokenizer: Any, *, eos_token_ids: Iterable[int] = (), model_vocab_size: int = 0) -> None:
-        """Wrap a `transformers` tokenizer.
+        """Wrap a tokenizer.
 
         Args:
-            tokenizer: `PreTrainedTokenizerBase`, fast or slow.
+            tokenizer: `PreTrainedTokenizerBase`, fast or slow; or a `PlainTokenizer`.
             eos_token_ids: end tokens beside the tokenizer's own.
             model_vocab_size: rows of the embedding; 0 if not known.
         """
@@ -63,11 +64,7 @@ class HFTokenizer:
         self.vocab_size: int = max(len(tokenizer), max(added, default=-1) + 1)
         self.model_vocab_size: int = model_vocab_size or self.vocab_size
         self.leading_space: LeadingSpace = self._kind.leading_space
-        self._reserved_kwargs = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters) - {
-            "tools",
-            "documents",
-            "kwargs",
-        }
+        self._reserved_kwargs = _reserved_kwargs(tokenizer)
 
     @property
     def is_bytewise(self) -> bool:
@@ -187,6 +184,13 @@ class HFTokenizer:
         return text
 
 
+def _reserved_kwargs(tokenizer: Any) -> frozenset[str]:
+    """Names that are not a template's variables, though `apply_chat_template` takes them."""
+    if isinstance(tokenizer, PlainTokenizer):
+        return RESERVED_KWARGS
+    return frozenset(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents", "kwargs"}
+
+
 def _decode_json(data: bytes, kind: type[_T], param: str) -> _T:
     try:
         return msgspec.json.decode(data, type=kind)
@@ -237,7 +241,11 @@ def _compile_template(tokenizer: Any, *, given: bool) -> None:
 
 
 def _load(folder: Path, trust_remote_code: bool) -> Any:
-    tokenizer_class = _read_json(folder / "tokenizer_config.json").get("tokenizer_class")
+    tokenizer_config = _read_json(folder / "tokenizer_config.json")
+    plain = load_plain_tokenizer(folder, tokenizer_config)
+    if plain is not None:
+        return plain
+    tokenizer_class = tokenizer_config.get("tokenizer_class")
     if (folder / "tokenizer.json").is_file() and tokenizer_class in _PLAIN_CLASSES:
         from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 

@@ -1,56 +1,160 @@
-/* y = x w^T for few rows of bfloat16: see linear_bf16.py. Each output is summed over in_features in VL lanes and then by
- * one tree, whatever the number of rows and of threads. */
+/* y = x w^T for bfloat16: see linear_bf16.py.
+ *
+ * Rows and columns of the output are cut into tiles whose sums stay in registers, and both operands are laid out in the
+ * order in which a tile reads them:
+ *
+ *   x, float32 [row / TILE][K / VL][TILE][VL]     a block of MAX_ROWS x BLOCK_K stays in the L2 cache
+ *   w, float32 [BLOCK_K / VL][COLS][VL]           widened for one block of rows, stays in the L1 cache
+ *   TILE x COLS sums of VL lanes                  registers
+ *
+ * Each output is summed over BLOCK_K inputs in VL lanes, then by one tree, then block after block: so its bits depend on
+ * its own row and column alone, not on the number of rows, the tile it fell into, or the number of threads.
+ */
 #include "vector.h"
 
-#define COLS 8 /* weight rows at a time: as many streams for the hardware's prefetcher */
+#ifdef __AVX512F__
+#define TILE 6 /* rows; with COLS, TILE * COLS + TILE + 1 registers of the CPU's 32 (16 with AVX2) */
+#else
+#define TILE 3
+#endif
+#define COLS 4 /* weight rows in a tile */
+#define BLOCK_K 1024 /* COLS * BLOCK_K floats are half an L1 cache; fixed, as the order of sums depends on it */
+#define MAX_ROWS 96 /* rows whose BLOCK_K floats stay in the L2 cache; a multiple of TILE */
+#define MAX_COLS 128 /* columns that a thread takes at once; a multiple of 2 * COLS */
+#define PASS_ROWS 768 /* rows widened at once: what bounds the scratch memory; a multiple of MAX_ROWS */
 
-INLINE void linear_cols(float *out, const float *x, const void *const *w, int64_t num_rows, int64_t dim, int dtype) {
-    int64_t r = 0;
-    for (; r + 2 <= num_rows; r += 2)
-        for (int c = 0; c < COLS; c += 4) dot_block(out + r * COLS + c, COLS, x + r * dim, w + c, dim, 2, 4, dtype);
-    if (r < num_rows) dot_block(out + r * COLS, COLS, x + r * dim, w, dim, 1, COLS, dtype);
+/* sums[r * MAX_COLS + c] += x[r] . w[c] over num_vectors * VL inputs; w[c] goes on by w_step for each VL of them. */
+INLINE void dot_tile(float *sums, const float *x, const void *const *w, int64_t w_step, int64_t num_vectors, int rows,
+                     int cols, int dtype) {
+    vf acc[TILE * COLS > 2 * COLS ? TILE * COLS : 2 * COLS] = {{0}};
+    for (int64_t i = 0; i < num_vectors; i++) {
+        vf a[TILE];
+        UNROLL for (int r = 0; r < rows; r++) {
+            a[r] = load(x, (i * TILE + r) * VL, F32);
+            KEEP(a[r]);
+        }
+        UNROLL for (int c = 0; c < cols; c++) {
+            vf b = load(w[c], i * w_step, dtype);
+            KEEP(b);
+            UNROLL for (int r = 0; r < rows; r++) acc[r * cols + c] = fma_f(a[r], b, acc[r * cols + c]);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int c = 0; c < cols; c += 4) {
+            v4_mem *to = (v4_mem *)(sums + r * MAX_COLS + c);
+            *to = *to + sum_four(acc + r * cols + c);
+        }
+}
+
+/* The same for at most TILE rows with weights as they lie in memory, cols of them at cols different places. */
+INLINE void dot_direct(float *sums, const float *x, const void *const *w, int64_t num_vectors, int64_t rows) {
+    switch (rows) {
+    case 1: dot_tile(sums, x, w, VL, num_vectors, 1, 2 * COLS, BF16); break;
+    case 2: dot_tile(sums, x, w, VL, num_vectors, 2, COLS, BF16); break;
+    default: dot_tile(sums, x, w, VL, num_vectors, TILE, COLS, BF16); break;
+    }
+}
+
+typedef struct {
+    const float *x; /* laid out as above; absent rows and inputs are zeros */
+    const uint16_t *w; /* [out_features, in_features] */
+    uint16_t *out; /* [num_rows, out_features] */
+    int64_t dim, in_features, out_features; /* dim: in_features rounded up to VL */
+} operands;
+
+/* Lays w[0..COLS][0..size] out for a tile. */
+INLINE void pack_weights(float *to, const void *const *w, int64_t size) {
+    for (int c = 0; c < COLS; c++) {
+        int64_t i = 0;
+        for (; i + VL <= size; i += VL) store(to, i * COLS + c * VL, load(w[c], i, BF16), F32);
+        if (i < size) store(to, i * COLS + c * VL, load_some(w[c], i, size - i, BF16), F32);
+    }
+}
+
+/* Row `row` of `from`, laid out for a tile; zeros where there is no such row. */
+INLINE void pack_row(float *to, const uint16_t *from, int64_t row, int64_t num_rows, int64_t size, int64_t dim) {
+    to += row / TILE * TILE * dim + row % TILE * VL;
+    const uint16_t *x = from + row * size;
+    for (int64_t i = 0; i < dim; i += VL)
+        store(to, i * TILE, row < num_rows ? load_upto(x, i, size - i, BF16) : (vf){0}, F32);
+}
+
+/* Asks for weights that come next while these are multiplied. */
+INLINE void prefetch(const uint16_t *w, int64_t from, int64_t to) {
+    for (int64_t i = from / 32 * 32; i < to; i += 32) __builtin_prefetch(w + i);
+}
+
+/* out[row.., col..] for at most MAX_ROWS x MAX_COLS; row is a multiple of TILE. */
+static void linear_block(const operands *o, int64_t row, int64_t num_rows, int64_t col, int64_t num_cols, float *sums,
+                         float *packed) {
+    int64_t tiles = (num_rows + TILE - 1) / TILE, in = o->in_features;
+    int direct = o->dim == in && num_rows <= TILE, step = direct && num_rows == 1 ? 2 * COLS : COLS;
+    memset(sums, 0, tiles * TILE * MAX_COLS * sizeof *sums);
+    for (int64_t k = 0; k < in; k += BLOCK_K) {
+        int64_t size = min64(BLOCK_K, in - k), num_vectors = (size + VL - 1) / VL;
+        const float *x = o->x + row * o->dim + k * TILE;
+        for (int64_t c = 0; c < num_cols; c += step) {
+            const void *w[2 * COLS];
+            for (int i = 0; i < step; i++) w[i] = o->w + (col + min64(c + i, num_cols - 1)) * in + k;
+            if (direct) {
+                dot_direct(sums + c, x, w, num_vectors, num_rows);
+                continue;
+            }
+            pack_weights(packed, w, size);
+            for (int i = 0; i < COLS; i++) w[i] = packed + i * VL;
+            const uint16_t *next = o->w + (col + c + COLS) * in + k;
+            int64_t num_next = min64(COLS, num_cols - c - COLS);
+            for (int64_t t = 0; t < tiles; t++) {
+                for (int64_t i = 0; i < num_next; i++)
+                    prefetch(next + i * in, size * t / tiles, size * (t + 1) / tiles);
+                dot_tile(sums + t * TILE * MAX_COLS + c, x + t * TILE * o->dim, w, COLS * VL, num_vectors, TILE, COLS,
+                         F32);
+            }
+        }
+    }
+    for (int64_t r = 0; r < num_rows; r++)
+        for (int64_t c = 0; c < num_cols; c += VL)
+            store_upto(o->out + (row + r) * o->out_features + col, c, load(sums, r * MAX_COLS + c, F32), num_cols - c,
+                       BF16);
 }
 
 /* x: [num_rows, in_features], w: [out_features, in_features], out: [num_rows, out_features], all bfloat16, contiguous.
  * Returns 0, or -1 when out of memory. */
 int octavo_linear_bf16(const uint16_t *x, const uint16_t *w, uint16_t *out, int64_t num_rows, int64_t in_features,
                        int64_t out_features, int num_threads) {
-    int64_t dim = round_up(in_features);
-    float *wide = aligned_alloc(64, (num_rows * dim * 4 + 63) / 64 * 64);
+    int64_t dim = round_up(in_features), pass_rows = min64(num_rows, PASS_ROWS);
+    float *wide = aligned_alloc(64, ((pass_rows + TILE - 1) / TILE * TILE * dim * 4 + 63) / 64 * 64);
     if (!wide) return -1;
-    for (int64_t r = 0; r < num_rows; r++) widen(wide + r * dim, x + r * in_features, in_features, BF16);
-    int failed = 0, widen_w = num_rows > 2 || dim != in_features;
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && in_features * out_features > 65536)
+    int threads = num_threads > 1 && in_features * out_features > 65536 ? num_threads : 1;
+    /* Enough parts for each thread to find more when another is held up. */
+    int64_t cols = (out_features / (threads * 4) + 2 * COLS) / (2 * COLS) * (2 * COLS);
+    cols = min64(cols, MAX_COLS);
+    int64_t col_blocks = (out_features + cols - 1) / cols;
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float *weights = aligned_alloc(64, COLS * dim * 4), *sums = aligned_alloc(64, (num_rows * COLS * 4 + 63) / 64 * 64);
-        int ok = weights && sums;
-        if (!ok) {
+        float *packed = aligned_alloc(64, (COLS * BLOCK_K + MAX_ROWS * MAX_COLS) * 4), *sums = packed + COLS * BLOCK_K;
+        if (!packed) {
 #pragma omp atomic write
             failed = 1;
         }
+        for (int64_t first = 0; first < num_rows; first += PASS_ROWS) {
+            int64_t rows = min64(PASS_ROWS, num_rows - first), tiles = (rows + TILE - 1) / TILE;
+            int64_t row_blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+            int64_t block_rows = (tiles + row_blocks - 1) / row_blocks * TILE; /* the last is not much smaller */
 #pragma omp for
-        for (int64_t n = 0; n < (out_features + COLS - 1) / COLS; n++) {
-            if (!ok) continue;
-            int64_t first = n * COLS, cols = min64(COLS, out_features - first);
-            const void *rows[COLS];
-            for (int64_t c = 0; c < COLS; c++) {
-                rows[c] = w + (first + min64(c, cols - 1)) * in_features;
-                if (!widen_w) continue;
-                widen(weights + c * dim, rows[c], in_features, BF16);
-                rows[c] = weights + c * dim;
-            }
-            if (widen_w)
-                linear_cols(sums, wide, rows, num_rows, dim, F32);
-            else
-                linear_cols(sums, wide, rows, num_rows, dim, BF16);
-            for (int64_t r = 0; r < num_rows; r++) {
-                uint16_t narrow[2 * VL];
-                for (int c = 0; c < COLS; c += VL) store(narrow, c, load_upto(sums, r * COLS + c, COLS - c, F32), BF16);
-                memcpy(out + r * out_features + first, narrow, cols * 2);
+            for (int64_t r = 0; r < tiles * TILE; r++)
+                pack_row(wide, x + first * in_features, r, rows, in_features, dim);
+            operands o = {wide, w, out + first * out_features, dim, in_features, out_features};
+#pragma omp for schedule(dynamic)
+            for (int64_t task = 0; task < col_blocks * row_blocks; task++) {
+                int64_t row = task % row_blocks * block_rows, col = task / row_blocks * cols;
+                if (packed)
+                    linear_block(&o, row, min64(block_rows, rows - row), col, min64(cols, out_features - col), sums,
+                                 packed);
             }
         }
-        free(weights);
-        free(sums);
+        free(packed);
     }
     free(wide);
     return failed ? -1 : 0;

@@ -27,9 +27,11 @@ typedef int32_t vi __attribute__((vector_size(4 * VL)));
 typedef uint32_t vu __attribute__((vector_size(4 * VL)));
 typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 typedef float v8 __attribute__((vector_size(32)));
+typedef float v4 __attribute__((vector_size(16)));
 /* As they lie in memory: no more aligned than their elements. */
 typedef float vf_mem __attribute__((vector_size(4 * VL), aligned(4), may_alias));
 typedef uint16_t vh_mem __attribute__((vector_size(2 * VL), aligned(2), may_alias));
+typedef float v4_mem __attribute__((vector_size(16), aligned(4), may_alias));
 
 enum { F32 = 0, BF16 = 1, F16 = 2 }; /* as in cpu_build.py */
 
@@ -44,6 +46,15 @@ INLINE const void *at(const void *base, int64_t element, int dtype) {
 INLINE vf select_f(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 INLINE vf max_f(vf a, vf b) { return select_f(a > b, a, b); }
 INLINE vf splat(float x) { return x - (vf){0}; }
+
+/* Keeps x in a register: GCC would rather load it again for each of its uses. */
+#ifdef __AVX512F__
+#define KEEP(x) __asm__("" : "+v"(x))
+#elif defined(__AVX__)
+#define KEEP(x) __asm__("" : "+x"(x))
+#else
+#define KEEP(x) (void)(x)
+#endif
 
 /* a * b + c, rounded once where the CPU can do that. */
 INLINE vf fma_f(vf a, vf b, vf c) {
@@ -62,6 +73,9 @@ INLINE vf fma_f(vf a, vf b, vf c) {
 INLINE vf load(const void *base, int64_t element, int dtype) {
     if (dtype == F32) return *(const vf_mem *)((const float *)base + element);
     const uint16_t *p = (const uint16_t *)base + element;
+#if defined(__AVX2__) && VL == 8 /* for the general form below GCC 12 emits five instructions, not two */
+    if (dtype == BF16) return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#endif
     if (dtype == BF16) return (vf)(__builtin_convertvector((vh)(*(const vh_mem *)p), vu) << 16);
 #if defined(__F16C__) && VL == 8
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
@@ -154,6 +168,12 @@ INLINE v8 sum_each(const vf x[8]) {
     v8 b = add_pairs(add_pairs(fold(x[4]), fold(x[5])), add_pairs(fold(x[6]), fold(x[7])));
     return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
            __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+/* Sums of the lanes of four vectors, associated as in sum_each. */
+INLINE v4 sum_four(const vf x[4]) {
+    v8 a = add_pairs(add_pairs(fold(x[0]), fold(x[1])), add_pairs(fold(x[2]), fold(x[3])));
+    return __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
 }
 
 /* rows * cols = 8 dot products: out[r * stride + c] = x[r] . y[c] over dim, a multiple of VL. Each is summed in VL lanes

@@ -5,13 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import TEXTS, byte_level, metaspace, wordpiece
 
-from octavo.actors.detokenizer.core import DetokenizerCore
+from octavo.actors.detokenizer.core import DetokenizerCore, DetokenizerOutbox
 from octavo.messages.ids import Epoch, RequestId, StepId
 from octavo.messages.request import (
     CancelRequest,
     FinishReason,
     PromptReady,
     RequestEnded,
+    StepTexts,
     StopMatched,
     TextDelta,
     TokenLogprobs,
@@ -50,6 +51,18 @@ def step(
     )
 
 
+def one_by_one(answers: list[DetokenizerOutbox]) -> list[DetokenizerOutbox]:
+    """A step's texts as the deltas that they stand for."""
+    deltas: list[DetokenizerOutbox] = []
+    for answer in answers:
+        if isinstance(answer, StepTexts):
+            rows = zip(answer.request_ids, answer.texts, answer.token_ids, strict=True)
+            deltas += [TextDelta(request_id, text, (token_id,)) for request_id, text, token_id in rows]
+        else:
+            deltas.append(answer)
+    return deltas
+
+
 class Client:
     """What a front end makes of the deltas of stream 1."""
 
@@ -62,7 +75,7 @@ class Client:
 
     def take(self, message: StepExecuted | RequestEnded) -> list[TextDelta]:
         deltas = []
-        for answer in self.core.handle(message, 0):
+        for answer in one_by_one(self.core.handle(message, 0)):
             if isinstance(answer, StopMatched):
                 self.stop_matched += 1
                 continue
@@ -91,6 +104,24 @@ def test_a_step_gives_each_open_stream_its_token_and_ignores_the_others() -> Non
         TextDelta(RequestId(2), "f", (a,)),
         TextDelta(ONE, "g", (b,)),
     ]
+
+
+def test_rows_whose_text_is_their_own_come_in_one_message_and_the_others_by_themselves() -> None:
+    core = DetokenizerCore(CODEC)
+    for i in (1, 2, 3):
+        params = SamplingParams(max_tokens=10, logprobs=0 if i == 2 else None)
+        core.handle(PromptReady((RequestId(i),), (5, 6), params), 0)
+    a, b, c = (ids_of(text)[0] for text in "fgh")
+    assert len(core.handle(step((1, a), (2, b), (3, c)), 0)) == 3  # first tokens
+    rows = step((3, a), (2, b), (9, b), (1, c), logprobs=((RequestId(2), TokenLogprobs(b, -0.5, 1)),))
+    assert core.handle(rows, 0) == [
+        TextDelta(RequestId(2), "g", (b,), (TokenLogprobs(b, -0.5, 1),)),
+        StepTexts((RequestId(3), ONE), ("f", "h"), (a, c)),
+    ]
+    rows = step((1, a), (3, b))
+    (together,) = core.handle(rows, 0)
+    assert together == StepTexts((ONE, RequestId(3)), ("f", "g"), (a, b))
+    assert core.handle(step((2, a)), 0) == [TextDelta(RequestId(2), "f", (a,))]
 
 
 stop_strings = st.lists(
@@ -307,7 +338,7 @@ def test_siblings_of_any_tokenizer_stream_to_the_text_after_their_prompt(make_co
     core.handle(PromptReady((ONE, RequestId(2)), tuple(prompt), SamplingParams(n=2, max_tokens=len(output))), 0)
     texts = {1: "", 2: ""}
     for token in output:
-        for delta in core.handle(step((2, token), (1, token)), 0):
+        for delta in one_by_one(core.handle(step((2, token), (1, token)), 0)):
             assert isinstance(delta, TextDelta)
             texts[delta.request_id] += delta.text
     whole = codec.decode([*prompt, *output])[len(codec.decode(prompt)) :]

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from octavo.actors.executor.sampler import SampledTokens, Sampler, prompt_logprobs
+from octavo.actors.executor.sampler import SampledTokens, Sampler
+from octavo.actors.executor.token_logprobs import prompt_logprobs
 from octavo.kernels import philox
 from octavo.messages.ids import RequestId
 from octavo.messages.sampling import SamplingParams
