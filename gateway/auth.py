@@ -61,10 +61,13 @@ class KeyRing:
 def check_host(request: web.Request, allowed_hosts: Sequence[str]) -> None:
     """Refuse host names that a foreign page may have bound to this machine's address.
 
+    Args:
+        allowed_hosts: names in lower case; `*` is any, and none at all means that nobody asks.
+
     Raises:
         ApiError: 403.
     """
-    if not allowed_hosts:
+    if not allowed_hosts or "*" in allowed_hosts:
         return
     name = _host_name(request.headers.get("Host", ""))
     if name in allowed_hosts or name.endswith(".localhost") or _is_address(name):
@@ -125,7 +128,8 @@ def _host_name(host: str) -> str:
     host = host.strip().lower()
     if host.startswith("["):
         return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] if ":" in host else host
+    name = host.rpartition(":")[0] if ":" in host else host
+    return name.removesuffix(".")
 
 
 def _is_address(name: str) -> bool:

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 
 from .. import __version__
-from .flags import Parser, add_engine_flags, port, positive, rate
+from .flags import Parser, add_engine_flags, add_server_flags, positive, rate
+from .sim_cli import add_sim
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +42,7 @@ def build_parser() -> Parser:
     _add_serve(commands)
     _add_run(commands)
     _add_bench(commands)
+    add_sim(commands)
     doctor = commands.add_parser("doctor", help="look at this machine and installation, and say what octavo would do")
     doctor.set_defaults(run=_doctor, parser=doctor)
     return parser
@@ -49,15 +51,8 @@ def build_parser() -> Parser:
 def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     serve = commands.add_parser("serve", help="serve a model over an OpenAI-compatible HTTP API")
     add_engine_flags(serve)
-    group = serve.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for every interface")
-    group.add_argument("--port", type=port, default=8000, help="port to listen on; 0: any free one")
-    group.add_argument("--served-model-name", nargs="+", default=[], help="names that clients may use")
-    group.add_argument("--api-key", action="append", default=[], help="key that clients must send; may be repeated")
-    group.add_argument("--allowed-origins", nargs="+", default=[], help="origins of web pages that may call the server")
-    group.add_argument(
-        "--shutdown-timeout", type=float, default=30.0, help="seconds that SIGTERM waits for open answers"
-    )
+    add_server_flags(serve)
+    group = serve.add_argument_group("log")
     group.add_argument(
         "--log-format", choices=["auto", "human", "json"], default="auto", help="auto: human on a terminal"
     )

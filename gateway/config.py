@@ -53,6 +53,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         chat_template: path of a jinja file, or the template itself; None takes the tokenizer's.
         offline: never contact the hub.
         max_logprobs: most alternatives a request may ask for; -1 means no bound.
+        journal: file that records what scheduler and KV allocator hear, for `octavo sim replay`; None for none.
+        journal_prompts: record token ids as they are, not as hashes that no text can be recovered from.
 
     Raises:
         InvalidConfigError: a number is out of its range.
@@ -82,6 +84,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     chat_template: str | None = None
     offline: bool = False
     max_logprobs: int = 20
+    journal: str | None = None
+    journal_prompts: bool = False
 
     def __post_init__(self) -> None:
         for name, least in _AT_LEAST.items():
@@ -96,6 +100,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise InvalidConfigError(
                 f"memory_utilization is {self.memory_utilization}, but is a share: more than 0, at most 1",
                 field="memory_utilization",
+            )
+        if self.journal_prompts and self.journal is None:
+            raise InvalidConfigError(
+                "journal_prompts is set, but there is no journal: name one (--journal FILE)", field="journal_prompts"
             )
         if not (math.isfinite(self.priority_aging_s) and self.priority_aging_s >= 0.0):
             raise InvalidConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from .connections import ConnectionTable
 from .engine_protocol import EngineLike
 from .http_errors import ApiError
 from .metrics import GatewayMetrics
@@ -24,7 +25,12 @@ class GatewayContext:
         self.settings = settings
         self.model_names = settings.served_model_names or engine.config.served_model_names or (engine.model_name,)
         self.pump = StreamPump(buffer_bytes=settings.stream_buffer_bytes, stall_s=settings.stream_stall_s)
-        self.metrics = GatewayMetrics(engine, self.model_names[0], self.pump)
+        self.connections = ConnectionTable(
+            max_total=settings.max_connections,
+            max_per_client=settings.max_connections_per_client,
+            trusted_proxies=settings.trusted_proxies,
+        )
+        self.metrics = GatewayMetrics(engine, self.model_names[0], self.pump, self.connections)
         self.is_draining = False
 
     def model_name(self, asked: str | None) -> str:

@@ -8,14 +8,18 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import msgspec
 import structlog
 
+from .. import __version__
 from ..actors.detokenizer.core import DetokenizerCore
+from ..actors.journal.actor import Journal, check_journal_path
+from ..actors.journal.config import JournalHeader
 from ..actors.kv_allocator.core import AllocatorConfig, KVAllocatorCore
 from ..actors.runtime.clock import MonotonicClock
 from ..actors.runtime.in_process import InProcessRuntime, Mailbox
@@ -60,6 +64,14 @@ TICK_S = 0.25
 """How often deadlines are looked at while nothing else happens."""
 
 
+class Tap(Protocol):
+    """Watches the two cores that decide, by wrapping their `handle`."""
+
+    def wrap_scheduler(self, handle: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]: ...
+
+    def wrap_allocator(self, handle: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]: ...
+
+
 class Engine:
     """An inference engine that lives in the running event loop.
 
@@ -69,9 +81,12 @@ class Engine:
     Args:
         model: folder or hub name; None is the small model that ships with octavo.
         config: everything at once; or give its fields as keyword arguments.
+        tap: watches what scheduler and allocator hear and say (`octavo sim calibrate` times steps with one).
     """
 
-    def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **fields: Any) -> None:
+    def __init__(
+        self, model: str | None = None, *, config: EngineConfig | None = None, tap: Tap | None = None, **fields: Any
+    ) -> None:
         if config is None:
             config = make_config({"model": model, **fields})
         elif model is not None or fields:
@@ -91,6 +106,8 @@ class Engine:
         self._is_starting = False
         self._broken_because = ""
         self._ticker: asyncio.TimerHandle | None = None
+        self._journal: Journal | None = None
+        self._tap = tap
 
     # ---- life ----
 
@@ -125,6 +142,8 @@ class Engine:
         from ..actors.executor.actor import ExecutorThread, locate_model
 
         config = self.config
+        if config.journal is not None:
+            check_journal_path(config.journal)  # now, not when the model is loaded
         folder, self.model_name = await asyncio.to_thread(
             locate_model,
             config.model,
@@ -155,14 +174,32 @@ class Engine:
         self._executor_answered = asyncio.Event()
         self._tokenizer = tokenizer
         self._executor = executor
-        self._scheduler = SchedulerCore(_scheduler_config(config, self.num_blocks, self.max_model_len))
-        self._allocator = KVAllocatorCore(
-            AllocatorConfig(
-                num_blocks=self.num_blocks,
-                block_size=config.block_size,
-                enable_prefix_caching=config.enable_prefix_caching,
-            )
+        scheduler_config = _scheduler_config(config, self.num_blocks, self.max_model_len)
+        allocator_config = AllocatorConfig(
+            num_blocks=self.num_blocks,
+            block_size=config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
         )
+        self.scheduler_config = scheduler_config
+        self._scheduler = SchedulerCore(scheduler_config)
+        self._allocator = KVAllocatorCore(allocator_config)
+        handle_scheduler, handle_allocator = self._scheduler.handle, self._allocator.handle
+        if config.journal is not None:
+            header = JournalHeader(
+                octavo=__version__,
+                model=self.model_name,
+                started_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+                start_ns=self._clock.now_ns(),
+                has_tokens=config.journal_prompts,
+                scheduler=scheduler_config,
+                allocator=allocator_config,
+            )
+            self._journal = Journal(config.journal, header)
+            handle_scheduler = self._journal.wrap_scheduler(handle_scheduler)
+            handle_allocator = self._journal.wrap_allocator(handle_allocator)
+        if self._tap is not None:
+            handle_scheduler = self._tap.wrap_scheduler(handle_scheduler)
+            handle_allocator = self._tap.wrap_allocator(handle_allocator)
         # Room to find the one of `max_num_seqs` requests that kills its executor: half as many run after each loss.
         self._supervisor = SupervisorCore(SupervisorConfig(max_restarts=8 + 2 * config.max_num_seqs.bit_length()))
         detokenizer = DetokenizerCore(tokenizer)
@@ -180,12 +217,10 @@ class Engine:
         # MAX_N sequences, and a sequence for a submission, a cancel and, while it is live, a few messages more.
         self._max_submitting = max_live + MAX_N
         capacity = 4 * MAX_N * self._max_submitting
-        self._scheduler_mailbox = self._add(
-            "scheduler", self._scheduler.handle, capacity=capacity, after_batch=PlanDue()
-        )
+        self._scheduler_mailbox = self._add("scheduler", handle_scheduler, capacity=capacity, after_batch=PlanDue())
         self._add("frontend", self._frontend.handle, capacity=capacity)
         self._tokenizer_mailbox = self._add("tokenizer", self._tokenizer_actor.handle, capacity=capacity)
-        self._add("kv_allocator", self._allocator.handle, capacity=capacity)
+        self._add("kv_allocator", handle_allocator, capacity=capacity)
         self._add("detokenizer", detokenizer.handle, capacity=capacity)
         self._add("supervisor", self._handle_supervisor, capacity=1024)
         self._runtime.add("executor", executor)
@@ -229,6 +264,9 @@ class Engine:
             await asyncio.to_thread(self._executor.stop)
         except RuntimeError:  # the interpreter is shutting down and starts no more threads
             self._executor.stop()
+        if self._journal is not None:
+            await self._journal.close()
+            self._journal = None
 
     # ---- requests ----
 
@@ -460,6 +498,8 @@ class Engine:
     def _tick(self) -> None:
         if self._frontend.has_deadlines:
             self._scheduler_mailbox.wake()
+        if self._journal is not None:
+            self._journal.flush_if_due(self._clock.now_ns())
         self._ticker = self._runtime.loop.call_later(TICK_S, self._tick)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import ipaddress
 import re
 import sys
 from fractions import Fraction
@@ -52,12 +53,45 @@ def rate(text: str) -> float:
     return value
 
 
+def seconds(text: str) -> float:
+    """A finite number of seconds from 0 up."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 up")
+    return value
+
+
+def network(text: str) -> str:
+    """An IP address or a network such as 10.0.0.0/8."""
+    try:
+        return str(ipaddress.ip_network(text, strict=False))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an IP address or a network such as 10.0.0.0/8") from None
+
+
+def host_name(text: str) -> str:
+    """A name for the `Host` header, without a port; `*` stands for any."""
+    if not text or any(character in "/:[]@ " for character in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a host name: give it without scheme and port")
+    return text.lower()
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults, where there is something to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default or action.default == 0 else action.help
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that takes `-` and `_` alike and names the nearest flag for one it does not know."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", _HelpFormatter)
         super().__init__(*args, **kwargs)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -70,6 +104,10 @@ class Parser(argparse.ArgumentParser):
             chosen = getattr(parsed, "parser", self)
             chosen.error(chosen.explain_unknown(unknown))
         return parsed
+
+    def has_flag(self, flag: str) -> bool:
+        """Whether it takes `--flag`."""
+        return flag in self._option_string_actions
 
     def explain_unknown(self, unknown: list[str]) -> str:
         """One line on arguments that nothing takes, with the nearest flags."""
@@ -142,9 +180,26 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-num-queued-tokens", type=number, default=8_000_000, help="prompt tokens waiting; then 429"
     )
+    group.add_argument(
+        "--priority-aging",
+        dest="priority_aging_s",
+        metavar="SECONDS",
+        type=seconds,
+        default=10.0,
+        help="waiting this long is worth one level of priority; 0: priorities alone decide",
+    )
+    group.add_argument(
+        "--pipeline-depth", type=number, default=2, help="steps in flight; 1: each waits for the one before"
+    )
     group.add_argument("--seed", type=int, default=0, help="of requests that bring none")
     group.add_argument("--num-threads", type=number, help="torch's threads on the CPU")
     group.add_argument("--max-logprobs", type=int, default=20, help="most alternatives a request may ask for")
+    group.add_argument(
+        "--journal",
+        metavar="FILE",
+        help="record every scheduling decision, for `octavo sim replay`; prompts are hashed",
+    )
+    group.add_argument("--journal-prompts", action="store_true", help="record token ids in the journal, not hashes")
 
 
 ENGINE_FIELDS = (
@@ -166,12 +221,72 @@ ENGINE_FIELDS = (
     "enable_prefix_caching",
     "max_num_queued_requests",
     "max_num_queued_tokens",
+    "priority_aging_s",
+    "pipeline_depth",
     "seed",
     "num_threads",
     "max_logprobs",
+    "journal",
+    "journal_prompts",
 )
+
+
+FIELDS_WITHOUT_ENGINE_FLAG = {"served_model_names": "--served-model-name, of `octavo serve` alone"}
+"""Fields of `EngineConfig` that `add_engine_flags` leaves out, and why."""
 
 
 def engine_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fields of `EngineConfig` from parsed flags."""
     return {name: getattr(arguments, name) for name in ENGINE_FIELDS}
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `octavo serve` alone; `server_fields` reads most of them."""
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for every interface")
+    group.add_argument("--port", type=port, default=8000, help="port to listen on; 0: any free one")
+    group.add_argument("--served-model-name", nargs="+", default=[], help="names that clients may use")
+    group.add_argument("--api-key", action="append", default=[], help="key that clients must send; may be repeated")
+    group.add_argument("--allowed-origins", nargs="+", default=[], help="origins of web pages that may call the server")
+    group.add_argument(
+        "--allowed-hosts",
+        nargs="+",
+        metavar="NAME",
+        type=host_name,
+        default=[],
+        help="names by which clients may call the server, beside localhost and any address; * for any name. Without "
+        "this flag: localhost alone if it listens on a loopback address without --api-key, otherwise any name",
+    )
+    group.add_argument(
+        "--max-connections", type=number, default=16384, help="open at a time, then 503; 0: no bound but the system's"
+    )
+    group.add_argument(
+        "--max-connections-per-client",
+        type=number,
+        default=4096,
+        help="open at a time from one address (IPv6: one /64 network), then 429; 0: no bound",
+    )
+    group.add_argument(
+        "--trusted-proxies",
+        nargs="+",
+        metavar="ADDRESS",
+        type=network,
+        default=[],
+        help="addresses or networks of proxies, to which the bound for one client does not apply",
+    )
+    group.add_argument(
+        "--shutdown-timeout", type=float, default=30.0, help="seconds that SIGTERM waits for open answers"
+    )
+
+
+def server_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `ServerSettings` from parsed flags."""
+    return {
+        "api_keys": tuple(arguments.api_key),
+        "allowed_origins": tuple(arguments.allowed_origins),
+        "allowed_hosts": tuple(arguments.allowed_hosts),
+        "max_connections": arguments.max_connections,
+        "max_connections_per_client": arguments.max_connections_per_client,
+        "trusted_proxies": tuple(arguments.trusted_proxies),
+        "shutdown_timeout_s": arguments.shutdown_timeout,
+    }

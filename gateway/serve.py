@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import time
 
@@ -11,12 +12,15 @@ import structlog
 
 from .config import EngineConfig, make_config
 from .engine import Engine
-from .flags import engine_fields
+from .flags import engine_fields, server_fields
 from .logs import configure_logs
 from .server import serve_http
 from .settings import ServerSettings
 
 log = structlog.get_logger("octavo")
+
+SPARE_FILES = 256
+"""File descriptors for all that is not a connection: models, logs, refused clients."""
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -34,12 +38,9 @@ async def _serve(config: EngineConfig, arguments: argparse.Namespace) -> int:
         gc.collect()
         gc.freeze()
         names = config.served_model_names or (engine.model_name,)
-        settings = ServerSettings(
-            served_model_names=names,
-            api_keys=tuple(arguments.api_key),
-            allowed_origins=tuple(arguments.allowed_origins),
-            shutdown_timeout_s=arguments.shutdown_timeout,
-        )
+        fields = server_fields(arguments)
+        fields["max_connections"] = connections_within_files(fields["max_connections"])
+        settings = ServerSettings(served_model_names=names, **fields)
         reporter = asyncio.create_task(report_throughput(engine, arguments.log_interval))
         try:
             await serve_http(
@@ -53,6 +54,30 @@ async def _serve(config: EngineConfig, arguments: argparse.Namespace) -> int:
             reporter.cancel()
             await asyncio.gather(reporter, return_exceptions=True)
     return 0
+
+
+def connections_within_files(asked: int) -> int:
+    """Let the process open as many files as it may, and bound its connections to fewer than that.
+
+    A server that runs out of file descriptors cannot even refuse a connection.
+    """
+    try:
+        import resource
+    except ImportError:  # no such limits on this system
+        return asked
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and (hard == resource.RLIM_INFINITY or soft < hard):
+        wanted = asked + SPARE_FILES if hard == resource.RLIM_INFINITY else hard
+        if wanted > soft:
+            with contextlib.suppress(ValueError, OSError):  # some systems have a lower limit that they do not tell
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    possible = max(soft - SPARE_FILES, 1)
+    if soft == resource.RLIM_INFINITY or 0 < asked <= possible:
+        return asked
+    if asked:
+        log.warning("server.few_files", max_connections=possible, advice=f"ulimit -n {asked + SPARE_FILES}")
+    return possible
 
 
 def _greet(engine: Engine, name: str, arguments: argparse.Namespace, port: int, seconds: float) -> None:

@@ -11,16 +11,16 @@ import secrets
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import structlog
 from aiohttp import web
-from aiohttp.web_protocol import RequestHandler
 
 from .auth import KeyRing, check_host, check_origin, cors_headers, preflight_response
 from .context import CONTEXT, CORS, REQUEST_ID, SERVER_NAME, GatewayContext
 from .engine_protocol import EngineLike
+from .http_connection import GatewayRunner
 from .http_errors import ApiError
 from .model_routes import (
     handle_detokenize,
@@ -44,7 +44,6 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _EXPECT_CONTINUE: Final = "100-continue"
-LINGERING_S: Final = 2.0
 _PAGE_HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -157,6 +156,8 @@ async def _admit(request: web.Request, handler: Handler) -> web.StreamResponse:
 async def _expect(request: web.Request) -> web.StreamResponse | None:
     if request.headers.get("Expect", "").lower() != _EXPECT_CONTINUE:
         return ApiError(417, "of expectations only 100-continue can be met", code="expectation_failed").response()
+    if request.content.is_eof():
+        return None  # it did not wait
     await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     # What was written so far belongs to no response yet.
     request.writer.output_size = 0
@@ -172,98 +173,6 @@ def _of_http_exception(error: web.HTTPException) -> ApiError:
     if error.status == 413:
         return ApiError(413, "the body is too long", code="body_too_large", headers={"Connection": "close"})
     return ApiError(error.status, error.reason, code="http_error")
-
-
-class GatewayProtocol(RequestHandler):
-    """A connection whose broken requests are answered in the shape of all other errors, and not waited for for ever."""
-
-    __slots__ = ("_header_timer", "_settings")
-
-    def __init__(self, *args: Any, settings: ServerSettings, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._settings = settings
-        self._header_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._header_timer = self._loop.call_later(self._settings.header_timeout_s, self._headers_overdue)
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-        super().connection_lost(exc)
-
-    def _headers_overdue(self) -> None:
-        self._header_timer = None
-        if self._request_count == 0 and self.transport is not None:
-            body = ApiError(408, "the request's headers did not arrive in time", code="request_timeout").body()
-            head = f"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-            self.transport.write(head.encode() + b"Connection: close\r\n\r\n" + body)
-            self.force_close()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Answer what could not be parsed, or what went wrong outside every handler."""
-        if status >= 500:
-            log.error("request.crashed", exc_info=exc)
-            error = ApiError(500, "an error inside the server; it was logged", code="internal_error")
-        else:
-            # The parser's words quote what was sent; they are of no use to an honest client.
-            error = ApiError(status, "this is not a well-formed HTTP request", code="malformed_http")
-        if request.writer.output_size > 0:
-            raise ConnectionError("part of a response was sent already")
-        response = error.response()
-        response.headers["Server"] = SERVER_NAME
-        response.force_close()
-        return response
-
-
-class GatewayServer(web.Server):
-    """Makes a `GatewayProtocol` for each connection."""
-
-    def __init__(self, *args: Any, settings: ServerSettings, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._settings = settings
-
-    def __call__(self) -> GatewayProtocol:
-        return GatewayProtocol(self, loop=self._loop, settings=self._settings, **self._kwargs)
-
-
-class GatewayRunner(web.AppRunner):
-    """Runs the application with this gateway's timers, limits and errors."""
-
-    __slots__ = ("_settings",)
-
-    def __init__(self, app: web.Application) -> None:
-        settings = app[CONTEXT].settings
-        super().__init__(
-            app,
-            access_log=None,
-            handler_cancellation=True,
-            auto_decompress=False,
-            keepalive_timeout=settings.keepalive_timeout_s,
-            # How long to go on reading a body that was refused, so that the client gets to see the answer.
-            lingering_time=min(LINGERING_S, settings.body_timeout_s),
-            # Open responses were waited for before; what is left then is cut.
-            shutdown_timeout=1.0,
-        )
-        self._settings = settings
-
-    async def _make_server(self) -> web.Server:
-        made = await super()._make_server()
-        return GatewayServer(
-            made.request_handler,
-            request_factory=made.request_factory,
-            handler_cancellation=made.handler_cancellation,
-            loop=asyncio.get_running_loop(),
-            settings=self._settings,
-            **made._kwargs,
-        )
 
 
 class RunningServer:
@@ -307,9 +216,9 @@ async def start_http(
     Raises:
         OSError: the address is taken or not this machine's.
     """
-    if _is_loopback(host) and not settings.api_keys and not settings.allowed_hosts:
+    if settings.allowed_hosts or (_is_loopback(host) and not settings.api_keys):
         # Without a key, any web page could reach a local server by binding its own name to 127.0.0.1.
-        settings = msgspec.structs.replace(settings, allowed_hosts=("localhost",))
+        settings = msgspec.structs.replace(settings, allowed_hosts=("localhost", *settings.allowed_hosts))
     app = create_app(engine, settings)
     runner = GatewayRunner(app)
     await runner.setup()

@@ -12,7 +12,12 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         served_model_names: names clients may use, the first one answers; empty means the engine's own.
         api_keys: any of these is accepted; none means that no key is asked for.
         allowed_origins: browser pages from these origins may call (`*` for all); empty means no CORS at all.
-        allowed_hosts: names a `Host` header may carry, against DNS rebinding; addresses always may. Empty: no check.
+        allowed_hosts: names a `Host` header may carry, in lower case, against DNS rebinding; addresses always may, and
+            `*` is any. Empty: no check, but on a loopback address without keys `localhost` alone.
+        max_connections: open at a time, then 503; 0 for no bound. Each takes a file descriptor.
+        max_connections_per_client: open at a time from one address (IPv6: one /64 network), then 429; 0 for no bound.
+        trusted_proxies: addresses or networks of proxies that many clients stand behind; the bound for one client does
+            not hold for these. Headers such as X-Forwarded-For are never believed.
         max_body_bytes: of a request.
         max_n: sequences per prompt.
         max_prompts: prompts in one completions request.
@@ -31,6 +36,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     api_keys: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
+    max_connections: int = 16384
+    max_connections_per_client: int = 4096
+    trusted_proxies: tuple[str, ...] = ()
     max_body_bytes: int = 4 * 1024 * 1024
     max_n: int = 16
     max_prompts: int = 64

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
+from itertools import accumulate, islice
 
 import msgspec
 
@@ -23,7 +24,7 @@ from .token_meter import TokenMeter
 _PLAN_DUE = PlanDue()
 _EMPTY = StepShape(0, 0, 0, (), 0)
 _MIN_STRETCH = 3  # shorter ones cost more to skip than to step through
-_MAX_STRETCH = 512  # most of a longer one would be worked out in vain, when somebody comes in between
+_FIRST_STRETCH = 32  # looked ahead at first; doubled while nobody comes in between
 
 DEADLINE_RANK = 1 << 30
 """Ends of steps come first at an instant, by replica, then deadlines, then what comes from outside."""
@@ -133,6 +134,9 @@ class Replica:
         self._timer = 0  # of the step event that counts; older ones are void
         self._deadline_ns = NEVER
         self._coasting: Coasting | None = None
+        self._look_ahead = _FIRST_STRETCH  # what is worked out beyond the next interruption is worked out in vain
+        self._seen = (0, 0, 0)
+        self._seen_at = 0  # value of `_timer`, which counts what happens
         self._answer_ids: dict[RequestId, int] = {}  # the token that each open request samples, over and over
         self._batch = BatchMeter()
         self.tokens = TokenMeter(on_first_token)
@@ -174,17 +178,26 @@ class Replica:
         if coasting is not None:
             num_laps = bisect_right(coasting.ends, self._agenda.now_ns, hi=coasting.num_laps)
             self._coasting = None
+            self._look_ahead = max(_FIRST_STRETCH, 2 * num_laps)
             if num_laps:
                 self._advance(coasting, num_laps)
 
+    @property
+    def num_open(self) -> int:
+        """Requests submitted and not ended."""
+        return len(self._answer_ids)
+
     def look(self) -> tuple[int, int, int]:
         """Requests waiting, requests running, and blocks held, now."""
-        was_coasting = self._coasting is not None
-        self.catch_up()
-        if was_coasting:
+        if self._coasting is not None:
+            self.catch_up()
             self._schedule()
+        elif self._timer == self._seen_at:  # nothing has happened since somebody looked
+            return self._seen
         stats = self.scheduler.stats()
-        return stats.num_waiting, stats.num_running, self.allocator.stats().num_held
+        self._seen = stats.num_waiting, stats.num_running, self.allocator.stats().num_held
+        self._seen_at = self._timer
+        return self._seen
 
     # -- the ring -----------------------------------------------------------------------------------------------------
 
@@ -306,20 +319,24 @@ class Replica:
         for step in steps:
             if step.sampled is not sampled or step.shape.prefills:
                 return
-        num_laps = min(self.scheduler.decode_horizon(), _MAX_STRETCH)
+        num_laps = min(self.scheduler.decode_horizon(), self._look_ahead)
         if num_laps < _MIN_STRETCH:
             return
         shape = steps[-1].shape
         durations = self._model.decode_run_ns(shape.after_decodes(1), num_laps)
         host_ns = self._model.host_ns(shape)
         ends = [step.end_ns for step in steps]
-        begins = [step.begin_ns for step in steps]
-        end_ns = ends[-1]
-        for i, duration_ns in enumerate(durations):
-            begin_ns = max(end_ns, ends[i] + host_ns)
-            end_ns = begin_ns + duration_ns
-            begins.append(begin_ns)
-            ends.append(end_ns)
+        if self._depth > 1 and host_ns <= min(*durations, ends[-1] - steps[-1].begin_ns):
+            # The host's time is hidden behind the step before: the device goes on without a pause.
+            ends.extend(islice(accumulate(durations, initial=ends[-1]), 1, None))
+            begins = [steps[0].begin_ns, *ends[:-1]]
+            for i, step in enumerate(steps):
+                begins[i] = step.begin_ns
+        else:
+            begins = [step.begin_ns for step in steps]
+            for i, duration_ns in enumerate(durations):
+                begins.append(max(ends[-1], ends[i] + host_ns))
+                ends.append(begins[-1] + duration_ns)
         self._coasting = Coasting(ends, begins, num_laps)
 
     def _finish_stretch(self, timer: int) -> None:

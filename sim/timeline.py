@@ -8,7 +8,7 @@ from .agenda import Agenda
 from .replica import Replica
 from .results import TimelinePoint
 
-_MAX_POINTS = 600
+_MAX_POINTS = 400
 
 
 class Timeline:

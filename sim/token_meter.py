@@ -38,7 +38,8 @@ class TokenMeter:
             is_open: requests that have not ended.
         """
         if sampled is self._rows or sampled == self._rows:
-            self.gaps.add(end_ns - self._end_ns, len(sampled))
+            if sampled:
+                self.gaps.add(end_ns - self._end_ns, len(sampled))
         else:
             self._change_rows(sampled, end_ns, is_open)
         self._end_ns = end_ns

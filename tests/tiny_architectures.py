@@ -164,6 +164,14 @@ ARCHITECTURES = (
     _windowed("mixtral"),
     _windowed("gpt_oss"),
     _fast("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+    _fast(
+        "dbrx",
+        hidden_size=None,  # its second name, d_model, is the one that the experts' width follows
+        d_model=64,
+        num_key_value_heads=None,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 0.5, "rope_theta": 10000.0},
+        ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    ),
     _fast("dots1"),
     _fast("ernie4_5_moe", moe_layer_start_index=0),
     _fast("flex_olmo"),

@@ -82,6 +82,27 @@ def test_a_local_server_without_keys_answers_to_local_names_only(host: str, stat
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(
+    ("allowed", "host", "status"),
+    [
+        (("box.example",), "box.example:8000", b"200"),
+        (("box.example",), "BOX.example.", b"200"),
+        (("box.example",), "localhost", b"200"),
+        (("box.example",), "10.0.0.1", b"200"),
+        (("box.example",), "not.box.example", b"403"),
+        (("*",), "anything.example", b"200"),
+    ],
+)
+def test_a_server_answers_to_the_names_it_was_given(allowed: tuple[str, ...], host: str, status: bytes) -> None:
+    async def run() -> None:
+        for keys in ((), KEYS):  # a key takes nothing away from a check that was asked for
+            async with serving(allowed_hosts=allowed, api_keys=keys) as client:
+                data = f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+                assert (await client.raw(data)).split()[1] == status
+
+    asyncio.run(run())
+
+
 def test_pages_of_other_sites_are_refused_unless_they_were_let_in() -> None:
     async def run() -> None:
         page = {"Origin": "https://chat.example"}

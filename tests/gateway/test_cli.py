@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from engines import engine_on, save_servable
 
 from octavo.gateway.cli import build_parser, main
 from octavo.gateway.config import EngineConfig, make_config
-from octavo.gateway.flags import ENGINE_FIELDS, engine_fields, number
+from octavo.gateway.flags import ENGINE_FIELDS, FIELDS_WITHOUT_ENGINE_FLAG, engine_fields, number, server_fields
+from octavo.gateway.serve import SPARE_FILES, connections_within_files
 from octavo.gateway.server import start_http
 from octavo.gateway.settings import ServerSettings
 
@@ -69,6 +71,9 @@ def test_a_command_that_needs_another_lists_them(command: list[str], capsys: pyt
         (["serve", "--block-size", "many"], ["'many' is not a number such as 4096, 8k or 2G"]),
         (["serve", "--block-size", "1.5"], ["'1.5' is not a whole number"]),
         (["serve", "--port", "70000"], ["'70000' is not a port"]),
+        (["serve", "--trusted-proxies", "proxy"], ["'proxy' is not an IP address or a network"]),
+        (["serve", "--allowed-hosts", "http://box"], ["'http://box' is not a host name"]),
+        (["serve", "--priority-aging", "nan"], ["'nan' is not a number of seconds from 0 up"]),
         (["serve", "--dtype", "int3"], ["float32"]),
         (["bench", "offline", "--concurrency", "0"], ["at least 1"]),
         (["bench", "offline", "--repeats", "0"], ["at least 1"]),
@@ -105,8 +110,8 @@ def test_numbers_may_have_a_suffix(text: str, value: int) -> None:
 def test_flags_set_every_field_that_they_name_and_default_to_the_struct_s() -> None:
     parser = build_parser()
     assert make_config(engine_fields(parser.parse_args(["serve"]))) == EngineConfig()
-    without_flag = set(EngineConfig.__struct_fields__) - set(ENGINE_FIELDS)
-    assert without_flag == {"served_model_names", "priority_aging_s", "pipeline_depth"}  # the first has one of serve's
+    assert set(EngineConfig.__struct_fields__) == {*ENGINE_FIELDS, *FIELDS_WITHOUT_ENGINE_FLAG}
+    assert all(FIELDS_WITHOUT_ENGINE_FLAG.values())
     flags = {
         "--tokenizer": ("tokenizer", "there"),
         "--revision": ("revision", "main"),
@@ -125,9 +130,13 @@ def test_flags_set_every_field_that_they_name_and_default_to_the_struct_s() -> N
         "--no-enable-prefix-caching": ("enable_prefix_caching", False),
         "--max-num-queued-reqs": ("max_num_queued_requests", 5),
         "--max-num-queued-tokens": ("max_num_queued_tokens", 500),
+        "--priority-aging": ("priority_aging_s", 2.5),
+        "--pipeline-depth": ("pipeline_depth", 1),
         "--seed": ("seed", 4),
         "--num-threads": ("num_threads", 2),
         "--max-logprobs": ("max_logprobs", 7),
+        "--journal": ("journal", "incident.journal"),
+        "--journal-prompts": ("journal_prompts", True),
     }
     assert {name for name, _ in flags.values()} | {"model"} == set(ENGINE_FIELDS)
     argv = ["serve", "here"]
@@ -135,6 +144,33 @@ def test_flags_set_every_field_that_they_name_and_default_to_the_struct_s() -> N
         argv += [flag] if isinstance(value, bool) else [flag, str(value)]
     expected = EngineConfig(model="here", **dict(flags.values()))
     assert make_config(engine_fields(parser.parse_args(argv))) == expected
+
+
+def test_flags_of_the_server_set_its_settings_and_default_to_the_struct_s() -> None:
+    parse = build_parser().parse_args
+    defaults = ServerSettings(**server_fields(parse(["serve"])))
+    assert defaults == msgspec.structs.replace(ServerSettings(), shutdown_timeout_s=30.0)
+    argv = "--api-key a --api-key b --allowed-origins https://x.example --allowed-hosts Box.Example * "
+    argv += "--max-connections 7 --max-connections-per-client 0 --trusted-proxies 10.1.2.3/8 ::1 --shutdown-timeout 2"
+    assert ServerSettings(**server_fields(parse(["serve", *argv.split()]))) == ServerSettings(
+        api_keys=("a", "b"),
+        allowed_origins=("https://x.example",),
+        allowed_hosts=("box.example", "*"),
+        max_connections=7,
+        max_connections_per_client=0,
+        trusted_proxies=("10.0.0.0/8", "::1/128"),
+        shutdown_timeout_s=2.0,
+    )
+
+
+def test_connections_are_fewer_than_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [100, 1000]
+    monkeypatch.setattr("resource.getrlimit", lambda kind: tuple(limits))
+    monkeypatch.setattr("resource.setrlimit", lambda kind, new: limits.__setitem__(slice(None), new))
+    assert connections_within_files(5000) == 1000 - SPARE_FILES
+    assert limits == [1000, 1000]
+    assert connections_within_files(0) == 1000 - SPARE_FILES
+    assert connections_within_files(10) == 10
 
 
 # ---- commands ----

@@ -640,7 +640,7 @@ async def test_an_actor_that_raises_ends_every_request_and_readiness(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with engine_on(folder) as engine:
-        monkeypatch.setattr(engine._scheduler, "_admit", lambda: 1 / 0)
+        monkeypatch.setattr(engine._scheduler._state.waiting, "peek", lambda: 1 / 0)
         ends = await settled([engine.generate(PROMPT, LONG) for _ in range(3)])
         assert all(isinstance(end, OctavoError) for end in ends)
         assert "scheduler failed" in engine.why_not_ready

@@ -1,0 +1,1 @@
+"""Journals of live engines: read, replayed, explained and compared."""

@@ -1,0 +1,1 @@
+"""Which configuration, and how many of it: searches over simulations."""

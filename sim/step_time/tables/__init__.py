@@ -1,0 +1,1 @@
+"""Measured tables of other projects, read as step-time models."""

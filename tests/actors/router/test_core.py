@@ -1,0 +1,118 @@
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octavo.actors.router.core import RouterConfig, RouterCore
+from octavo.messages.ids import RequestId
+from octavo.messages.request import SubmitRequest
+from octavo.messages.router import ReplicaDown, ReplicaUp, RequestLeft
+from octavo.messages.sampling import SamplingParams
+
+
+def submit(request_id: int, tokens=(1, 2, 3), **fields) -> SubmitRequest:
+    return SubmitRequest(RequestId(request_id), array("i", tokens).tobytes(), SamplingParams(), **fields)
+
+
+def route(router: RouterCore, request_id: int, tokens=(1, 2, 3), **fields) -> int:
+    (routed,) = router.handle(submit(request_id, tokens, **fields), 0)
+    assert routed.submit.request_id == request_id
+    return routed.replica
+
+
+def test_round_robin_takes_turns_and_skips_who_is_down() -> None:
+    router = RouterCore(RouterConfig(num_replicas=3, policy="round_robin"))
+    assert [route(router, i) for i in range(4)] == [0, 1, 2, 0]
+    router.handle(ReplicaDown(1), 0)
+    assert [route(router, i) for i in range(4, 8)] == [2, 0, 2, 0]
+    router.handle(ReplicaUp(1), 0)
+    assert [route(router, i) for i in range(8, 10)] == [1, 2]
+
+
+def test_least_loaded_counts_open_requests_and_breaks_ties_by_number() -> None:
+    router = RouterCore(RouterConfig(num_replicas=3))
+    assert [route(router, i) for i in range(5)] == [0, 1, 2, 0, 1]
+    router.handle(RequestLeft(RequestId(0)), 0)
+    router.handle(RequestLeft(RequestId(3)), 0)
+    assert route(router, 5) == 0
+    router.check()
+
+
+def test_prefix_aware_sends_a_prompt_where_its_beginning_is_unless_that_costs_more() -> None:
+    router = RouterCore(RouterConfig(num_replicas=2, policy="prefix_aware", chunk_tokens=4, request_tokens=2))
+    shared = tuple(range(100, 180))
+    assert route(router, 0, shared) == 0
+    assert route(router, 1, tuple(range(80))) == 1
+    router.handle(RequestLeft(RequestId(0)), 0)
+    router.handle(RequestLeft(RequestId(1)), 0)
+    assert route(router, 2, (*shared, 5)) == 0  # 1 token to compute
+    assert route(router, 3, (*shared, 6)) == 0
+    assert route(router, 4, (*shared[:4], *range(500, 560))) == 1  # little is shared, and replica 0 is busy
+    router.check()
+
+
+def test_prompts_with_different_salts_share_nothing() -> None:
+    router = RouterCore(RouterConfig(num_replicas=2, policy="prefix_aware", chunk_tokens=4, request_tokens=2))
+    prompt = tuple(range(40))
+    assert route(router, 0, prompt, cache_salt="a") == 0
+    assert route(router, 1, prompt, cache_salt="b") == 1
+
+
+def test_siblings_follow_the_one_whose_prompt_they_share() -> None:
+    for policy in ("round_robin", "least_loaded", "prefix_aware"):
+        router = RouterCore(RouterConfig(num_replicas=4, policy=policy))
+        route(router, 0)
+        leader = route(router, 1)
+        assert {route(router, i, fork_of=RequestId(1)) for i in range(2, 5)} == {leader}
+        router.check()
+
+
+def test_while_nobody_is_up_requests_still_go_somewhere() -> None:
+    for policy in ("round_robin", "least_loaded", "prefix_aware"):
+        router = RouterCore(RouterConfig(num_replicas=2, policy=policy))
+        router.handle(ReplicaDown(0), 0)
+        router.handle(ReplicaDown(1), 0)
+        assert route(router, 0) in (0, 1)
+        router.handle(ReplicaUp(1), 0)
+        assert {route(router, i) for i in range(1, 4)} == {1}
+
+
+def test_the_map_of_prefixes_is_bounded() -> None:
+    router = RouterCore(RouterConfig(num_replicas=2, policy="prefix_aware", chunk_tokens=1, max_chunks=10))
+    for i in range(50):
+        route(router, i, range(i * 10, i * 10 + 10))
+        assert len(router._prefixes) <= 10
+
+
+@given(st.sampled_from(["round_robin", "least_loaded", "prefix_aware"]), st.integers(1, 5), st.data())
+def test_loads_are_those_of_open_requests_after_any_script(policy, num_replicas, data) -> None:
+    router = RouterCore(RouterConfig(num_replicas=num_replicas, policy=policy, chunk_tokens=2, max_chunks=6))
+    is_up = [True] * num_replicas
+    for i in range(data.draw(st.integers(0, 30))):
+        match data.draw(st.sampled_from(["submit", "submit", "left", "down", "up"])):
+            case "submit":
+                prompt = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=9))
+                replica = route(router, i, prompt, fork_of=RequestId(data.draw(st.integers(-1, 5))))
+                assert is_up[replica] or not any(is_up)
+            case "left":
+                router.handle(RequestLeft(RequestId(data.draw(st.integers(0, 30)))), 0)
+            case change:
+                replica = data.draw(st.integers(0, num_replicas - 1))
+                is_up[replica] = change == "up"
+                router.handle(ReplicaUp(replica) if is_up[replica] else ReplicaDown(replica), 0)
+        router.check()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"num_replicas": 0},
+        {"num_replicas": 1, "policy": "x"},
+        {"num_replicas": 1, "chunk_tokens": 0},
+        {"num_replicas": 1, "request_tokens": -1},
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused(bad) -> None:
+    with pytest.raises(ValueError, match="must"):
+        RouterCore(RouterConfig(**bad))
