@@ -17,16 +17,18 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, index: PrefixIndex) -> None:
         self._index = index
-        # A stack: the block freed last is likeliest to be in a cache of the hardware.
-        self._free = [BlockId(block_id) for block_id in range(num_blocks - 1, -1, -1)]
+        self._num_blocks = num_blocks
+        # A stack: the block freed last is likeliest to be in a cache of the hardware. Blocks never used yet come after
+        # them, and are not written down: a thousand pools of a simulation would be mostly that.
+        self._free: list[BlockId] = []
         self._cached: OrderedDict[BlockId, None] = OrderedDict()  # the first is evicted first
-        self.ref_counts = [0] * num_blocks
+        self.ref_counts: list[int] = []  # of blocks that have been used, which are those below its length
         self.num_evicted = 0
 
     @property
     def num_free(self) -> int:
         """Blocks nobody holds and nobody can find."""
-        return len(self._free)
+        return len(self._free) + self._num_blocks - len(self.ref_counts)
 
     @property
     def num_cached(self) -> int:
@@ -44,11 +46,21 @@ class BlockPool:
         del free[num_kept:]
         taken.reverse()
         if len(taken) < num_blocks:
+            self._take_unused(num_blocks - len(taken), taken)
+        if len(taken) < num_blocks:
             self._evict(num_blocks - len(taken), taken)
         ref_counts = self.ref_counts
         for block_id in taken:
             ref_counts[block_id] = 1
         return taken
+
+    def _take_unused(self, num_blocks: int, taken: list[BlockId]) -> None:
+        """Move blocks that were never used to `taken`, as many as there are of `num_blocks`."""
+        begin = len(self.ref_counts)
+        unused = [BlockId(block_id) for block_id in range(begin, min(begin + num_blocks, self._num_blocks))]
+        taken += unused
+        self.ref_counts.extend([0] * len(unused))
+        self._index.add_blocks(len(unused))
 
     def _evict(self, num_blocks: int, taken: list[BlockId]) -> None:
         """Move the least recently used cached blocks to `taken`."""
@@ -103,8 +115,10 @@ class BlockPool:
     def check(self) -> None:
         """Assert that free + cached + held is the whole, and that index and blocks agree."""
         held = [block_id for block_id, count in enumerate(self.ref_counts) if count > 0]
+        assert len(self.ref_counts) <= self._num_blocks
         assert sorted([*self._free, *self._cached, *held]) == list(range(len(self.ref_counts)))
         node_of = self._index.node_of
+        assert len(node_of) == len(self.ref_counts)
         assert all(node_of[block_id] is None for block_id in self._free)
         assert all(node_of[block_id] is not None for block_id in self._cached)
         self._index.check()

@@ -103,7 +103,7 @@ class KVAllocatorCore:
         self._clear()
 
     def _clear(self) -> None:
-        self._index = PrefixIndex(self._config.num_blocks, self._block_bytes)
+        self._index = PrefixIndex(0, self._block_bytes)
         self._pool = BlockPool(self._config.num_blocks, self._index)
         self._requests: dict[RequestId, _RequestBlocks] = {}
 
@@ -272,7 +272,7 @@ class KVAllocatorCore:
     def check(self) -> None:
         """Assert that every block is accounted for and every reference count equals the number of its holders."""
         self._pool.check()
-        counts = [0] * self._config.num_blocks
+        counts = [0] * len(self._pool.ref_counts)
         for request in self._requests.values():
             assert len(set(request.block_table)) == len(request.block_table)
             for block_id in request.block_table:

@@ -62,7 +62,7 @@ class PrefixIndex:
     Source: the radix tree of SGLang (Zheng et al., NeurIPS 2024), section 3, in whole blocks.
 
     Args:
-        num_blocks: block ids are below this.
+        num_blocks: block ids are below this, until there are more.
         block_bytes: bytes of one block's tokens.
     """
 
@@ -70,6 +70,10 @@ class PrefixIndex:
         self._block_bytes = block_bytes
         self._top = PrefixNode(None, b"", b"", [])
         self.node_of: list[PrefixNode | None] = [None] * num_blocks  # to be read: where a block is, if it is found
+
+    def add_blocks(self, num_blocks: int) -> None:
+        """Let there be so many more block ids."""
+        self.node_of.extend([None] * num_blocks)
 
     def find(self, root: bytes, token_ids: bytes, max_blocks: int) -> list[BlockId]:
         """Return the blocks of the longest indexed prefix of `token_ids`, at most `max_blocks`."""
