@@ -183,7 +183,8 @@ class Engine:
         self.scheduler_config = scheduler_config
         self._scheduler = SchedulerCore(scheduler_config)
         self._allocator = KVAllocatorCore(allocator_config)
-        handle_scheduler, handle_allocator = self._scheduler.handle, self._allocator.handle
+        handle_scheduler: Callable[[Any, int], Any] = self._scheduler.handle
+        handle_allocator: Callable[[Any, int], Any] = self._allocator.handle
         if config.journal is not None:
             header = JournalHeader(
                 octavo=__version__,

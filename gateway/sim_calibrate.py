@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from pathlib import Path
 
@@ -23,6 +22,8 @@ def add_calibrate_flags(parser: argparse.ArgumentParser) -> None:
 
 def sim_calibrate(arguments: argparse.Namespace) -> int:
     """Measure, fit, write the profile, and say how well it fits steps it has not seen."""
+    import asyncio
+
     from ..sim.step_time.fitted import Profile, save_profile
     from .config import make_config
     from .flags import engine_fields

@@ -163,7 +163,12 @@ def _print_waiting(console: Console, report: ReplayReport, request_id: int) -> N
             span.first_detail if span.first_detail == span.last_detail else f"{span.first_detail} … {span.last_detail}"
         )
         table.add_row(
-            steps, str(span.num_steps), f"{span.begin_s:.3f} s", f"{span.end_s:.3f} s", span.constraint, escape(" … ".join(details))
+            steps,
+            str(span.num_steps),
+            f"{span.begin_s:.3f} s",
+            f"{span.end_s:.3f} s",
+            span.constraint,
+            escape(" … ".join(details)),
         )
     console.print(table)
 

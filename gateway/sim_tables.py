@@ -26,7 +26,8 @@ _COLOURS = {"STABLE": "green", "BACKLOGGED": "yellow"}
 
 def console_of() -> Console:
     """As wide as the terminal; what is piped has room for whole tables."""
-    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=_PIPED_WIDTH)
+    is_fitted = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if is_fitted else _PIPED_WIDTH, highlight=False)
 
 
 def load_label(load: str) -> str:

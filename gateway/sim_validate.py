@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,6 +70,8 @@ def _recorded(arguments: argparse.Namespace) -> Validation:
 
 
 def _live(arguments: argparse.Namespace) -> LiveComparison:
+    import asyncio
+
     from ..sim.step_time.fitted import load_profile
     from ..sim.workload.spec import apply_transform, make_workload
     from .config import make_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -91,7 +91,6 @@ __all__ = [
 ]
 
 Handle = Callable[[Any, int], Any]
-_H = TypeVar("_H", bound=Handle)
 
 FLUSH_RECORDS = 4096
 FLUSH_BYTES = 48 * 1024
@@ -194,15 +193,15 @@ class JournalCore:
 
     # -- around the cores ---------------------------------------------------------------------------------------------
 
-    def wrap_scheduler(self, handle: _H) -> _H:
+    def wrap_scheduler(self, handle: Handle) -> Handle:
         """Return a `handle` that writes down what it hears and says, and calls the scheduler's."""
         return self._wrap(handle, self.scheduler_hears, self.scheduler_says)
 
-    def wrap_allocator(self, handle: _H) -> _H:
+    def wrap_allocator(self, handle: Handle) -> Handle:
         """Return a `handle` that writes down what it hears and says, and calls the allocator's."""
         return self._wrap(handle, self.allocator_hears, self.allocator_says)
 
-    def _wrap(self, handle: _H, hears: Callable[[Any, int], None], says: Callable[[Any], None]) -> _H:
+    def _wrap(self, handle: Handle, hears: Callable[[Any, int], None], says: Callable[[Any], None]) -> Handle:
         def recorded(message: Any, now_ns: int) -> Any:
             if self._is_ended:
                 return handle(message, now_ns)
@@ -229,7 +228,7 @@ class JournalCore:
                 self._fail(error)
             return answers
 
-        return recorded  # type: ignore[return-value]  # the same signature, which cannot be told to the type checker
+        return recorded
 
     def _fail(self, error: Exception) -> None:
         why = str(error) or type(error).__name__

@@ -71,3 +71,5 @@ def _blame(state: SchedulerState, suspects: list[Sequence], why: str) -> None:
             code=ExecutorLostError.code,
             error=f"the executor was lost {worst.num_losses} times in a row while computing this request: {why}",
         )
+        for sequence in state.sequences.values():
+            sequence.num_losses = 0  # those losses are explained; the next ones may have another cause

@@ -104,18 +104,22 @@ def capacity(
             num_probes=len(probes),
         )
     beyond = probes.get(power + 1)
+    diagnosis = None
+    binding = "nothing that was tried"
+    if beyond is not None:
+        binding = binding_of(beyond, candidate)
+        if with_diagnosis:
+            load = multiple_of(power + 2)
+            diagnosis = diagnose_at(candidate, num_replicas, load, lambda asks: [prober.probe(ask) for ask in asks])
+            binding = diagnosis.binding if diagnosis is not None else binding
     return Capacity(
         candidate=candidate,
         num_replicas=num_replicas,
         load_multiple=multiple_of(power),
         best=probes[power],
-        binding=binding_of(beyond, candidate) if beyond else "nothing that was tried",
+        binding=binding,
         reason="",
         probes=complete,
         num_probes=len(probes),
-        diagnosis=diagnose_at(
-            candidate, num_replicas, multiple_of(power + 2), lambda asks: [prober.probe(ask) for ask in asks]
-        )
-        if with_diagnosis and beyond
-        else None,
+        diagnosis=diagnosis,
     )

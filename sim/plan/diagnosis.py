@@ -86,11 +86,22 @@ def diagnose_at(candidate: Candidate, num_replicas: int, load_multiple: float, p
         for name, probe in zip(names, probes, strict=True)
         if name != "admission" or failing.refused_share
     ]
-    what_ifs.sort(key=lambda one: (not one.meets, -one.gain))
+    what_ifs.sort(key=lambda one: (not one.meets, _rest(one.probe, failing), -one.gain))
     helpful = [one for one in what_ifs if one.meets or one.gain > _LITTLE]
     return Diagnosis(
         binding=helpful[0].relaxation if helpful else "queueing", failing=failing, what_ifs=tuple(what_ifs)
     )
+
+
+def _rest(probe: Probe, failing: Probe) -> float:
+    """What is left of the figures that missed their limits, as a share of them; the largest."""
+    rest = []
+    for name in failing.missed:
+        metric, _, statistic = name.partition("_")
+        before = getattr(getattr(failing, f"{metric}_s", None), statistic, 0.0)
+        if before > 0:
+            rest.append(getattr(getattr(probe, f"{metric}_s"), statistic) / before)
+    return max(rest, default=1.0 - (probe.slo_attainment - failing.slo_attainment))
 
 
 def binding_of(failing: Probe, candidate: Candidate) -> str:

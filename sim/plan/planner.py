@@ -170,7 +170,10 @@ def plan(
             tell(total, "what binds")
             one = findings[subject]
             diagnosis = diagnose(one.candidate, one.num_replicas, question.max_replicas, crew.probe_all)
-            found = msgspec.structs.replace(found, diagnosis=diagnosis)
+            if diagnosis is not None and diagnosis.failing.load_multiple == 1.0:
+                # looked at closely, not told from a run that may have been stopped early
+                findings[subject] = msgspec.structs.replace(one, binding=diagnosis.binding)
+            found = msgspec.structs.replace(found, findings=tuple(findings), diagnosis=diagnosis)
         if with_curve and chosen >= 0:
             tell(total, "latency over replicas")
             curve = crew.probe_all(_curve(findings[chosen], question.max_replicas))

@@ -278,7 +278,7 @@ def _reference_lines(
             parts.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>')
         else:
             at = upward(line.value)
-            anchor, text_x, text_y = "end", width - _RIGHT - 4, at - 5
+            anchor, text_x, text_y = "start", _LEFT + 5, at - 5  # curves rise to the right
             parts.append(f'<line class="limit" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         place = f'x="{text_x:.1f}" y="{text_y:.1f}" text-anchor="{anchor}"'
         parts.append(f'<text class="limit-text" {place}>{escape(line.text)}</text>')

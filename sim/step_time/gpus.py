@@ -30,8 +30,9 @@ class GpuSpec(msgspec.Struct, frozen=True, kw_only=True):
         fp8_flops: dense, per second; 0: no fp8 units, such weights are computed in bf16.
         link_bandwidth: to another GPU of the node, bytes/s each way.
         link_latency_ns: of one small all-reduce between two of them.
-        price_per_hour: US dollars on demand. A round default near what specialised clouds asked in 2025 (Lambda Cloud's
-            and RunPod's public price lists); prices move, so pass your own where money decides.
+        price_per_hour: US dollars on demand. A round default among RunPod's and Lambda Cloud's public lists of 2025 and
+            early 2026 (an H100 SXM 2.69 to 2.99, an H200 3.59, a B200 about 5.9); prices move, so pass your own where
+            money decides.
     """
 
     name: str
@@ -76,7 +77,7 @@ _ROWS: tuple[tuple[str, int, int, float, float, float, float, int, float], ...] 
     ("H100-PCIe", 81559, 114, 2039, 756, 1513, 64, 20, 2.49),
     ("H200-SXM", 143771, 132, 4800, 989, 1979, 450, 5, 3.79),
     ("H20", 97871, 78, 4000, 148, 296, 450, 5, 1.99),
-    ("B200", 183359, 148, 8000, 2250, 4500, 900, 5, 4.99),
+    ("B200", 183359, 148, 8000, 2250, 4500, 900, 5, 5.89),
     ("L4", 23034, 58, 300, 121, 242, 32, 20, 0.49),
     ("L40S", 46068, 142, 864, 362, 733, 32, 20, 0.99),
     ("A10", 23028, 72, 600, 125, 0, 32, 20, 0.75),

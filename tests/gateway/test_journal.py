@@ -111,7 +111,7 @@ def test_a_journal_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_
         async with Engine("no such model, which nobody looks for", journal=str(tmp_path / "none" / "j"), offline=True):
             pass
 
-    with pytest.raises(InvalidConfigError, match="journal .* cannot be made"):
+    with pytest.raises(InvalidConfigError, match=r"journal .* cannot be made"):
         asyncio.run(main())
 
 

@@ -70,7 +70,8 @@ def wave_spread(num_kv_heads: int, num_sms: int) -> Callable[[int], float]:
     in part (those that end early leave it their share of the bandwidth); with several waves the others fill the gaps.
 
     The two numbers describe the draining phase of the RTX PRO 6000 run in LLMServingSim's repository: the excess over
-    equal lengths is there about 0.3 of the way to the longest up to one wave, and falls to 0.02 at three.
+    equal lengths is there about 0.3 of the way to the longest up to one wave, and falls to 0.02 at three. They were
+    read off that run by hand, once; `octavo sim validate` on the same run is not blind to them.
     """
     slots = _BLOCKS_PER_SM * num_sms
 
