@@ -159,9 +159,7 @@ def _print_waiting(console: Console, report: ReplayReport, request_id: int) -> N
     )
     for span in report.waited:
         steps = f"{span.first_step}-{span.last_step}" if span.num_steps else "none planned"
-        detail = (
-            span.first_detail if span.first_detail == span.last_detail else f"{span.first_detail} … {span.last_detail}"
-        )
+        details = dict.fromkeys((span.first_detail, span.last_detail))
         table.add_row(
             steps,
             str(span.num_steps),

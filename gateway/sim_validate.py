@@ -114,7 +114,7 @@ def _print_recorded(result: Validation) -> None:
         table.add_row(name, *(f"{metric.error[statistic]:+.1%}" for statistic in statistics))
     console = Console()
     console.print(table)
-    console.print(f"host overhead fitted on the first {result.num_fitted} requests: {result.overhead}")
+    console.print(f"overhead in each step, fitted on the first {result.num_fitted} requests: {result.overhead}")
     if result.extrapolated_share:
         console.print(f"[yellow]{result.extrapolated_share:.1%} of steps lie outside what was measured[/]")
 

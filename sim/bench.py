@@ -75,8 +75,8 @@ def cases(azure: Path, mooncake: Path | None) -> list[Case]:
     if mooncake is not None:
         arguments = ("--trace", str(mooncake), "--replicas", "8", "--routing", "prefix_aware")
         found.append(Case("mooncake hour, 8 replicas, prefix aware", arguments, 60))
-    arguments = (*conversation, "--rate-scale", "5.17", "--limit", "100000", "--replicas", "1000")
-    found.append(Case("100,000 requests, 1,000 replicas", arguments, 300))
+    scaled = (*conversation, "--rate-scale", "5.17", "--limit", "100000", "--replicas", "1000")
+    found.append(Case("100,000 requests, 1,000 replicas", scaled, 300))
     return found
 
 
@@ -126,9 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     for case in cases(args.azure, args.mooncake):
         if args.only and args.only not in case.name:
             continue
-        figures = []
-        for _ in range(args.repeats):
-            figures.append(run_case(case, statistics.median(calibration_loop() for _ in range(3))))
+        figures = [run_case(case, statistics.median(calibration_loop() for _ in range(3))) for _ in range(args.repeats)]
         figure = sorted(figures, key=lambda each: each.loops)[len(figures) // 2]
         if args.json:
             print(msgspec.json.encode(figure).decode(), flush=True)

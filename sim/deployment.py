@@ -9,8 +9,9 @@ from pathlib import Path
 
 import msgspec
 
+from ..actors.kv_allocator.sizing import size_kv_cache
 from ..actors.scheduler.config import SchedulerConfig
-from ..messages.errors import InvalidConfigError, KVCacheTooSmallError
+from ..messages.errors import InvalidConfigError
 from .step_time.gpus import GpuSpec, find_gpu
 from .step_time.host_overhead import HostOverhead
 from .step_time.interface import StepTimeModel
@@ -192,8 +193,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise InvalidConfigError(f"gpu_hour is {self.gpu_hour}, but must be a price from 0 up", field="gpu_hour")
 
     def _memory(self, gpu: GpuSpec, model: ModelShape) -> tuple[MemoryBudget, int]:
-        """Divide a GPU's memory; returns the longest sequence too. The rules are those of the executor's start."""
-        longest = min(self.max_model_len or model.max_model_len, model.max_model_len)
+        """Divide a GPU's memory; returns the longest sequence too. The rules are the executor's own."""
         bytes_per_block = model.kv_bytes_per_token(self.tp) * self.block_size
         usable = int(gpu.memory_bytes * self.memory_utilization)
         weights = -(-model.weight_bytes // self.tp)
@@ -201,35 +201,29 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             model, tp=self.tp, num_tokens=self.max_num_batched_tokens, num_samples=self.max_num_seqs
         )
         left = usable - weights - activations - RUNTIME_BYTES
-        if self.num_blocks is not None:
-            num_blocks = self.num_blocks
-            kv = num_blocks * bytes_per_block
-        else:
-            if left < bytes_per_block:
-                raise self._weights_do_not_fit(gpu, model, usable, weights, activations)
-            # More than every seat at full length can never be used.
-            num_blocks = min(left // bytes_per_block, self.max_num_seqs * -(-longest // self.block_size))
-            kv = left
-        possible = num_blocks * self.block_size
-        if possible < longest and (self.max_model_len is not None or possible < 2):
-            raise KVCacheTooSmallError(
-                max_model_len=longest,
-                num_blocks=num_blocks,
-                block_size=self.block_size,
-                bytes_per_block=bytes_per_block,
-            )
+        if self.num_blocks is None and left < bytes_per_block:
+            raise self._weights_do_not_fit(gpu, model, usable, weights, activations)
+        plan = size_kv_cache(
+            kv_bytes=left,
+            bytes_per_token=model.kv_bytes_per_token(self.tp),
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            max_model_len=self.max_model_len,
+            max_position=model.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+        )
         budget = MemoryBudget(
             memory=gpu.memory_bytes,
             usable=usable,
             weights=weights,
             activations=activations,
             runtime=RUNTIME_BYTES,
-            kv=kv,
+            kv=left if self.num_blocks is None else plan.num_blocks * bytes_per_block,
             bytes_per_block=bytes_per_block,
-            num_blocks=num_blocks,
+            num_blocks=plan.num_blocks,
             estimated=self.num_blocks is None,
         )
-        return budget, min(longest, possible)
+        return budget, plan.max_model_len
 
     def _weights_do_not_fit(
         self, gpu: GpuSpec, model: ModelShape, usable: int, weights: int, activations: int

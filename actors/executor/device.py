@@ -13,9 +13,9 @@ import psutil
 import torch
 
 from ...kernels.attention_batch import AttentionBatch
-from ...messages.errors import KVCacheTooSmallError
 from ...models.interface import CausalLM, KVCache
 from ...models.registry import load_model
+from ..kv_allocator.sizing import KVCachePlan, size_kv_cache
 from .standing_batch import StepArrays
 
 
@@ -51,14 +51,6 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
     trust_remote_code: bool = False
 
 
-class KVCachePlan(msgspec.Struct, frozen=True):
-    """How many blocks there are and how long a sequence may get."""
-
-    num_blocks: int
-    max_model_len: int
-    bytes_per_block: int
-
-
 def plan_kv_cache(config: ExecutorConfig, *, bytes_per_token: int, max_position: int, free_bytes: int) -> KVCachePlan:
     """Divide memory into KV blocks.
 
@@ -71,23 +63,18 @@ def plan_kv_cache(config: ExecutorConfig, *, bytes_per_token: int, max_position:
     Raises:
         KVCacheTooSmallError: `config.max_model_len` was given and does not fit, or nothing does.
     """
-    bytes_per_block = bytes_per_token * config.block_size
-    longest = min(config.max_model_len or max_position, max_position)
-    if config.num_blocks is not None:
-        num_blocks = config.num_blocks
-    else:
-        if config.kv_cache_memory_bytes is not None:
-            num_blocks = config.kv_cache_memory_bytes // bytes_per_block
-        else:
-            num_blocks = int(free_bytes * config.memory_utilization) // bytes_per_block
-        # More than every seat at full length can never be used.
-        num_blocks = min(num_blocks, config.max_num_seqs * -(-longest // config.block_size))
-    possible = num_blocks * config.block_size
-    if possible < longest and (config.max_model_len is not None or possible < 2):  # a prompt and an output token
-        raise KVCacheTooSmallError(
-            max_model_len=longest, num_blocks=num_blocks, block_size=config.block_size, bytes_per_block=bytes_per_block
-        )
-    return KVCachePlan(num_blocks=num_blocks, max_model_len=min(longest, possible), bytes_per_block=bytes_per_block)
+    kv_bytes = config.kv_cache_memory_bytes
+    if kv_bytes is None:
+        kv_bytes = int(free_bytes * config.memory_utilization)
+    return size_kv_cache(
+        kv_bytes=kv_bytes,
+        bytes_per_token=bytes_per_token,
+        block_size=config.block_size,
+        num_blocks=config.num_blocks,
+        max_model_len=config.max_model_len,
+        max_position=max_position,
+        max_num_seqs=config.max_num_seqs,
+    )
 
 
 def free_memory_bytes(device: torch.device) -> int:

@@ -81,7 +81,7 @@ INLINE void pack_row(float *to, const uint16_t *from, int64_t row, int64_t num_r
 
 /* Asks for weights that come next while these are multiplied. */
 INLINE void prefetch(const uint16_t *w, int64_t from, int64_t to) {
-    for (int64_t i = from / 32 * 32; i < to; i += 32) __builtin_prefetch(w + i);
+    for (int64_t i = from; i < to; i += 32) __builtin_prefetch(w + i);
 }
 
 /* out[row.., col..] for at most MAX_ROWS x MAX_COLS; row is a multiple of TILE. */
@@ -89,6 +89,7 @@ static void linear_block(const operands *o, int64_t row, int64_t num_rows, int64
                          float *packed) {
     int64_t tiles = (num_rows + TILE - 1) / TILE, in = o->in_features;
     int direct = o->dim == in && num_rows <= TILE, step = direct && num_rows == 1 ? 2 * COLS : COLS;
+    int64_t share = (min64(BLOCK_K, in) / tiles + 32) / 32 * 32; /* of a weight row, to ask for during a tile */
     memset(sums, 0, tiles * TILE * MAX_COLS * sizeof *sums);
     for (int64_t k = 0; k < in; k += BLOCK_K) {
         int64_t size = min64(BLOCK_K, in - k), num_vectors = (size + VL - 1) / VL;
@@ -105,8 +106,7 @@ static void linear_block(const operands *o, int64_t row, int64_t num_rows, int64
             const uint16_t *next = o->w + (col + c + COLS) * in + k;
             int64_t num_next = min64(COLS, num_cols - c - COLS);
             for (int64_t t = 0; t < tiles; t++) {
-                for (int64_t i = 0; i < num_next; i++)
-                    prefetch(next + i * in, size * t / tiles, size * (t + 1) / tiles);
+                for (int64_t i = 0; i < num_next; i++) prefetch(next + i * in, t * share, min64(size, (t + 1) * share));
                 dot_tile(sums + t * TILE * MAX_COLS + c, x + t * TILE * o->dim, w, COLS * VL, num_vectors, TILE, COLS,
                          F32);
             }

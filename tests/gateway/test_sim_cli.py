@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from journaled_ring import record_ring
 
+from octavo.actors.scheduler.core import SchedulerCore
 from octavo.gateway.cli import build_parser, main
 from octavo.gateway.config import make_config
 from octavo.gateway.flags import engine_fields
+from octavo.messages.step import PlanStep
 
 SMALL = "synthetic:poisson,rate=8,n=40,prompt=400,output=20"
 
@@ -223,6 +226,70 @@ def test_fuzz_runs_the_seeds_it_is_given(capsys: pytest.CaptureFixture[str]) -> 
     assert (found["first_seed"], found["num_seeds"], found["failure"]) == (3, 5, None)
     assert run("fuzz", "--seeds", "5", "--seed", "3", "--jobs", "1") == 0
     assert str(found["hash"]) in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def journal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("journals") / "engine.journal"
+    record_ring(path, seed=3)
+    return path
+
+
+def test_replay_finds_every_decision_again(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("replay", str(journal)) == 0
+    assert "identical" in capsys.readouterr().out
+    assert run("replay", str(journal), "--json") == 0
+    assert as_json(capsys)["is_identical"] is True
+
+
+def test_replay_stops_at_a_step_and_tells_why_a_request_waited(
+    journal: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("replay", str(journal), "--until", "40", "--json") == 0
+    state = as_json(capsys)["state"]
+    assert isinstance(state, dict) and state["step"] == 40
+    assert run("replay", str(journal), "--until", "40") == 0
+    out = capsys.readouterr().out
+    assert "after step 40" in out and all(str(one["request_id"]) in out for one in state["requests"])
+    waited = {}
+    for request_id in range(1, 30):
+        if run("replay", str(journal), "--why", str(request_id), "--json") == 0:
+            waited[request_id] = as_json(capsys)["waited"]
+        capsys.readouterr()
+    request_id, spans = max(waited.items(), key=lambda one: len(one[1]))  # type: ignore[arg-type]  # JSON
+    assert isinstance(spans, list) and spans
+    assert run("replay", str(journal), "--why", str(request_id)) == 0
+    out = capsys.readouterr().out
+    assert f"why request {request_id} waited" in out and spans[0]["constraint"] in out
+
+
+def test_replay_shows_the_first_decision_that_came_out_otherwise(
+    journal: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = SchedulerCore.handle
+    num_plans = 0
+
+    def forgetful(self: SchedulerCore, message: object, now_ns: int) -> list[object]:
+        nonlocal num_plans
+        answers: list[object] = list(handle(self, message, now_ns))  # type: ignore[arg-type]  # passed on
+        num_plans += any(isinstance(answer, PlanStep) for answer in answers)
+        return [] if num_plans == 20 else answers
+
+    monkeypatch.setattr(SchedulerCore, "handle", forgetful)
+    assert run("replay", str(journal)) == 1
+    out = capsys.readouterr().out
+    assert "different" in out and "first difference" in out and "recorded" in out
+
+
+def test_replay_compares_two_journals(journal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other.journal"
+    record_ring(other, seed=4)
+    assert run("replay", str(journal), "--diff", str(journal)) == 0
+    assert "the same" in capsys.readouterr().out
+    assert run("replay", str(journal), "--diff", str(other)) == 1
+    assert "first difference" in capsys.readouterr().out
+    assert run("replay", str(journal), "--diff", str(other), "--json") == 1
+    assert as_json(capsys)["is_same"] is False
 
 
 # ---- bad input ----
