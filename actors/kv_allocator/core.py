@@ -219,7 +219,7 @@ class KVAllocatorCore:
             block_table = self._index.find(root, token_ids, max_blocks)
         num_published = len(block_table)
         leader = self._requests.get(match.fork_of)
-        if leader is not None:
+        if leader is not None and leader.root == root:  # of another salt or adapter there is nothing to share
             num_forked = min(leader.num_computed_tokens // self._config.block_size, max_blocks)
             while num_forked > num_published and not token_ids.startswith(
                 leader.token_ids[: num_forked * self._block_bytes]

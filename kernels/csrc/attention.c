@@ -73,7 +73,10 @@ INLINE void weigh_block(float *acc, const float *weights, const float *rescale, 
         UNROLL for (int c = 0; c < cols; c++) a[r * cols + c] = load(acc, r * dim + d + c * VL, F32) * rescale[r];
     for (int64_t j = 0; j < num_keys; j++) {
         vf value[8];
-        UNROLL for (int c = 0; c < cols; c++) value[c] = load(values[j], d + c * VL, dtype);
+        UNROLL for (int c = 0; c < cols; c++) {
+            value[c] = load(values[j], d + c * VL, dtype);
+            KEEP(value[c]);
+        }
         UNROLL for (int r = 0; r < rows; r++) {
             vf weight = splat(weights[r * KEYS + j]);
             UNROLL for (int c = 0; c < cols; c++) a[r * cols + c] = fma_f(weight, value[c], a[r * cols + c]);
@@ -174,6 +177,7 @@ static void attend(const attention_args *a, scratch *s, int64_t row, int64_t kv_
     const int32_t *blocks = a->block_tables + row * a->block_table_stride;
     int64_t k_token = a->k_dim, k_head = a->block_size * k_token, k_block = a->num_kv_heads * k_head;
     int64_t v_token = a->v_dim, v_head = a->block_size * v_token, v_block = a->num_kv_heads * v_head;
+    int64_t v_bytes = a->v_dim * size_of(dtype);
     /* Widening pays for itself once a key is used by several rows; a ragged head_dim needs its padding. */
     int widen_k = (dtype != F32 && rows >= 4) || a->k_dim != k_pad;
     int widen_v = (dtype != F32 && rows >= 4) || a->v_dim != v_pad;
@@ -203,6 +207,7 @@ static void attend(const attention_args *a, scratch *s, int64_t row, int64_t kv_
             for (int64_t i = 0; i < run; i++, j++) {
                 keys[j] = at(k, i * k_token, dtype);
                 values[j] = at(v, i * v_token, dtype);
+                for (int64_t byte = 0; byte < v_bytes; byte += 64) __builtin_prefetch((const char *)values[j] + byte);
             }
         }
         for (int64_t j = num_keys; j < KEYS; j++) keys[j] = keys[0]; /* masked, but read */

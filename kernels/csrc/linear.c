@@ -3,9 +3,9 @@
  * Rows and columns of the output are cut into tiles whose sums stay in registers, and both operands are laid out in the
  * order in which a tile reads them:
  *
- *   x, float32 [row / TILE][K / VL][TILE][VL]     a block of MAX_ROWS x BLOCK_K stays in the L2 cache
- *   w, float32 [BLOCK_K / VL][COLS][VL]           widened for one block of rows, stays in the L1 cache
- *   TILE x COLS sums of VL lanes                  registers
+ *   x, float32 [K / BLOCK_K][rows / TILE][BLOCK_K / VL][TILE][VL]    MAX_ROWS x BLOCK_K stay in the L2 cache
+ *   w, float32 [BLOCK_K / VL][COLS][VL]    widened once for these rows, stays in the L1 cache
+ *   TILE x COLS sums of VL lanes           registers
  *
  * Each output is summed over BLOCK_K inputs in VL lanes, then by one tree, then block after block: so its bits depend on
  * its own row and column alone, not on the number of rows, the tile it fell into, or the number of threads.
@@ -59,7 +59,7 @@ typedef struct {
     const float *x; /* laid out as above; absent rows and inputs are zeros */
     const uint16_t *w; /* [out_features, in_features] */
     uint16_t *out; /* [num_rows, out_features] */
-    int64_t dim, in_features, out_features; /* dim: in_features rounded up to VL */
+    int64_t x_rows, in_features, out_features; /* x_rows: the rows that x is laid out for, a multiple of TILE */
 } operands;
 
 /* Lays w[0..COLS][0..size] out for a tile. */
@@ -71,12 +71,15 @@ INLINE void pack_weights(float *to, const void *const *w, int64_t size) {
     }
 }
 
-/* Row `row` of `from`, laid out for a tile; zeros where there is no such row. */
-INLINE void pack_row(float *to, const uint16_t *from, int64_t row, int64_t num_rows, int64_t size, int64_t dim) {
-    to += row / TILE * TILE * dim + row % TILE * VL;
-    const uint16_t *x = from + row * size;
-    for (int64_t i = 0; i < dim; i += VL)
-        store(to, i * TILE, row < num_rows ? load_upto(x, i, size - i, BF16) : (vf){0}, F32);
+/* Row `row` of `from` [num_rows, size], laid out for tiles; zeros where there is no such row. */
+INLINE void pack_row(float *to, const uint16_t *from, int64_t row, int64_t num_rows, int64_t x_rows, int64_t size) {
+    for (int64_t k = 0; k < size; k += BLOCK_K) {
+        int64_t rest = min64(BLOCK_K, size - k), dim = round_up(rest);
+        float *block = to + k * x_rows + row / TILE * TILE * dim + row % TILE * VL;
+        const uint16_t *x = from + row * size + k;
+        for (int64_t i = 0; i < dim; i += VL)
+            store(block, i * TILE, row < num_rows ? load_upto(x, i, rest - i, BF16) : (vf){0}, F32);
+    }
 }
 
 /* Asks for weights that come next while these are multiplied. */
@@ -88,12 +91,12 @@ INLINE void prefetch(const uint16_t *w, int64_t from, int64_t to) {
 static void linear_block(const operands *o, int64_t row, int64_t num_rows, int64_t col, int64_t num_cols, float *sums,
                          float *packed) {
     int64_t tiles = (num_rows + TILE - 1) / TILE, in = o->in_features;
-    int direct = o->dim == in && num_rows <= TILE, step = direct && num_rows == 1 ? 2 * COLS : COLS;
+    int direct = in % VL == 0 && num_rows <= TILE, step = direct && num_rows == 1 ? 2 * COLS : COLS;
     int64_t share = (min64(BLOCK_K, in) / tiles + 32) / 32 * 32; /* of a weight row, to ask for during a tile */
     memset(sums, 0, tiles * TILE * MAX_COLS * sizeof *sums);
     for (int64_t k = 0; k < in; k += BLOCK_K) {
-        int64_t size = min64(BLOCK_K, in - k), num_vectors = (size + VL - 1) / VL;
-        const float *x = o->x + row * o->dim + k * TILE;
+        int64_t size = min64(BLOCK_K, in - k), dim = round_up(size), num_vectors = dim / VL;
+        const float *x = o->x + k * o->x_rows + row * dim;
         for (int64_t c = 0; c < num_cols; c += step) {
             const void *w[2 * COLS];
             for (int i = 0; i < step; i++) w[i] = o->w + (col + min64(c + i, num_cols - 1)) * in + k;
@@ -107,8 +110,7 @@ static void linear_block(const operands *o, int64_t row, int64_t num_rows, int64
             int64_t num_next = min64(COLS, num_cols - c - COLS);
             for (int64_t t = 0; t < tiles; t++) {
                 for (int64_t i = 0; i < num_next; i++) prefetch(next + i * in, t * share, min64(size, (t + 1) * share));
-                dot_tile(sums + t * TILE * MAX_COLS + c, x + t * TILE * o->dim, w, COLS * VL, num_vectors, TILE, COLS,
-                         F32);
+                dot_tile(sums + t * TILE * MAX_COLS + c, x + t * TILE * dim, w, COLS * VL, num_vectors, TILE, COLS, F32);
             }
         }
     }
@@ -122,8 +124,8 @@ static void linear_block(const operands *o, int64_t row, int64_t num_rows, int64
  * Returns 0, or -1 when out of memory. */
 int octavo_linear_bf16(const uint16_t *x, const uint16_t *w, uint16_t *out, int64_t num_rows, int64_t in_features,
                        int64_t out_features, int num_threads) {
-    int64_t dim = round_up(in_features), pass_rows = min64(num_rows, PASS_ROWS);
-    float *wide = aligned_alloc(64, ((pass_rows + TILE - 1) / TILE * TILE * dim * 4 + 63) / 64 * 64);
+    int64_t pass_rows = (min64(num_rows, PASS_ROWS) + TILE - 1) / TILE * TILE;
+    float *wide = aligned_alloc(64, (pass_rows * round_up(in_features) * 4 + 63) / 64 * 64);
     if (!wide) return -1;
     int threads = num_threads > 1 && in_features * out_features > 65536 ? num_threads : 1;
     /* Enough parts for each thread to find more when another is held up. */
@@ -144,8 +146,8 @@ int octavo_linear_bf16(const uint16_t *x, const uint16_t *w, uint16_t *out, int6
             int64_t block_rows = (tiles + row_blocks - 1) / row_blocks * TILE; /* the last is not much smaller */
 #pragma omp for
             for (int64_t r = 0; r < tiles * TILE; r++)
-                pack_row(wide, x + first * in_features, r, rows, in_features, dim);
-            operands o = {wide, w, out + first * out_features, dim, in_features, out_features};
+                pack_row(wide, x + first * in_features, r, rows, tiles * TILE, in_features);
+            operands o = {wide, w, out + first * out_features, tiles * TILE, in_features, out_features};
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < col_blocks * row_blocks; task++) {
                 int64_t row = task % row_blocks * block_rows, col = task / row_blocks * cols;

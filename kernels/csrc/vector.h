@@ -183,9 +183,13 @@ INLINE void dot_block(float *out, int64_t stride, const float *x, const void *co
     vf acc[8] = {{0}};
     for (int64_t d = 0; d < dim; d += VL) {
         vf a[8];
-        UNROLL for (int r = 0; r < rows; r++) a[r] = load(x, r * dim + d, F32);
+        UNROLL for (int r = 0; r < rows; r++) {
+            a[r] = load(x, r * dim + d, F32);
+            KEEP(a[r]);
+        }
         UNROLL for (int c = 0; c < cols; c++) {
             vf b = load(y[c], d, dtype);
+            KEEP(b);
             UNROLL for (int r = 0; r < rows; r++) acc[r * cols + c] = fma_f(a[r], b, acc[r * cols + c]);
         }
     }

@@ -127,7 +127,8 @@ class FrontEndModel:
             self.num_live += 1
             self.num_live_with_deadline += deadline_ns > 0
         if client.cancel_after_ns >= 0:
-            for request_id in reversed(request_ids):  # deadlines take them in the other order
+            # Some give up the first sequence alone, the others all of them, the last first.
+            for request_id in request_ids[:1] if client.cancel_after_ns % 2 else reversed(request_ids):
                 self._agenda.add(self._agenda.now_ns + client.cancel_after_ns, 0, partial(self.cancel, request_id))
 
     def cancel(self, request_id: RequestId) -> None:

@@ -132,8 +132,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a row is due one step late",
         _S + "decoding_rows.py",
-        "due_clock = last + 1 - sequence.decode_base",
-        "due_clock = last + 2 - sequence.decode_base",
+        "due_clock = max(last + 1 - sequence.decode_base, earliest)",
+        "due_clock = max(last + 2 - sequence.decode_base, earliest)",
         "a finish calendar that is off by one: a write without a block",
     ),
     Mutant(
@@ -185,13 +185,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "        state.release_match(sequence)",
         "        state.num_releases_owed += 0",
         "LMCache#3688: the first client that disconnects breaks the account",
-    ),
-    Mutant(
-        "the KV of a failed row may be reused",
-        _S + "ending.py",
-        'forget=reason == "error"',
-        "forget=False",
-        "F-14, vllm#50702: silent wrong output out of the prefix cache",
     ),
     Mutant(
         "a parked sibling that ends is still counted",
@@ -306,13 +299,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "num_full = min(len(token_ids) // self._block_bytes, len(request.block_table))",
         "num_full = min(-(-len(token_ids) // self._block_bytes), len(request.block_table))",
         "vllm#39146: a block in the cache whose end was never written",
-    ),
-    Mutant(
-        "a fork shares a block that the leader still writes",
-        _A + "core.py",
-        "num_forked = min(leader.num_computed_tokens // self._config.block_size, max_blocks)",
-        "num_forked = min(-(-leader.num_computed_tokens // self._config.block_size), max_blocks)",
-        "copy-on-write left out for n > 1: siblings write one block",
     ),
     Mutant(
         "blocks are handed out twice within a step",

@@ -44,14 +44,14 @@ svg .grid{stroke:var(--grid)}svg text{fill:var(--soft)}
 svg .tick{font-size:11px;font-variant-numeric:tabular-nums}
 svg .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke:var(--c)}svg .dashed{stroke-dasharray:5 4}
 svg .area{fill:var(--c);opacity:.16}svg .points{fill:var(--c);stroke:var(--card);stroke-width:1.5}
-svg .ring{fill:none;stroke:var(--c);stroke-width:2.5}
+svg .ring{fill:none;stroke:var(--ink);stroke-width:2.5}
 svg .limit{stroke:var(--limit);stroke-dasharray:4 3;stroke-width:1.3}svg .limit-text{fill:var(--limit);font-size:11px}
 .c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;margin:4px 0 4px;font-size:13px;color:var(--soft)}
 .legend .key{display:inline-block;width:16px;height:0;border-top:3px solid var(--c);margin-right:6px;vertical-align:4px}
 .legend .key.dashed{border-top-style:dashed}
 .legend .key.points,.legend .key.ring{width:10px;height:10px;border:2.5px solid var(--c);border-radius:50%;
-vertical-align:-1px}.legend .key.points{background:var(--c)}
+vertical-align:-1px}.legend .key.points{background:var(--c)}.legend .key.ring{border-color:var(--ink)}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:13.5px;font-variant-numeric:tabular-nums}
 th{font-weight:600;color:var(--soft);text-align:right;padding:6px 10px;border-bottom:1px solid var(--rule);

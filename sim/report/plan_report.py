@@ -246,7 +246,7 @@ def _curves(probes: Sequence[Probe], slo: Slo, x_label: str, place: Callable[[Pr
     if labels:
         worst = "OVERLOADED" if any(probe.load == "OVERLOADED" for probe in labels) else "BACKLOGGED"
         places = ", ".join(f"{place(probe):.4g}" for probe in labels)
-        remark = note(f"At {places} {x_label}: {overload_remark(worst)}", load_tone(worst))
+        remark = note(f"{x_label.capitalize()} {places}: {overload_remark(worst)}", load_tone(worst))
     return cards(*boxes) + remark
 
 

@@ -95,7 +95,9 @@ def chart(
     order = sorted(drawn, key=lambda pair: pair[0].kind != "area")  # areas lie behind lines
     for one, points in order:
         parts += _draw(one, points, across, upward, y_base=height - _BOTTOM)
-    parts += _reference_lines(references, across, upward, width, height)
+    inside = [line for line in references if _is_drawable(line.value, x if line.axis == "x" else y)]
+    ends = [(upward(points[0][1]), upward(points[-1][1])) for one, points in drawn if one.kind != "points"]
+    parts += _reference_lines(inside, across, upward, ends, (width, height))
     parts.append("</svg>")
     if len(drawn) > 1 if has_legend is None else has_legend:
         parts.insert(0, _legend([one for one, _ in drawn]))
@@ -259,26 +261,34 @@ def _title(note: str) -> str:
 
 
 def _reference_lines(
-    references: Sequence[Reference], across: _Scale, upward: _Scale, width: int, height: int
+    references: Sequence[Reference],
+    across: _Scale,
+    upward: _Scale,
+    ends: Sequence[tuple[float, float]],
+    size: tuple[int, int],
 ) -> list[str]:
+    """Lines and their texts; `ends` are the heights, in pixels, of each curve at its left and right end."""
+    width, height = size
     parts = []
-    ends: list[float] = []  # right end of the text in each row of texts
+    rights: list[float] = []  # right end of the text in each row of texts
     for line in sorted(references, key=lambda one: one.value):
-        if not math.isfinite(line.value):
-            continue
         if line.axis == "x":
             at = across(line.value)
             length = 6.2 * len(line.text) + 8
             is_left = at + length > width - _RIGHT  # no room to the right of the line
             begin = at - length if is_left else at
-            row = next((i for i, end in enumerate(ends) if end < begin), len(ends))
-            ends[row : row + 1] = [begin + length]
+            row = next((i for i, end in enumerate(rights) if end < begin), len(rights))
+            rights[row : row + 1] = [begin + length]
             anchor, text_x = ("end", at - 5) if is_left else ("start", at + 5)
             text_y = float(height - _BOTTOM - 8 - 15 * row)  # where cumulative curves leave room
             parts.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>')
         else:
             at = upward(line.value)
-            anchor, text_x, text_y = "start", _LEFT + 5, at - 5  # curves rise to the right
+            # written at the end of the line that curves keep away from
+            distance_left = min((abs(left - at) for left, _ in ends), default=1.0)
+            distance_right = min((abs(right - at) for _, right in ends), default=0.0)
+            is_left = distance_left >= distance_right
+            anchor, text_x, text_y = ("start", _LEFT + 5, at - 5) if is_left else ("end", width - _RIGHT - 4, at - 5)
             parts.append(f'<line class="limit" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         place = f'x="{text_x:.1f}" y="{text_y:.1f}" text-anchor="{anchor}"'
         parts.append(f'<text class="limit-text" {place}>{escape(line.text)}</text>')

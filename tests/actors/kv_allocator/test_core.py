@@ -261,3 +261,26 @@ def test_asking_for_more_blocks_than_exist_is_a_broken_invariant() -> None:
 def test_a_config_out_of_range_is_refused(num_blocks: int, block_size: int) -> None:
     with pytest.raises(ValueError, match="must be"):
         AllocatorConfig(num_blocks=num_blocks, block_size=block_size)
+
+
+def test_a_fork_of_a_request_with_another_salt_shares_nothing() -> None:
+    core = KVAllocatorCore(AllocatorConfig(num_blocks=16, block_size=2))
+    prompt = pack([1, 2, 3, 4, 5])
+    core.handle(MatchPrefix(Epoch(0), RequestId(1), prompt, cache_salt="a"), 0)
+    start = StartRequest(RequestId(1), prompt, 5, 0, SamplingParams())
+    plan = PlanStep(
+        Epoch(0),
+        StepId(0),
+        (RequestId(1),),
+        (5,),
+        start=(start,),
+        grow=((RequestId(1), 3),),
+        computed_prompt_tokens=((RequestId(1), 5),),
+    )
+    core.handle(plan, 0)
+    for number, (salt, num_cached) in enumerate([("b", 0), ("a", 4)]):
+        (matched,) = core.handle(
+            MatchPrefix(Epoch(0), RequestId(2 + number), prompt, cache_salt=salt, fork_of=RequestId(1)), 0
+        )
+        assert matched.num_cached_tokens == num_cached
+    core.check()

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from octavo.sim.faults.fuzz import explain, fuzz, run_seed
+from octavo.sim.faults.mutants import MUTANTS
+
+HASH = "from octavo.sim.faults.fuzz import fuzz; print(fuzz(120, 7).hash)"
+
+FAILING = """
+import sys
+from octavo.sim.faults.mutants import MUTANTS
+from octavo.sim.faults.mutation import MutantFinder
+sys.meta_path.insert(0, MutantFinder(next(m for m in MUTANTS if m.name == sys.argv[1])))
+from octavo.sim.faults.fuzz import fuzz
+report = fuzz(2000)
+print(report.failure.seed, len(report.failure.shrunk.clients), len(report.failure.shrunk.faults))
+print(report.text())
+"""
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
+    return done.stdout
+
+
+def test_no_fault_violates_an_invariant() -> None:
+    report = fuzz(1500, jobs=1)
+    assert report.failure is None, report.text()
+    assert report.num_seeds == 1500
+    assert report.num_events > 200 * 1500
+
+
+def test_the_same_seeds_have_the_same_hash_in_any_process_and_under_any_hash_seed() -> None:
+    here = fuzz(120, 7).hash
+    for hash_seed in ("0", "1", "random"):
+        assert run_python(HASH, PYTHONHASHSEED=hash_seed).strip() == here
+    assert fuzz(120, 8).hash != here
+
+
+def test_the_number_of_processes_changes_nothing() -> None:
+    done: list[int] = []
+    assert fuzz(220, 3, jobs=2, progress=done.append) == fuzz(220, 3)
+    assert done[-1] == 220
+
+
+def test_a_failure_is_shrunk_and_tells_how_to_run_it_again() -> None:
+    name = "a cancel takes the short way"
+    assert any(mutant.name == name for mutant in MUTANTS)
+    first, text = run_python(FAILING, name).split("\n", 1)
+    seed, num_clients, num_faults = map(int, first.split())
+    assert (num_clients, num_faults) == (1, 0)
+    assert f"octavo sim fuzz --seeds 1 --seed {seed}" in text
+    assert "a cancel overtakes the request that it cancels" in text
+    assert "CancelRequest(request_id=0)" in text, "the last events are shown"
+
+
+def test_a_report_of_what_never_ends_says_who_waits_for_whom() -> None:
+    text = run_python(FAILING, "after a loss, requests that were matching are forgotten")
+    assert "who waits for whom:" in text
+    assert "waits for the scheduler" in text
+
+
+def test_events_are_recorded_only_when_asked_for() -> None:
+    assert not run_seed(3).events
+    recorded = run_seed(3, 20)
+    assert len(recorded.events) == 20
+    assert recorded.hash == run_seed(3).hash
+
+
+def test_a_seed_that_does_not_fail_cannot_be_explained() -> None:
+    with pytest.raises(AssertionError, match="does not fail"):
+        explain(1)
+
+
+@pytest.mark.parametrize(("num_seeds", "first", "jobs"), [(0, 0, 1), (1, -1, 1), (1, 0, 0)])
+def test_numbers_out_of_range_are_refused(num_seeds: int, first: int, jobs: int) -> None:
+    with pytest.raises(ValueError, match="at least"):
+        fuzz(num_seeds, first, jobs)
+
+
+def test_the_package_is_where_the_mutants_look_for_it() -> None:
+    from octavo.sim.faults.mutation import ROOT
+
+    assert (Path(ROOT) / "actors" / "scheduler" / "core.py").is_file()
