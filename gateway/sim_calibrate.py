@@ -6,8 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import msgspec
-
 from .flags import add_engine_flags, positive
 
 
@@ -23,6 +21,8 @@ def add_calibrate_flags(parser: argparse.ArgumentParser) -> None:
 def sim_calibrate(arguments: argparse.Namespace) -> int:
     """Measure, fit, write the profile, and say how well it fits steps it has not seen."""
     import asyncio
+
+    import msgspec
 
     from ..sim.step_time.fitted import Profile, save_profile
     from .config import make_config

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING
-
-import msgspec
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..messages.errors import InvalidConfigError
 from .flags import Parser, positive
@@ -15,7 +13,7 @@ if TYPE_CHECKING:
     from ..sim.workload.request import Workload
 
 
-class LoadSource(msgspec.Struct, frozen=True, kw_only=True):
+class LoadSource(NamedTuple):
     """Where requests come from and how they are changed, as plain values that reach other processes.
 
     Attributes:

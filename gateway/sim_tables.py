@@ -36,17 +36,11 @@ def load_label(load: str) -> str:
 
 
 def print_run(result: RunResult) -> None:
-    """Percentiles, and what stands behind them. The load's label is part of the table's title."""
+    """Percentiles, and what stands behind them. The load's label stands first."""
     console = console_of()
     replicas = f"{len(result.replicas)} replica{'s' if len(result.replicas) != 1 else ''}"
-    table = Table(
-        "",
-        *("mean", "p50", "p90", "p95", "p99", "max"),
-        title=f"{escape(result.workload)} on {replicas}: {load_label(result.load)}",
-        title_justify="left",
-        title_style="",
-        box=SIMPLE_HEAD,
-    )
+    console.print(f"[bold]{escape(result.workload)}[/] on {replicas}: {load_label(result.load)}")
+    table = Table("", *("mean", "p50", "p90", "p95", "p99", "max"), box=SIMPLE_HEAD)
     for column in table.columns[1:]:
         column.justify = "right"
     for name, figures in (
@@ -199,9 +193,8 @@ def print_capacity(capacity: Capacity, remarks: Sequence[str]) -> None:
 def print_summary(summary: WorkloadSummary) -> None:
     """What a workload is like."""
     console = console_of()
-    table = Table(
-        "tokens", "sum", "mean", "min", "p50", "p90", "p99", "max", title=escape(summary.name), title_style=""
-    )
+    console.print(f"[bold]{escape(summary.name)}[/]")
+    table = Table("tokens", "sum", "mean", "min", "p50", "p90", "p99", "max", box=SIMPLE_HEAD)
     for name, lengths in (("prompt", summary.prompt), ("output", summary.output)):
         table.add_row(
             name,

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from ..messages.errors import InvalidConfigError
 from .flags import add_engine_flags, positive
 
@@ -42,6 +40,8 @@ def sim_validate(arguments: argparse.Namespace) -> int:
     Raises:
         InvalidConfigError: neither or both of `--requests` and `--trace`.
     """
+    import msgspec
+
     if (arguments.requests is None) == (arguments.trace is None):
         raise InvalidConfigError(
             "give --requests FILE for a recorded run, or --trace LOAD to make one now with the real engine"
@@ -65,7 +65,7 @@ def _recorded(arguments: argparse.Namespace) -> Validation:
             Path(arguments.profile),
             Path(arguments.requests),
             num_fitted=arguments.num_fitted,
-            progress=lambda done, total: bar.show(done, total),
+            progress=bar.show,
         )
 
 
@@ -86,7 +86,7 @@ def _live(arguments: argparse.Namespace) -> LiveComparison:
     workload = make_workload(arguments.trace, seed=arguments.seed)
     transforms = list(arguments.transform)
     if arguments.limit:
-        transforms.insert(0, f"limit={arguments.limit}")
+        transforms.insert(0, f"first={arguments.limit}")
     for transform in transforms:
         workload = apply_transform(workload, transform, seed=arguments.seed)
     profile = load_profile(Path(arguments.profile))

@@ -21,8 +21,9 @@ def linear_bf16_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def linear_bf16(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x @ weight.T`, summed in float32.
 
-    Widens the weights by a shift in registers, where torch on an AVX2 CPU falls back on slow code from two rows on.
-    `python -m octavo.kernels.bench_cpu` compares the two. Without the C library it is `F.linear`.
+    Widens a few weights at a time, once for many rows, and multiplies in float32, where torch on an AVX2 CPU falls back
+    on slow code from two rows on. `python -m octavo.kernels.bench_cpu` compares it with that code and with torch's own
+    product of float32 matrices, for which weights would take twice the memory. Without the C library it is `F.linear`.
 
     Args:
         x: `[num_tokens, in_features]` bfloat16.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -50,15 +51,15 @@ class Simulation(msgspec.Struct, frozen=True):
 class _Watch:
     """Ends a run that can no longer meet its service level.
 
-    With N requests and a limit on the p-th percentile, more than N x (1 - p) requests beyond it decide the run. There
-    is no early pass.
+    With N requests and a limit on the p-th percentile (nearest rank), more than N - ceil(N x p) requests beyond it
+    decide the run: those that the percentile leaves out can only make the allowance smaller. There is no early pass.
     """
 
     def __init__(self, slo: Slo, num_requests: int) -> None:
         self._limits = [
-            (term.metric, round(term.limit_s * 1e9), int(num_requests * (1 - term.percentile / 100)))
+            (term.metric, round(term.limit_s * 1e9), num_requests - math.ceil(num_requests * term.percentile / 100))
             for term in slo.terms
-            if term.percentile > 0 and term.metric in ("ttft", "e2e")
+            if term.percentile > 0 and term.metric in ("ttft", "e2e", "tpot")
         ]
         self._num_missed = [0] * len(self._limits)
         self.is_lost = False
@@ -223,7 +224,8 @@ class Cluster:
         record.num_output_tokens = ended.num_output_tokens
         record.num_cached_tokens = ended.num_cached_tokens
         record.num_preemptions = ended.num_preemptions
-        record.scheduled_ns = ended.first_scheduled_ns or -1
+        was_scheduled = ended.first_scheduled_ns > 0 or record.first_token_ns >= 0
+        record.scheduled_ns = ended.first_scheduled_ns if was_scheduled else -1
         if ended.reason == "abort":
             record.outcome = "cancelled" if self._left.pop(request_id, 0) is None else "timeout"
         else:
@@ -232,6 +234,8 @@ class Cluster:
                 record.last_token_ns = now_ns + self._config.egress_ns
                 if self._watch is not None:
                     self._watch.see("e2e", record.last_token_ns - record.arrival_ns)
+                    if record.num_output_tokens > 1:
+                        self._watch.see("tpot", round(record.tpot_s * 1e9))
         self._ends.extend((now_ns, request_id, ended.num_output_tokens, ended.num_cached_tokens))
         self._left.pop(request_id, None)
         self.num_ended += 1

@@ -87,33 +87,50 @@ INLINE void prefetch(const uint16_t *w, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i += 32) __builtin_prefetch(w + i);
 }
 
-/* out[row.., col..] for at most MAX_ROWS x MAX_COLS; row is a multiple of TILE. */
-static void linear_block(const operands *o, int64_t row, int64_t num_rows, int64_t col, int64_t num_cols, float *sums,
-                         float *packed) {
-    int64_t tiles = (num_rows + TILE - 1) / TILE, in = o->in_features;
-    int direct = in % VL == 0 && num_rows <= TILE, step = direct && num_rows == 1 ? 2 * COLS : COLS;
-    int64_t share = (min64(BLOCK_K, in) / tiles + 32) / 32 * 32; /* of a weight row, to ask for during a tile */
-    memset(sums, 0, tiles * TILE * MAX_COLS * sizeof *sums);
-    for (int64_t k = 0; k < in; k += BLOCK_K) {
-        int64_t size = min64(BLOCK_K, in - k), dim = round_up(size), num_vectors = dim / VL;
-        const float *x = o->x + k * o->x_rows + row * dim;
-        for (int64_t c = 0; c < num_cols; c += step) {
+/* sums[r * MAX_COLS + c] for at most TILE rows, which lie at o->x: every weight is read once, in long streams. */
+static void sum_few(const operands *o, int64_t num_rows, int64_t col, int64_t num_cols, float *sums) {
+    int step = num_rows == 1 ? 2 * COLS : COLS;
+    for (int64_t c = 0; c < num_cols; c += step)
+        for (int64_t k = 0; k < o->in_features; k += BLOCK_K) {
             const void *w[2 * COLS];
-            for (int i = 0; i < step; i++) w[i] = o->w + (col + min64(c + i, num_cols - 1)) * in + k;
-            if (direct) {
-                dot_direct(sums + c, x, w, num_vectors, num_rows);
-                continue;
-            }
+            for (int i = 0; i < step; i++) w[i] = o->w + (col + min64(c + i, num_cols - 1)) * o->in_features + k;
+            dot_direct(sums + c, o->x + k * TILE, w, min64(BLOCK_K, o->in_features - k) / VL, num_rows);
+        }
+}
+
+/* The same for any number of rows, from `row`, a multiple of TILE. */
+static void sum_many(const operands *o, int64_t row, int64_t num_rows, int64_t col, int64_t num_cols, float *sums,
+                     float *packed) {
+    int64_t tiles = (num_rows + TILE - 1) / TILE, in = o->in_features;
+    int64_t share = (min64(BLOCK_K, in) / tiles + 32) / 32 * 32; /* of a weight row, to ask for during a tile */
+    const void *tile_w[COLS];
+    for (int i = 0; i < COLS; i++) tile_w[i] = packed + i * VL;
+    for (int64_t k = 0; k < in; k += BLOCK_K) {
+        int64_t size = min64(BLOCK_K, in - k), dim = round_up(size);
+        const float *x = o->x + k * o->x_rows + row * dim;
+        for (int64_t c = 0; c < num_cols; c += COLS) {
+            const void *w[COLS];
+            for (int i = 0; i < COLS; i++) w[i] = o->w + (col + min64(c + i, num_cols - 1)) * in + k;
             pack_weights(packed, w, size);
-            for (int i = 0; i < COLS; i++) w[i] = packed + i * VL;
             const uint16_t *next = o->w + (col + c + COLS) * in + k;
             int64_t num_next = min64(COLS, num_cols - c - COLS);
             for (int64_t t = 0; t < tiles; t++) {
                 for (int64_t i = 0; i < num_next; i++) prefetch(next + i * in, t * share, min64(size, (t + 1) * share));
-                dot_tile(sums + t * TILE * MAX_COLS + c, x + t * TILE * dim, w, COLS * VL, num_vectors, TILE, COLS, F32);
+                dot_tile(sums + t * TILE * MAX_COLS + c, x + t * TILE * dim, tile_w, COLS * VL, dim / VL, TILE, COLS,
+                         F32);
             }
         }
     }
+}
+
+/* out[row.., col..] for at most MAX_ROWS x MAX_COLS; row is a multiple of TILE. */
+static void linear_block(const operands *o, int64_t row, int64_t num_rows, int64_t col, int64_t num_cols, float *sums,
+                         float *packed) {
+    memset(sums, 0, (num_rows + TILE - 1) / TILE * TILE * MAX_COLS * sizeof *sums);
+    if (o->x_rows == TILE && o->in_features % VL == 0)
+        sum_few(o, num_rows, col, num_cols, sums);
+    else
+        sum_many(o, row, num_rows, col, num_cols, sums, packed);
     for (int64_t r = 0; r < num_rows; r++)
         for (int64_t c = 0; c < num_cols; c += VL)
             store_upto(o->out + (row + r) * o->out_features + col, c, load(sums, r * MAX_COLS + c, F32), num_cols - c,

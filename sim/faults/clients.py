@@ -81,6 +81,7 @@ class FrontEndModel:
         self,
         agenda: Agenda,
         clock: VirtualClock,
+        *,
         oracles: Mapping[RequestId, Oracle],
         vocabulary: Vocabulary,
         send: Callable[[Message], None],

@@ -129,7 +129,8 @@ def fuzz(num_seeds: int, first_seed: int = 0, jobs: int = 1, progress: Progress 
     if num_seeds < 1 or first_seed < 0 or jobs < 1:
         raise ValueError(f"{num_seeds=} and {jobs=} must be at least 1, {first_seed=} at least 0")
     chunks = [
-        (begin, min(CHUNK, first_seed + num_seeds - begin)) for begin in range(first_seed, first_seed + num_seeds, CHUNK)
+        (begin, min(CHUNK, first_seed + num_seeds - begin))
+        for begin in range(first_seed, first_seed + num_seeds, CHUNK)
     ]
     digest = hashlib.sha256()
     num_done = num_events = 0

@@ -431,9 +431,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "an idle mailbox cannot be woken for a deadline",
         _R,
-        "        if not self._is_scheduled:\n            self._is_scheduled = True\n            self._runtime.loop.call_soon(self._drain)\n\n    def _drain",
-        "        if self._inbox:\n            self._is_scheduled = True\n            self._runtime.loop.call_soon(self._drain)\n\n    def _drain",
+        "if not self._is_scheduled:",
+        "if self._inbox:",
         "F-57: a timeout in the queue is noticed only when something else happens",
+        after="def wake(self) -> None:",
     ),
     Mutant(
         "a cancel takes the short way",

@@ -104,7 +104,8 @@ def main() -> int:
     )
     survivors = [verdict.name for verdict in verdicts if not verdict.kind]
     seeds = sorted(verdict.num_seeds for verdict in verdicts)
-    print(f"{len(verdicts) - len(survivors)} of {len(verdicts)} found; median {seeds[len(seeds) // 2]} seeds, most {seeds[-1]}")
+    num_found = len(verdicts) - len(survivors)
+    print(f"{num_found} of {len(verdicts)} found; median {seeds[len(seeds) // 2]} seeds, most {seeds[-1]}")
     return 1 if survivors else 0
 
 

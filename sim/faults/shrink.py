@@ -40,6 +40,7 @@ _PLAIN_CLIENT: tuple[tuple[str, object], ...] = (
     ("priority", 0),
     ("cache_salt", ""),
     ("is_poison", False),
+    ("follows", -1),
     ("at_ns", 0),
 )
 _PLAIN_PARAMS: tuple[tuple[str, object], ...] = (
@@ -134,8 +135,10 @@ def describe_scenario(scenario: Scenario) -> list[str]:
     lines[0] += ", " + _fields(
         scenario, tuple((name, getattr(plain, name)) for name in ("duplicate_rate", "encodes", "checks_each_message"))
     )
-    plain_client = (*_PLAIN_CLIENT[:-1], ("read_buffer", 4 if not any(c.read_every_ns for c in scenario.clients) else -1))
     for index, client in enumerate(scenario.clients):
+        plain_client = list(_PLAIN_CLIENT[:-1])
+        if not client.read_every_ns:
+            plain_client.append(("read_buffer", client.read_buffer))
         lines.append(f"client {index}: " + _fields(client, plain_client))
     lines += [f"fault: {_fields(fault, (('duration_ns', 0),))}" for fault in scenario.faults]
     return lines
@@ -149,8 +152,9 @@ def _fields(struct: object, plain: Sequence[tuple[str, object]]) -> str:
         if name in {"scheduler", "clients", "faults"} or (name in hidden and hidden[name] == value):
             continue
         if isinstance(value, SamplingParams):
-            words += [f"{key}={getattr(value, key)!r}" for key, default in _PLAIN_PARAMS if getattr(value, key) != default]
-            words = list(dict.fromkeys(words))
+            params = {key: getattr(value, key) for key, _ in _PLAIN_PARAMS}
+            words += [f"{key}={params[key]!r}" for key, default in _PLAIN_PARAMS[:-3] if params[key] != default]
+            words.append(f"max_tokens={value.max_tokens!r}")
         else:
             words.append(f"{name}={value!r}")
     return ", ".join(words)

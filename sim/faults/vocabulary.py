@@ -24,9 +24,9 @@ class Vocabulary:
 
     is_bytewise = True
     leading_space: Literal["keep", "drop_one", "drop_all"] = "keep"
-    special_token_ids = frozenset({EOS_TOKEN})
+    special_token_ids: frozenset[int] = frozenset({EOS_TOKEN})
     added_token_ids: frozenset[int] = frozenset()
-    eos_token_ids = (EOS_TOKEN,)
+    eos_token_ids: tuple[int, ...] = (EOS_TOKEN,)
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -10,24 +10,24 @@ from functools import partial
 import msgspec
 
 from ...actors.detokenizer.core import DetokenizerCore
-from ...actors.kv_allocator.core import AllocatorConfig, KVAllocatorCore
 from ...actors.runtime.routes import Address
-from ...actors.scheduler.core import SchedulerCore
-from ...actors.supervisor.core import SupervisorConfig, SupervisorCore
 from ...actors.tokenizer.core import TokenizerConfig, TokenizerCore
 from ...messages.base import Message
 from ...messages.ids import Epoch, RequestId
-from ...messages.kv import BlocksFreed, PrefixMatched, ResetPrefixCache
-from ...messages.request import CancelRequest, RequestEnded, SubmitPrompt, SubmitRequest
-from ...messages.step import PlanDue, PlanStep, StepExecuted
-from ...messages.system import Drain, ExecutorFailed, ExecutorLost, ExecutorReady, StartExecutor
+from ...messages.kv import ResetPrefixCache
+from ...messages.request import CancelRequest, SubmitPrompt, SubmitRequest
+from ...messages.step import PlanDue, StepExecuted
+from ...messages.system import Drain, ExecutorLost, StartExecutor
 from ..agenda import Agenda
-from .clients import FrontEndModel, Stream
+from .clients import FrontEndModel
 from .device import Device
+from .excuses import Excuses
 from .executor_model import ExecutorModel
 from .network import ADDRESSES, Link, Process, VirtualClock
 from .oracle import Oracle
+from .ring_watch import RingWatch, check_nothing_left
 from .scenario import HEALED_NS, MS, Fault, Scenario, Topology, stream
+from .supervisor_watch import SupervisorWatch
 from .trace import RunHash, describe_event
 from .violation import Violation, as_violation
 from .vocabulary import Vocabulary
@@ -109,39 +109,15 @@ class World:
 
         self._vocabulary = Vocabulary(scenario.vocab)
         self._oracles: dict[RequestId, Oracle] = {}
-        self._scheduler = SchedulerCore(config)
-        self._allocator = KVAllocatorCore(
-            AllocatorConfig(
-                num_blocks=config.num_blocks,
-                block_size=config.block_size,
-                enable_prefix_caching=config.enable_prefix_caching,
-            )
-        )
-        self._supervisor_config = SupervisorConfig(max_restarts=scenario.max_restarts)
-        self._supervisor = SupervisorCore(self._supervisor_config)
+        self._ring = RingWatch(scenario, self._send_held_back)
+        self._excuses = Excuses(scenario, self._ring)
+        self._supervisor = SupervisorWatch(scenario.max_restarts, self._break)
         self._tokenizer = TokenizerCore(
             TokenizerConfig(vocab_size=scenario.vocab, max_model_len=config.max_model_len), self._vocabulary
         )
         self._detokenizer = DetokenizerCore(self._vocabulary)
 
-        self._num_poisons = sum(client.params.n for client in scenario.clients if client.is_poison)
-        self._loses_executors = any(fault.kind in {"crash", "hang"} for fault in scenario.faults)
-
-        # What the run has shown so far.
-        self._checks_each_message = scenario.checks_each_message
-        self._ended: dict[RequestId, RequestEnded] = {}  # as the scheduler said
-        self._submitted: dict[RequestId, None] = {}
-        self._next_step_id = 0
-        self._num_to_allocator = 0  # messages between scheduler and allocator that are under way
-        self._num_to_scheduler = 0
-        self._num_losses = 0
-        self._epoch_heard = Epoch(0)  # by the scheduler
         self._held_back: list[StepExecuted] = []
-        self._has_drained = False
-        self._num_row_failures = 0
-        self._cancelled: dict[RequestId, None] = {}  # as the scheduler heard
-        self._epoch_started = Epoch(0)
-        self._restarts_ns: list[int] = []
         self._defective: Address | None = None  # the actor whose next message finds a defect
         self._has_defect = False
         self._is_defect_told = False
@@ -161,17 +137,17 @@ class World:
         self._front_end = FrontEndModel(
             agenda,
             self._clock,
-            self._oracles,
-            self._vocabulary,
-            partial(processes[places["frontend"]].runtime.send, "frontend"),
-            self._may_end_so,
-            scenario.scheduler.max_sequence_len - 1,
+            oracles=self._oracles,
+            vocabulary=self._vocabulary,
+            send=partial(processes[places["frontend"]].runtime.send, "frontend"),
+            may_end_so=self._excuses.allow,
+            max_prompt=scenario.scheduler.max_sequence_len - 1,
         )
         handlers: dict[Address, Callable[[Message, int], Iterable[Message]]] = {
             "frontend": self._front_end.handle,
             "tokenizer": self._handle_tokenizer,
-            "scheduler": self._handle_scheduler,
-            "kv_allocator": self._handle_allocator,
+            "scheduler": self._ring.handle_scheduler,
+            "kv_allocator": self._ring.handle_allocator,
             "detokenizer": self._detokenizer.handle,  # type: ignore[dict-item]  # hears what its routes say
             "supervisor": self._handle_supervisor,
         }
@@ -237,12 +213,17 @@ class World:
         process = self._processes[home]
         if not isinstance(message, StepExecuted):
             process.runtime.send("executor", message)
-        elif message.epoch >= self._epoch_heard:
+        elif message.epoch >= self._ring.epoch:
             self._held_back.append(message)
         elif home == engine:
             process.loop.call_soon_threadsafe(self._scheduler_post, message)
         else:
             self._links[home, engine].send("scheduler", self._scheduler_post, message)
+
+    def _send_held_back(self) -> None:
+        held_back, self._held_back = self._held_back, []
+        for late in held_back:
+            self._send_late(late)
 
     # -- watching -----------------------------------------------------------------------------------------------------
 
@@ -291,97 +272,14 @@ class World:
                 )
         return answers
 
-    def _handle_scheduler(self, message: Message, now_ns: int) -> Iterable[Message]:
-        kind = type(message)
-        if isinstance(message, SubmitRequest):
-            self._submitted[message.request_id] = None
-            if message.request_id in self._cancelled:
-                raise Violation("a cancel overtakes the request that it cancels", f"request {message.request_id}")
-        elif isinstance(message, ExecutorLost):
-            if message.epoch > self._epoch_heard:
-                self._num_losses += 1
-                self._epoch_heard = message.epoch
-                held_back, self._held_back = self._held_back, []
-                for late in held_back:
-                    self._send_late(late)
-        elif isinstance(message, StepExecuted):
-            self._num_row_failures += len(message.failed)
-        elif isinstance(message, PrefixMatched | BlocksFreed):
-            self._num_to_scheduler -= 1
-        answers = self._scheduler.handle(message, now_ns)  # type: ignore[arg-type]  # hears what its routes say
-        if isinstance(message, SubmitRequest):
-            if self._has_drained and not any(isinstance(answer, RequestEnded) for answer in answers):
-                raise Violation("a draining engine accepts a request", f"request {message.request_id}")
-            self._check_queue()
-        elif isinstance(message, CancelRequest):
-            self._cancelled[message.request_id] = None
-        elif isinstance(message, Drain):
-            self._has_drained = True
-        for answer in answers:
-            if isinstance(answer, RequestEnded):
-                self._note_end(answer)
-                continue
-            self._num_to_allocator += 1
-            if isinstance(answer, PlanStep):
-                self._check_plan(answer)
-        if isinstance(message, CancelRequest) and message.request_id in self._submitted:
-            if message.request_id not in self._ended:
-                raise Violation("a cancelled request goes on", f"request {message.request_id}")
-        elif kind is StepExecuted:
-            self._scheduler.check()
-            self._check_credit()
-        elif self._checks_each_message:
-            self._check_cores()
-        return answers
-
-    def _handle_allocator(self, message: Message, now_ns: int) -> Iterable[Message]:
-        kind = type(message)
-        if kind is not ResetPrefixCache:
-            self._num_to_allocator -= 1
-        answers = self._allocator.handle(message, now_ns)  # type: ignore[arg-type]  # hears what its routes say
-        for answer in answers:
-            if isinstance(answer, PrefixMatched | BlocksFreed):
-                self._num_to_scheduler += 1
-        if kind is PlanStep:
-            self._allocator.check()
-        elif self._checks_each_message:
-            self._check_cores()
-        return answers
-
     def _handle_supervisor(self, message: Message, now_ns: int) -> Iterable[Message]:
-        supervisor = self._supervisor
-        was_ready = supervisor.is_executor_ready
-        answers = supervisor.handle(message, now_ns)
-        if isinstance(message, ExecutorReady):
-            if supervisor.is_executor_ready and not was_ready and message.epoch != self._epoch_started:
-                raise Violation("the executor counts as ready though another epoch's is", f"{message}")
-        elif isinstance(message, ExecutorFailed) and message.epoch == self._epoch_started:
-            if supervisor.is_executor_ready:
-                raise Violation("the executor counts as ready though it failed", f"{message}")
-            self._check_restarts(now_ns, any(isinstance(answer, StartExecutor) for answer in answers))
-        for answer in answers:
-            if isinstance(answer, StartExecutor):
-                self._epoch_started = answer.epoch
-        if supervisor.gave_up_because and not self._is_broken:
-            self._break(supervisor.gave_up_because)
+        answers: list[Message] = self._supervisor.handle(message, now_ns)
         if self.scenario.duplicate_rate:  # it may not know what the scheduler has heard
             tell = self._processes[_PLACES[self.scenario.topology]["supervisor"]].runtime.send
             for answer in answers:
                 if isinstance(answer, ExecutorLost):
                     self._agenda.add(self._agenda.now_ns + REPEAT_NS, 0, partial(tell, "supervisor", answer))
         return answers
-
-    def _check_restarts(self, now_ns: int, is_restarted: bool) -> None:
-        """A failed executor is started again if there were fewer restarts lately than the budget."""
-        config = self._supervisor_config
-        num_lately = sum(now_ns - restart_ns <= config.period_ns for restart_ns in self._restarts_ns)
-        if is_restarted != (num_lately < config.max_restarts):
-            raise Violation(
-                "the supervisor does not keep to its restart budget",
-                f"{num_lately} restarts lately of {config.max_restarts}, {is_restarted=}",
-            )
-        if is_restarted:
-            self._restarts_ns.append(now_ns)
 
     def _break(self, why: str) -> None:
         """What the engine does when it cannot go on."""
@@ -394,72 +292,6 @@ class World:
             self._break(str(error))
         else:
             self._violation = self._violation or as_violation(address, error)
-
-    # -- what must hold -----------------------------------------------------------------------------------------------
-
-    def _note_end(self, ended: RequestEnded) -> None:
-        if ended.request_id in self._ended:
-            raise Violation("a request ends twice", f"{ended}")
-        if ended.request_id not in self._submitted:
-            raise Violation("a request ends that nobody submitted", f"{ended}")
-        self._ended[ended.request_id] = ended
-
-    def _check_plan(self, plan: PlanStep) -> None:
-        if plan.step_id != self._next_step_id:
-            raise Violation("step ids do not count up by one", f"{plan.step_id}, not {self._next_step_id}")
-        self._next_step_id += 1
-        for request_id in plan.request_ids:
-            if request_id in self._ended:
-                raise Violation("an ended request is planned", f"request {request_id}, step {plan.step_id}")
-
-    def _check_queue(self) -> None:
-        """The queue is bounded; who comes back to it (preempted, or after a loss) had a seat."""
-        config = self.scenario.scheduler
-        num_waiting = self._scheduler.stats().num_waiting
-        if num_waiting > config.max_num_queued_requests + config.max_num_seqs:
-            raise Violation("the queue grows beyond its bound", f"{num_waiting} of {config.max_num_queued_requests}")
-
-    def _check_cores(self) -> None:
-        self._scheduler.check()
-        self._allocator.check()
-        self._check_credit()
-
-    def _check_credit(self) -> None:
-        if not self._num_to_allocator and not self._num_to_scheduler:
-            scheduler, allocator = self._scheduler.stats(), self._allocator.stats()
-            can_be_had = allocator.num_free + allocator.num_cached
-            if scheduler.credit + scheduler.num_promised_blocks != can_be_had:
-                raise Violation(
-                    "the scheduler's credit is not what the allocator has",
-                    f"{scheduler.credit} + {scheduler.num_promised_blocks} promised, {can_be_had} free or cached",
-                )
-
-    def _may_end_so(self, stream: Stream, ended: RequestEnded, now_ns: int) -> bool:
-        """Whether something explains an end that the oracle does not know."""
-        config = self.scenario.scheduler
-        if ended.reason == "abort":
-            return 0 < stream.deadline_ns <= now_ns
-        if ended.reason == "refused":
-            return self._may_be_refused(stream, ended)
-        if ended.error_code == "executor_lost":
-            # Held to be the cause of losses: right for a poison, a wrong guess only where losses have several causes.
-            if self._num_losses <= config.max_executor_losses:
-                return False
-            return stream.client.is_poison or self._num_poisons > 1 or self._loses_executors
-        return ended.error_code == "request_failed" and self._num_row_failures > 0
-
-    def _may_be_refused(self, stream: Stream, ended: RequestEnded) -> bool:
-        config, client = self.scenario.scheduler, stream.client
-        if ended.error_code == "engine_closed":
-            return self._has_drained
-        if ended.error_code == "queue_full":
-            num_sequences = len(self._front_end.streams)
-            num_tokens = num_sequences * config.max_sequence_len
-            return num_sequences > config.max_num_queued_requests or num_tokens > config.max_num_queued_tokens
-        max_tokens = client.params.max_tokens or 1
-        return ended.error_code == "context_length_exceeded" and (
-            stream.num_prompt + max_tokens > config.max_model_len or stream.num_prompt >= config.max_sequence_len
-        )
 
     # -- running ------------------------------------------------------------------------------------------------------
 
@@ -550,50 +382,39 @@ class World:
         """Nothing happens any more: everything has ended, and nothing is held."""
         if self._has_defect and not self._is_defect_told:
             raise Violation("an actor's exception is not told to anybody")
-        for stream in self._front_end.streams.values():
-            if stream.is_live:
-                raise Violation("a request never ends", f"request {stream.request_id}")
-        if self._num_losses > self._device.num_deaths:
-            raise Violation("an executor was replaced that nothing had happened to", f"{self._num_losses} losses")
+        for client_stream in self._front_end.streams.values():
+            if client_stream.is_live:
+                raise Violation("a request never ends", f"request {client_stream.request_id}")
+        num_losses = self._ring.num_losses
+        if num_losses > self._device.num_deaths:
+            raise Violation("an executor was replaced that nothing had happened to", f"{num_losses} losses")
         if self._is_broken:
-            if not self._is_defect_told and self._num_poisons == 1 and not self._loses_executors:
-                raise Violation("the request that kills executors was not found", f"{self._num_losses} losses")
+            if not self._is_defect_told and self._excuses.num_poisons == 1 and not self._excuses.loses_executors:
+                raise Violation("the request that kills executors was not found", f"{num_losses} losses")
             return
-        for request_id in self._submitted:
-            if request_id not in self._ended:
-                raise Violation("an accepted request never ends", f"request {request_id}")
-        self._check_cores()
-        scheduler, allocator = self._scheduler.stats(), self._allocator.stats()
-        left = {
-            "requests of the scheduler": self._scheduler.num_requests,
-            "running": scheduler.num_running,
-            "waiting": scheduler.num_waiting,
-            "steps in flight": scheduler.num_steps_in_flight,
-            "blocks missing from the credit": scheduler.num_blocks - scheduler.credit,
-            "blocks held": allocator.num_held,
-            "rows on the executor": len(self._device.model.rows),
-            "streams of the detokenizer": self._detokenizer.num_streams,
-            "messages to the allocator": self._num_to_allocator,
-            "messages to the scheduler": self._num_to_scheduler,
-        }
-        for what, number in left.items():
-            if number:
-                raise Violation(f"something is left when all is done: {what}", str(number))
+        self._ring.check_end()
+        check_nothing_left(
+            {
+                "rows on the executor": len(self._device.model.rows),
+                "streams of the detokenizer": self._detokenizer.num_streams,
+            }
+        )
 
     def _describe_waits(self) -> tuple[str, ...]:
         """Who waits for whom."""
         lines = []
-        for stream in self._front_end.streams.values():
-            request_id = stream.request_id
-            if stream.is_live and request_id in self._ended:
-                lines.append(f"client of {request_id} waits for the detokenizer: {self._ended[request_id]}")
-            elif stream.is_live:
-                whom = "scheduler" if request_id in self._submitted else "tokenizer"
-                lines.append(f"client of {request_id} waits for the {whom}; it has {stream.num_tokens} tokens")
-        lines.append(f"scheduler: {self._scheduler.stats()}")
-        lines.append(f"allocator: {self._allocator.stats()}")
+        ring = self._ring
+        for waiting in self._front_end.streams.values():
+            request_id = waiting.request_id
+            if waiting.is_live and request_id in self._ring.ended:
+                lines.append(f"client of {request_id} waits for the detokenizer: {self._ring.ended[request_id]}")
+            elif waiting.is_live:
+                whom = "scheduler" if request_id in self._ring.submitted else "tokenizer"
+                lines.append(f"client of {request_id} waits for the {whom}; it has {waiting.num_tokens} tokens")
+        lines.append(f"scheduler: {ring.scheduler.stats()}")
+        lines.append(f"allocator: {ring.allocator.stats()}")
         lines.append(f"executor: {self._device.describe()}")
-        lines.append(f"between scheduler and allocator: {self._num_to_allocator} there, {self._num_to_scheduler} back")
+        lines.append(f"between scheduler and allocator: {ring.num_to_allocator} there, {ring.num_to_scheduler} back")
         for process in self._processes.values():
             lines += [f"mailbox of {name}: {len(box)} messages" for name, box in process.mailboxes.items() if len(box)]
         return tuple(lines)

@@ -1,0 +1,56 @@
+"""Octavo itself, measured in a process like any peer's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from ...messages.sampling import SamplingParams
+from ..config import make_config
+from ..engine import Engine
+from .adapter import LoadOptions, Request, versions_of
+
+
+class Octavo:
+    """An `Engine` on an event loop of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._engine: Engine | None = None
+
+    def is_available(self, options: LoadOptions) -> str:
+        return ""
+
+    def versions(self) -> dict[str, str]:
+        return versions_of("octavo", "torch")
+
+    def load(self, options: LoadOptions) -> dict[str, Any]:
+        config = make_config({**options.engine_fields, "num_threads": options.num_threads})
+        engine = Engine(config=config)
+        self._loop.run_until_complete(engine.start())
+        self._engine = engine
+        return {
+            "folder": engine.model_folder,
+            "dtype": engine.dtype,
+            "vocab_size": engine.vocab_size,
+            "max_model_len": engine.max_model_len,
+            "kv_bytes_per_token": engine.kv_cache_bytes / (engine.num_blocks * config.block_size),
+        }
+
+    def run(self, requests: Sequence[Request]) -> list[list[int]]:
+        return self._loop.run_until_complete(self._generate(requests))
+
+    async def _generate(self, requests: Sequence[Request]) -> list[list[int]]:
+        engine = self._engine
+        assert engine is not None, "load() comes before run()"
+        outputs = await asyncio.gather(
+            *(
+                engine.generate(
+                    request.token_ids,
+                    SamplingParams(temperature=0.0, max_tokens=request.num_output_tokens, ignore_eos=True),
+                )
+                for request in requests
+            )
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]

@@ -1,0 +1,323 @@
+"""A linear layer whose weights are 4 or 8 bits wide, with a scale for each group of inputs; activations stay floating."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from . import cpu_build
+from .cpu_build import DTYPE_CODES
+
+PAD = 64  # inputs; as in csrc/quantized.c
+_ROWS_AT_ONCE = 4096  # weight rows widened at a time where there is no C library: bounds the scratch memory
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """`[out_features, in_features]` weights in groups of `group_size` consecutive inputs that share their factors.
+
+    What it means, for weight `i` of row `o` in group `g = i // group_size`:
+
+        scales[o, g] * (code[o, i] - zeros[o, g])      or, where there are offsets,
+        scales[o, g] * code[o, i] + offsets[o, g]
+
+    Make one with `from_codes`; `dequantize` is the meaning as code.
+
+    Attributes:
+        codes: uint8, as csrc/quantized.c wants them, rows filled up to `PAD` inputs with code 0.
+        scales: `[out_features, num_groups]`, float32, bfloat16 or float16.
+        zeros: int16, the same shape; None means 8 for codes of 4 bits and 0 for codes of 8.
+        offsets: float, the same shape, in place of zeros.
+        bits: 4, codes 0 to 15; or 8, codes -128 to 127.
+        group_size: a multiple of 32 (16 with 8 bits); the last group may be smaller.
+        input_order: int64 `[in_features]`: weight `i` multiplies input `input_order[i]`; None where that is `i`.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    offsets: torch.Tensor | None
+    bits: int
+    group_size: int
+    in_features: int
+    input_order: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out_features, in_features)`."""
+        return self.scales.shape[0], self.in_features
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        tensors = (self.codes, self.scales, self.zeros, self.offsets, self.input_order)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        *,
+        bits: int,
+        group_size: int,
+        zeros: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
+        input_order: torch.Tensor | None = None,
+    ) -> QuantizedWeight:
+        """Lay codes out for the kernel.
+
+        Args:
+            codes: `[out_features, in_features]`, any integer type, one code an element.
+            group_size: -1 for one group a row; otherwise as the attribute.
+
+        Raises:
+            ValueError: sizes, types or codes that do not fit each other.
+        """
+        out_features, in_features = codes.shape
+        padded = _padded(in_features)
+        if bits not in (4, 8):
+            raise ValueError(f"bits={bits}: 4 and 8 are supported")
+        low, high = (0, 15) if bits == 4 else (-128, 127)
+        if codes.numel() == 0 or int(codes.min()) < low or int(codes.max()) > high:
+            raise ValueError(f"codes of {bits} bits are from {low} to {high}, and there is at least one")
+        if group_size == -1:
+            group_size = padded
+        unit = 32 if bits == 4 else 16
+        if group_size < 1 or group_size % unit:
+            raise ValueError(f"group_size={group_size} with {bits} bits: it must be a multiple of {unit}, or -1")
+        expected = (out_features, -(-in_features // group_size))
+        for name, factor, dtypes in (
+            ("scales", scales, tuple(DTYPE_CODES)),
+            ("zeros", zeros, (torch.int16,)),
+            ("offsets", offsets, tuple(DTYPE_CODES)),
+        ):
+            if factor is not None and (tuple(factor.shape) != expected or factor.dtype not in dtypes):
+                raise ValueError(f"{name} are {factor.dtype} {list(factor.shape)}, not one of {dtypes} {list(expected)}")
+        if zeros is not None and offsets is not None:
+            raise ValueError("give zeros or offsets, not both")
+        if input_order is not None and not torch.equal(
+            input_order.sort().values, torch.arange(in_features, dtype=torch.int64, device=input_order.device)
+        ):
+            raise ValueError("input_order must name each input once")
+        if bits == 4:
+            wide = F.pad(codes.to(torch.uint8), (0, padded - in_features))
+            # 8 t + j of a block of 64 -> bits 4 t of word j: byte b of the word holds t = 2 b and, above it, 2 b + 1.
+            nibbles = wide.view(out_features, padded // PAD, 4, 2, 8)
+            packed = (nibbles[:, :, :, 0] | (nibbles[:, :, :, 1] << 4)).transpose(-1, -2).reshape(out_features, -1)
+        else:
+            packed = F.pad(codes.to(torch.int8), (0, padded - in_features)).view(torch.uint8)
+        return cls(
+            codes=packed.contiguous(),
+            scales=scales.contiguous(),
+            zeros=None if zeros is None else zeros.contiguous(),
+            offsets=None if offsets is None else offsets.contiguous(),
+            bits=bits,
+            group_size=group_size,
+            in_features=in_features,
+            input_order=input_order,
+        )
+
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same on another device."""
+
+        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            scales=self.scales.to(device),
+            zeros=moved(self.zeros),
+            offsets=moved(self.offsets),
+            input_order=moved(self.input_order),
+        )
+
+    def unpacked(self, rows: slice = slice(None)) -> torch.Tensor:
+        """The codes, one an element: `[out_features, in_features]`, uint8 for 4 bits and int8 for 8."""
+        packed = self.codes[rows]
+        if self.bits == 8:
+            return packed.view(torch.int8)[:, : self.in_features]
+        blocks = packed.view(packed.shape[0], -1, 8, 4).transpose(-1, -2)
+        nibbles = torch.stack((blocks & 15, blocks >> 4), dim=3)
+        return nibbles.reshape(packed.shape[0], -1)[:, : self.in_features]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> torch.Tensor:
+        """The weights it stands for, inputs in their own order: exact in float32 for factors of 16 bits and zeros."""
+        codes = self.unpacked(rows)
+        group = torch.arange(self.in_features, device=self.device) // self.group_size
+        scales = self.scales[rows].to(dtype)[:, group]
+        if self.offsets is not None:
+            weight = scales * codes.to(dtype) + self.offsets[rows].to(dtype)[:, group]
+        elif self.zeros is not None:
+            weight = scales * (codes.to(dtype) - self.zeros[rows].to(dtype)[:, group])
+        else:
+            weight = scales * (codes.to(dtype) - (8 if self.bits == 4 else 0))
+        if self.input_order is None:
+            return weight
+        ordered = torch.empty_like(weight)
+        ordered[:, self.input_order] = weight
+        return ordered
+
+
+LinearWeight = torch.Tensor | QuantizedWeight | tuple[torch.Tensor | QuantizedWeight, ...]
+"""What a linear layer multiplies by; a tuple holds parts behind each other that do not fit into one."""
+
+
+def linear_quantized_ref(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """What `linear_quantized` means: the weights in float32, or float64 for float64, and one rounding at the end."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return F.linear(x.to(wide), weight.dequantize(wide)).to(x.dtype)
+
+
+def linear_quantized(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """`x @ weight.T`, products and sums in float32.
+
+    For one row the C kernel widens codes in registers as it multiplies; for more it widens four weight rows at a time
+    into the L1 cache and multiplies them in register tiles. Without the C library the weights are widened in torch.
+
+    Args:
+        x: `[num_tokens, in_features]`, float32, bfloat16 or float16.
+
+    Returns:
+        `[num_tokens, out_features]` of the dtype of `x`. From the C kernel each element is bitwise the same, whatever
+        else is in the batch and however many threads there are.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    if x.dim() != 2 or x.shape[1] != weight.in_features:
+        raise ValueError(f"x is {list(x.shape)} and the weight takes [num_tokens, {weight.in_features}]")
+    if weight.input_order is not None:
+        x = x.index_select(1, weight.input_order)
+    kernels = _kernels() if x.device.type == "cpu" and x.dtype in DTYPE_CODES else None
+    if kernels is None:
+        return _in_torch(x, weight)
+    x = x.contiguous()
+    num_tokens, in_features = x.shape
+    out_features, num_groups = weight.scales.shape
+    out = torch.empty((num_tokens, out_features), dtype=x.dtype)
+    zeros, offsets = weight.zeros, weight.offsets
+    status = kernels.octavo_linear_quantized(
+        x.data_ptr(),
+        DTYPE_CODES[x.dtype],
+        weight.codes.data_ptr(),
+        weight.bits,
+        weight.scales.data_ptr(),
+        DTYPE_CODES[weight.scales.dtype],
+        None if zeros is None else zeros.data_ptr(),
+        None if offsets is None else offsets.data_ptr(),
+        0 if offsets is None else DTYPE_CODES[offsets.dtype],
+        out.data_ptr(),
+        num_tokens,
+        in_features,
+        out_features,
+        weight.group_size,
+        num_groups,
+        torch.get_num_threads(),
+    )
+    if status != 0:
+        raise MemoryError("linear_quantized could not allocate its scratch memory")
+    return out
+
+
+def quantize(weight: torch.Tensor, *, bits: int, group_size: int) -> QuantizedWeight:
+    """Round weights to the nearest of `2 ** bits` evenly spaced values, symmetric about zero, group by group.
+
+    The scale is a bfloat16, which has the range of float32. With 4 bits the weight of largest magnitude becomes -8
+    (as in GGUF's Q4_0), with 8 bits +-127.
+
+    Args:
+        weight: `[out_features, in_features]`, any float dtype, finite.
+
+    Returns:
+        Each weight within half a scale of its own (with 4 bits within one, if it is the largest with the other sign).
+    """
+    out_features, in_features = weight.shape
+    padded_groups = -(-in_features // group_size)
+    groups = F.pad(weight.float(), (0, padded_groups * group_size - in_features))
+    groups = groups.view(out_features, padded_groups, group_size)
+    low, high = groups.amin(-1), groups.amax(-1)
+    if bits == 4:
+        largest = torch.where(-low > high, low, high)
+        scales = (largest / -8).bfloat16()
+    else:
+        largest = torch.maximum(-low, high)
+        scales = (largest / 127).bfloat16()
+        # Rounded up, so that the largest does not fall outside; stepping the bits up is the next number.
+        scales = torch.where(scales.float() * 127 < largest, (scales.view(torch.int16) + 1).view(torch.bfloat16), scales)
+    inverse = torch.where(scales == 0, 0.0, 1.0 / scales.float())
+    codes = groups.mul_(inverse.unsqueeze(-1)).round_()
+    codes = codes.add_(8).clamp_(0, 15) if bits == 4 else codes.clamp_(-127, 127)
+    codes = codes.view(out_features, -1)[:, :in_features].to(torch.int16)
+    return QuantizedWeight.from_codes(codes, scales, bits=bits, group_size=group_size)
+
+
+def concatenate(parts: Sequence[torch.Tensor | QuantizedWeight]) -> LinearWeight:
+    """Weights behind each other along their outputs, as one where they are of one kind, otherwise as a tuple."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if all(isinstance(part, torch.Tensor) for part in parts):
+        return torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
+    quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
+    if len(quantized) < len(parts) or any(_kind(part) != _kind(quantized[0]) for part in quantized):
+        return tuple(parts)
+    order = quantized[0].input_order
+    for part in quantized:
+        if (part.input_order is None) != (order is None):
+            return tuple(parts)
+        if order is not None and part.input_order is not None and not torch.equal(part.input_order, order):
+            return tuple(parts)
+    zeros = [part.zeros for part in quantized if part.zeros is not None]
+    offsets = [part.offsets for part in quantized if part.offsets is not None]
+    return replace(
+        quantized[0],
+        codes=torch.cat([part.codes for part in quantized]),
+        scales=torch.cat([part.scales for part in quantized]),
+        zeros=torch.cat(zeros) if zeros else None,
+        offsets=torch.cat(offsets) if offsets else None,
+    )
+
+
+def _kind(weight: QuantizedWeight) -> tuple[object, ...]:
+    offsets = None if weight.offsets is None else weight.offsets.dtype
+    return weight.bits, weight.group_size, weight.in_features, weight.scales.dtype, weight.zeros is None, offsets
+
+
+def _padded(in_features: int) -> int:
+    return -(-in_features // PAD) * PAD
+
+
+def _in_torch(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """As the meaning, a part of the weights at a time; the inputs of `x` are in the order of the codes already."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    in_order = replace(weight, input_order=None)
+    x_wide = x.to(wide)
+    parts = [
+        F.linear(x_wide, in_order.dequantize(wide, slice(start, start + _ROWS_AT_ONCE))).to(x.dtype)
+        for start in range(0, weight.shape[0], _ROWS_AT_ONCE)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+@functools.cache
+def _kernels() -> ctypes.CDLL | None:
+    kernels = cpu_build.library()
+    if kernels is not None:
+        pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        kernels.octavo_linear_quantized.argtypes = (
+            *(pointer, code, pointer, code, pointer, code, pointer, pointer, code, pointer),
+            *(size, size, size, size, size, code),
+        )
+        kernels.octavo_linear_quantized.restype = ctypes.c_int
+    return kernels

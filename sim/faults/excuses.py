@@ -1,0 +1,49 @@
+"""Which ends a request may have that its oracle does not know."""
+
+from __future__ import annotations
+
+from ...messages.request import RequestEnded
+from .clients import Stream
+from .ring_watch import RingWatch
+from .scenario import Scenario
+
+
+class Excuses:
+    """Knows what has gone wrong, and so whom it may have hit.
+
+    Args:
+        scenario: of the run.
+        ring: what the scheduler has been told.
+    """
+
+    def __init__(self, scenario: Scenario, ring: RingWatch) -> None:
+        self._scenario = scenario
+        self._ring = ring
+        self.num_poisons = sum(client.params.n for client in scenario.clients if client.is_poison)
+        self.loses_executors = any(fault.kind in {"crash", "hang"} for fault in scenario.faults)
+
+    def allow(self, stream: Stream, ended: RequestEnded, now_ns: int) -> bool:
+        """Whether something explains that a stream ended so, now."""
+        if ended.reason == "abort":
+            return 0 < stream.deadline_ns <= now_ns
+        if ended.reason == "refused":
+            return self._allow_refusal(stream, ended)
+        if ended.error_code == "executor_lost":
+            # Held to be the cause of losses: right for a poison, a wrong guess only where losses have several causes.
+            if self._ring.num_losses <= self._scenario.scheduler.max_executor_losses:
+                return False
+            return stream.client.is_poison or self.num_poisons > 1 or self.loses_executors
+        return ended.error_code == "request_failed" and self._ring.num_row_failures > 0
+
+    def _allow_refusal(self, stream: Stream, ended: RequestEnded) -> bool:
+        config, client = self._scenario.scheduler, stream.client
+        if ended.error_code == "engine_closed":
+            return self._ring.has_drained
+        if ended.error_code == "queue_full":
+            num_sequences = len(self._ring.submitted)
+            num_tokens = num_sequences * config.max_sequence_len
+            return num_sequences > config.max_num_queued_requests or num_tokens > config.max_num_queued_tokens
+        max_tokens = client.params.max_tokens or 1
+        return ended.error_code == "context_length_exceeded" and (
+            stream.num_prompt + max_tokens > config.max_model_len or stream.num_prompt >= config.max_sequence_len
+        )
