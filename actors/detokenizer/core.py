@@ -273,11 +273,14 @@ class DetokenizerCore:
             if ended.reason == "refused":
                 return [TextDelta(ended.request_id, "", finish_reason="refused", ended=ended)]
             return []
-        missing = ended.num_output_tokens - (stream.limit - stream.remaining)
+        num_due = ended.num_output_tokens
+        if stream.discards and ended.reason in {"length", "stop"}:
+            num_due = 1  # the token that is not sent comes with the prompt's log-probabilities
+        missing = num_due - (stream.limit - stream.remaining)
         if stream.remaining and missing > 0 and ended.reason != "error":
             # The account overtook the last tokens. After an error they may never come.
             stream.ended = ended
-            stream.limit = ended.num_output_tokens
+            stream.limit = num_due
             stream.remaining = missing
             stream.plain_texts = stream.texts = _NO_TEXTS
             return []
@@ -293,6 +296,9 @@ class DetokenizerCore:
         del self._streams[stream.request_id]
         finish_reason: FinishReason = ended.reason
         stop_reason: str | int | None = None
+        if ended.num_output_tokens < stream.limit and finish_reason in {"abort", "error"}:
+            # It was ended while a step was on its way back, whose tokens the client has and the scheduler never saw.
+            ended = msgspec.structs.replace(ended, num_output_tokens=stream.limit)
         if stream.stop_string:
             # The answer was whole, whatever happened to the request until the scheduler heard of it.
             finish_reason, stop_reason = "stop", stream.stop_string

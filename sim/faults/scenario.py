@@ -206,7 +206,7 @@ def _draw_clients(dice: _Dice, scenario: Scenario) -> tuple[Client, ...]:
         stop: tuple[str, ...] = dice.pick(("ab",), ("ba", "a c"), ("bad", "ab")) if dice.chance(stop_rate) else ()
         params = SamplingParams(
             n=dice.pick(2, 3) if dice.chance(fork_rate) else 1,
-            max_tokens=0 if with_logprobs and scenario.topology == "one" and dice.chance(0.2) else max_tokens,
+            max_tokens=0 if with_logprobs and dice.chance(0.2) else max_tokens,
             seed=dice.below(3),
             temperature=0.0,
             ignore_eos=not dice.chance(eos_rate),

@@ -288,6 +288,15 @@ def test_a_stream_that_ends_early_sends_what_it_held_and_the_reason(reason: Fini
     assert client.last == TextDelta(ONE, "o", finish_reason=reason, ended=ended(reason, 1, error_code="x", error="y"))
 
 
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_an_account_that_missed_the_last_step_counts_the_tokens_that_were_sent(reason: FinishReason) -> None:
+    client = Client(open_stream(SamplingParams(max_tokens=6)))
+    client.take(step((1, ids_of("o")[0])))
+    client.take(ended(reason, 0))
+    assert client.last is not None
+    assert client.last.ended == ended(reason, 1)
+
+
 def test_tokens_that_never_come_after_an_error_are_not_waited_for() -> None:
     client = Client(open_stream(SamplingParams(max_tokens=6)))
     client.take(ended("error", 3, error_code="executor_lost"))
@@ -316,7 +325,7 @@ def test_logprobs_stand_beside_their_tokens_and_prompt_logprobs_with_the_first()
     assert (second.prompt_logprobs, second.logprobs) == ((), (chosen,))
 
 
-@pytest.mark.parametrize(("num_counted", "account_first"), [(0, False), (1, False), (1, True)])
+@pytest.mark.parametrize(("num_counted", "account_first"), [(0, False), (0, True), (1, False), (1, True)])
 def test_max_tokens_0_gives_the_prompts_logprobs_and_no_token(num_counted: int, account_first: bool) -> None:
     client = Client(open_stream(SamplingParams(max_tokens=0, prompt_logprobs=0), prompt=(5, 6)))
     known = TokenLogprobs(6, -1.0, 1)
