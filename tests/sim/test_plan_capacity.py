@@ -52,3 +52,15 @@ def test_a_simulated_capacity_is_that_of_stepping_up_and_more_replicas_take_more
     assert verdicts[at] and not verdicts[at + 1]
     two = capacity(candidate, 2, make(), question, with_diagnosis=False)
     assert two.load_multiple > one.load_multiple
+
+
+def test_a_faster_gpu_never_takes_less() -> None:
+    slo = "ttft_p99<800ms,tpot_p99<60ms"
+    question = Question(slo=parse_slo(slo))
+    capacities = []
+    for gpu in ("L4", "A10", "L40S", "A100-80GB", "H100", "H200"):  # each has no less of anything
+        prober = MakeSimulated("synthetic:poisson,rate=5,n=60,prompt=1000,output=20", slo)()
+        candidate = Candidate(gpu=gpu, num_blocks=2000)
+        capacities.append(capacity(candidate, 1, prober, question, with_diagnosis=False).load_multiple)
+    assert capacities == sorted(capacities)
+    assert capacities[0] < capacities[-1]
