@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from .. import __version__
-from .flags import Parser, add_engine_flags, add_server_flags, positive, rate
+from .flags import Parser, add_engine_flags, add_server_flags, named_path, positive, rate
 from .sim_cli import add_sim
 
 
@@ -79,17 +79,20 @@ def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     bench.set_defaults(run=_bench_help, parser=bench)
     kinds = bench.add_subparsers(title="benchmarks", metavar="KIND", parser_class=Parser)
 
-    offline = kinds.add_parser("offline", help="this process: octavo beside a sequential transformers.generate loop")
+    offline = kinds.add_parser("offline", help="this machine: octavo beside transformers, or beside other engines")
     add_engine_flags(offline)
     offline.set_defaults(enable_prefix_caching=False)  # prompts are random: there is nothing to be reused
-    _add_workload(offline, num_prompts=None, input_len=64, output_len=64)
-    offline.add_argument("--concurrency", type=positive, nargs="+", default=[1, 32], help="prompts at once")
+    _add_workload(offline, num_prompts=None, input_len=None, output_len=None, lengths="64, with --peers 128")
+    offline.add_argument(
+        "--concurrency", type=positive, nargs="+", help="prompts at once; default: 1 32, with --peers 1 8 32"
+    )
     offline.add_argument(
         "--compare", choices=["transformers", "none"], default="transformers", help="what to time beside it"
     )
     offline.add_argument("--compare-prompts", type=positive, default=4, help="prompts of the sequential loop")
     offline.add_argument("--repeats", type=positive, default=3, help="timed rounds; medians are printed")
     offline.add_argument("--json", metavar="FILE", help="write the figures to this file; - for standard output")
+    _add_peers(offline)
     offline.set_defaults(run=_bench_offline, parser=offline)
 
     serve = kinds.add_parser("serve", help="a running server, over HTTP, streaming")
@@ -105,7 +108,45 @@ def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     serve.set_defaults(run=_bench_serve, parser=serve)
 
 
-def _add_workload(parser: Parser, *, num_prompts: int | None, input_len: int, output_len: int) -> None:
+def _add_peers(parser: Parser) -> None:
+    from .peers.catalog import PEERS
+
+    group = parser.add_argument_group("other engines")
+    group.add_argument(
+        "--peers",
+        nargs="*",
+        metavar="ENGINE",
+        help=f"measure beside these, or beside all that are installed: {', '.join(PEERS)}; "
+        "octavo-deterministic; module:Class for your own",
+    )
+    group.add_argument("--peer-gguf", metavar="FILE", help="the same model as GGUF, for peers that read nothing else")
+    group.add_argument("--peer-openvino", metavar="FOLDER", help="the same model as an OpenVINO IR")
+    group.add_argument(
+        "--peer-python",
+        metavar="ENGINE=PYTHON",
+        type=named_path,
+        action="append",
+        default=[],
+        help="interpreter of another environment, in which this peer is installed; may be repeated",
+    )
+    group.add_argument(
+        "--peer-timeout", metavar="SECONDS", type=rate, default=1800.0, help="for a peer to load, and for each run"
+    )
+    group.add_argument(
+        "--prefill-len", type=positive, nargs="*", default=[512, 2048], help="prompts whose prefill is timed"
+    )
+    group.add_argument(
+        "--mixed",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="32 requests with prompts of 32 to 512 and outputs of 16 to 256 tokens",
+    )
+
+
+def _add_workload(
+    parser: Parser, *, num_prompts: int | None, input_len: int | None, output_len: int | None, lengths: str = ""
+) -> None:
+    about_lengths = f"tokens; default: {lengths}" if lengths else "tokens"
     group = parser.add_argument_group("workload")
     group.add_argument(
         "--num-prompts",
@@ -114,10 +155,10 @@ def _add_workload(parser: Parser, *, num_prompts: int | None, input_len: int, ou
         help="requests to send" if num_prompts else "prompts in a round; default: as many as run at once, at least 4",
     )
     group.add_argument(
-        "--random-input-len", "--input-len", dest="input_len", type=positive, default=input_len, help="tokens"
+        "--random-input-len", "--input-len", dest="input_len", type=positive, default=input_len, help=about_lengths
     )
     group.add_argument(
-        "--random-output-len", "--output-len", dest="output_len", type=positive, default=output_len, help="tokens"
+        "--random-output-len", "--output-len", dest="output_len", type=positive, default=output_len, help=about_lengths
     )
     group.add_argument("--workload-seed", type=int, default=0, help="of prompts and arrivals")
 
@@ -146,6 +187,14 @@ def _bench_help(arguments: argparse.Namespace) -> int:
 
 
 def _bench_offline(arguments: argparse.Namespace) -> int:
+    is_beside_peers = arguments.peers is not None
+    arguments.input_len = arguments.input_len or (128 if is_beside_peers else 64)
+    arguments.output_len = arguments.output_len or (128 if is_beside_peers else 64)
+    arguments.concurrency = arguments.concurrency or ([1, 8, 32] if is_beside_peers else [1, 32])
+    if is_beside_peers:
+        from .bench_peers import bench_peers
+
+        return bench_peers(arguments)
     from .bench_offline import bench_offline
 
     return bench_offline(arguments)

@@ -36,6 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         served_model_names: names clients may use; empty means the model's name as given.
         dtype: of weights and KV; `auto` takes the checkpoint's (float32 where the CPU is slower otherwise).
         model_impl: `auto` prefers our own implementation, `transformers` never uses it.
+        quantization: `int8` or `int4` quantises floating weights at load; `auto` takes them as they are stored.
+        deterministic: a row's logits are the same bits alone and in any batch, for native implementations on a CPU.
         max_model_len: longest prompt plus output; None takes the checkpoint's, lowered to what the KV cache holds.
         max_num_seqs: requests in one step.
         max_num_batched_tokens: tokens in one step, prompt and output together.
@@ -86,6 +88,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_logprobs: int = 20
     journal: str | None = None
     journal_prompts: bool = False
+    quantization: Literal["auto", "int8", "int4"] = "auto"
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name, least in _AT_LEAST.items():

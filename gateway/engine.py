@@ -524,6 +524,8 @@ def _executor_config(config: EngineConfig, folder: Path) -> Any:
         model_path=str(folder),
         dtype=config.dtype,
         model_impl=config.model_impl,
+        quantization=config.quantization,
+        deterministic=config.deterministic,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         pipeline_depth=config.pipeline_depth,

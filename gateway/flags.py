@@ -79,6 +79,14 @@ def host_name(text: str) -> str:
     return text.lower()
 
 
+def named_path(text: str) -> tuple[str, str]:
+    """`NAME=PATH`."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, path
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Tells defaults, where there is something to tell."""
 
@@ -146,6 +154,18 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model-impl", default="auto", choices=["auto", "native", "transformers"], help="which implementation"
     )
+    group.add_argument(
+        "--quantization",
+        default="auto",
+        choices=["auto", "int8", "int4"],
+        help="quantise floating weights at load (the output projection to int8); auto: as the checkpoint has them",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="a request's logits are the same bits alone and in any batch (what that costs here is measured by "
+        "octavo bench offline --peers octavo-deterministic)",
+    )
     group.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint brings")
     group.add_argument("--offline", action="store_true", help="never contact the hub (HF_HUB_OFFLINE works too)")
     group.add_argument("--chat-template", help="jinja file or text, if not the tokenizer's own")
@@ -208,6 +228,8 @@ ENGINE_FIELDS = (
     "revision",
     "dtype",
     "model_impl",
+    "quantization",
+    "deterministic",
     "trust_remote_code",
     "offline",
     "chat_template",

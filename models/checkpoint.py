@@ -1,4 +1,4 @@
-"""From what a user calls a model to a local folder: a folder, a shipped model, or a repository on the hub."""
+"""From what a user calls a model to a local folder or GGUF file: these themselves, a shipped model, or the hub's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from .errors import ModelLoadError, ModelNotFoundError, WeightsError
+from .gguf.reader import SUFFIX, is_gguf
 
 SHIPPED = Path(__file__).parent / "shipped"
 DEFAULT_MODEL = "leaf-4m"
@@ -24,13 +25,16 @@ def resolve_checkpoint(
     weights: bool = True,
     trust_remote_code: bool = False,
 ) -> Path:
-    """The folder that holds a checkpoint, downloaded first if need be.
+    """The folder that holds a checkpoint, downloaded first if need be; or a GGUF file.
 
-    A folder that exists is taken as it is and the hub is not contacted. Downloads go through `huggingface_hub`: its
-    cache, its environment variables (`HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`) and its progress bars.
+    A file or folder that exists is taken as it is and the hub is not contacted. A folder that holds one GGUF file in
+    place of weights or tokenizer in the Hugging Face layout stands for that file. Downloads go through
+    `huggingface_hub`: its cache, its environment variables (`HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`) and its progress
+    bars.
 
     Args:
-        model: a folder, the name of a shipped model, or a hub name `owner/name`; None is the shipped default.
+        model: a folder, a GGUF file, the name of a shipped model, or a hub name `owner/name`; None is the shipped
+            default.
         revision: branch, tag or commit on the hub.
         offline: take what the hub's cache holds and never contact the hub.
         weights: whether the weights are wanted, or only configuration and tokenizer.
@@ -51,21 +55,41 @@ def resolve_checkpoint(
             raise ModelLoadError(
                 f"revision={revision!r} is of a hub repository, but {folder} is a folder: leave it out"
             )
+        return (_gguf_in(folder, weights=weights) or folder).resolve()
+    if is_gguf(folder):
+        if revision is not None:
+            raise ModelLoadError(f"revision={revision!r} is of a hub repository, but {folder} is a file: leave it out")
         return folder.resolve()
     if folder.is_file():
-        raise ModelNotFoundError(f"{folder} is a file; give the folder of a checkpoint in the Hugging Face layout")
+        raise ModelNotFoundError(
+            f"{folder} is a file; give a .gguf file or the folder of a checkpoint in the Hugging Face layout"
+        )
     name = str(model)
     if name == DEFAULT_MODEL:
         raise ModelNotFoundError(f"the shipped model is not in {SHIPPED}: install octavo again, or name another model")
+    if name.lower().endswith(SUFFIX):
+        raise ModelNotFoundError(f"there is no file {folder}")
     if isinstance(model, Path) or name.startswith(("/", ".", "~")) or name.count("/") > 1 or os.sep * 2 in name:
         raise ModelNotFoundError(f"there is no folder {folder}")
     path = _download(name, revision=revision, offline=offline, weights=weights, trust_remote_code=trust_remote_code)
     if weights and not any(path.glob(_WEIGHTS)):
         raise WeightsError(
             f"the hub repository {name} has no safetensors weights. Pickle files (.bin, .pt) can run any code when "
-            "read and are never loaded, nor are GGUF files: look for another revision or repository of this model"
+            "read and are never loaded; a GGUF file is read once you have downloaded it: give its path. "
+            "Or look for another revision or repository of this model"
         )
     return path
+
+
+def _gguf_in(folder: Path, *, weights: bool) -> Path | None:
+    """The GGUF file that a folder stands for."""
+    if any(folder.glob(_WEIGHTS)) or (not weights and (folder / "tokenizer.json").is_file()):
+        return None
+    files = sorted(path for path in folder.iterdir() if is_gguf(path))
+    if len(files) > 1:
+        shown = ", ".join(path.name for path in files[:8])
+        raise ModelLoadError(f"{folder} has {len(files)} GGUF files: give one by its path, of {shown}")
+    return files[0] if files else None
 
 
 def shipped_models() -> tuple[str, ...]:

@@ -8,9 +8,10 @@ them by other angles in sliding layers than in global ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from ..kernels.rotary import rotary_and_write
 from .errors import UnsupportedModelError
 from .interface import KVCache, KVCacheSpec
 from .layers import GatedActivation, gated_activation, head_shape, layer_windows, linear_for
+from .quantization.reader import open_weights
+from .quantization.scheme import Scheme
 from .rotary import rotary_table
 from .weights import WeightReader, take_embedding_and_head
 
@@ -101,7 +104,9 @@ class GemmaLayer:
         self.linear = linear_for(reader.dtype, reader.device)
 
         self.input_norm = take_gain(reader, f"{prefix}.input_layernorm.weight", hidden)
-        self.qkv = reader.take_fused((f"{name}.weight" for name in qkv), ((width, hidden) for width in qkv_widths))
+        self.qkv = reader.take_fused_linear(
+            (f"{name}.weight" for name in qkv), ((width, hidden) for width in qkv_widths)
+        )
         self.qkv_bias = (
             reader.take_fused((f"{name}.bias" for name in qkv), ((width,) for width in qkv_widths))
             if s.attention_bias
@@ -109,13 +114,13 @@ class GemmaLayer:
         )
         self.q_norm = take_gain(reader, f"{prefix}.self_attn.q_norm.weight", s.head_dim) if s.qk_norm else None
         self.k_norm = take_gain(reader, f"{prefix}.self_attn.k_norm.weight", s.head_dim) if s.qk_norm else None
-        self.o = reader.take(f"{prefix}.self_attn.o_proj.weight", hidden, q_width)
+        self.o = reader.take_linear(f"{prefix}.self_attn.o_proj.weight", hidden, q_width)
         self.o_bias = reader.take(f"{prefix}.self_attn.o_proj.bias", hidden) if s.attention_bias else None
         self.post_attention_norm = take_gain(reader, f"{prefix}.post_attention_layernorm.weight", hidden)
 
         self.pre_mlp_norm = take_gain(reader, f"{prefix}.pre_feedforward_layernorm.weight", hidden)
-        self.gate_up = reader.take_fused(gate_up, ((inner, hidden),) * 2)
-        self.down = reader.take(f"{prefix}.mlp.down_proj.weight", hidden, inner)
+        self.gate_up = reader.take_fused_linear(gate_up, ((inner, hidden),) * 2)
+        self.down = reader.take_linear(f"{prefix}.mlp.down_proj.weight", hidden, inner)
         self.post_mlp_norm = take_gain(reader, f"{prefix}.post_feedforward_layernorm.weight", hidden)
 
     def forward(
@@ -148,6 +153,11 @@ def take_gain(reader: WeightReader, name: str, width: int) -> torch.Tensor:
     return reader.take(name, width).float() + 1.0
 
 
+def softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """`cap * tanh(x / cap)`, in place."""
+    return x.div_(cap).tanh_().mul_(cap)
+
+
 class GemmaForCausalLM:
     """A `CausalLM` of Gemma 2 or Gemma 3 text.
 
@@ -156,6 +166,7 @@ class GemmaForCausalLM:
         config: its `transformers` configuration.
         dtype: of weights, activations and KV.
         max_model_len: positions to prepare for; None takes the configuration's.
+        quantization: how the checkpoint's weights are quantised, or what to quantise them to; None: floating.
 
     Raises:
         UnsupportedModelError: an option that is not implemented here.
@@ -163,7 +174,14 @@ class GemmaForCausalLM:
     """
 
     def __init__(
-        self, folder: Path, config: Any, *, dtype: torch.dtype, device: torch.device, max_model_len: int | None = None
+        self,
+        folder: Path,
+        config: Any,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int | None = None,
+        quantization: Scheme | Literal["int8", "int4"] | None = None,
     ) -> None:
         settings = read_settings(config)
         self.vocab_size: int = config.vocab_size
@@ -175,21 +193,25 @@ class GemmaForCausalLM:
         )
         self._eps = settings.eps
         self._final_softcap: float = config.final_logit_softcapping or 0.0
+        self.softcap: Callable[[torch.Tensor, float], torch.Tensor] = softcap_
         # Rounded to the model's dtype, as the checkpoints were trained: 55.4256 is 55.5 in bfloat16.
         self._embedding_scale = float(torch.tensor(settings.hidden_size**0.5, dtype=dtype))
         # Gemma 3 has angles for each type of layer; Gemma 2 shares one set, named None.
         self._angle_keys = settings.layer_types if settings.qk_norm else (None,) * len(settings.layer_types)
-        self._linear = linear_for(dtype, device)
+        self.linear = linear_for(dtype, device)
         max_len = max_model_len or self.max_position
         self._cos_sin = {
             key: rotary_table(config, settings.head_dim, max_len, device=device, layer_type=key)
             for key in dict.fromkeys(self._angle_keys)
         }
-        with torch.inference_mode(), WeightReader(folder, dtype=dtype, device=device) as reader:
+        with (
+            torch.inference_mode(),
+            open_weights(folder, dtype=dtype, device=device, quantization=quantization) as reader,
+        ):
             self._embedding, self._head = take_embedding_and_head(
                 reader, self.vocab_size, settings.hidden_size, tied=config.tie_word_embeddings
             )
-            self._layers = [
+            self.layers = [
                 GemmaLayer(reader, f"model.layers.{index}", settings, index) for index in range(len(settings.windows))
             ]
             self._norm = take_gain(reader, "model.norm.weight", settings.hidden_size)
@@ -200,13 +222,13 @@ class GemmaForCausalLM:
     ) -> torch.Tensor:
         """See `CausalLM.forward`. Call under `torch.inference_mode()`."""
         x = F.embedding(input_ids, self._embedding).mul_(self._embedding_scale)
-        for layer, key, cache in zip(self._layers, self._angle_keys, kv_caches, strict=True):
+        for layer, key, cache in zip(self.layers, self._angle_keys, kv_caches, strict=True):
             layer.forward(x, self._cos_sin[key], positions, batch, cache)
         return rms_norm(x, self._norm, self._eps)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `CausalLM.compute_logits`."""
-        logits = self._linear(hidden, self._head, None).float()
+        logits = self.linear(hidden, self._head, None).float()
         if self._final_softcap > 0:
-            logits.div_(self._final_softcap).tanh_().mul_(self._final_softcap)
+            self.softcap(logits, self._final_softcap)
         return logits

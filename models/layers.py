@@ -10,10 +10,12 @@ import torch.nn.functional as F
 
 from ..kernels.gated_activation import gelu_tanh_and_mul, silu_and_mul
 from ..kernels.linear_bf16 import linear_bf16
+from ..kernels.linear_quantized import LinearWeight, linear_quantized
 from .errors import UnsupportedModelError
 
 GatedActivation = Callable[[torch.Tensor], torch.Tensor]
-Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Linear = Callable[[torch.Tensor, LinearWeight, torch.Tensor | None], torch.Tensor]
+DenseLinear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def _gated_by(act: Callable[[torch.Tensor], torch.Tensor]) -> GatedActivation:
@@ -59,8 +61,26 @@ def cpu_multiplies_in(dtype: torch.dtype) -> bool:
 def linear_for(dtype: torch.dtype, device: torch.device) -> Linear:
     """The quickest `F.linear` for weights of `dtype` on `device`."""
     if dtype is torch.bfloat16 and device.type == "cpu" and not cpu_multiplies_in(dtype):
-        return _linear_bf16
-    return F.linear
+        return or_quantized(_linear_bf16, quick=True)
+    return or_quantized(F.linear, quick=True)
+
+
+def or_quantized(dense: DenseLinear, *, quick: bool = False) -> Linear:
+    """`dense` for weights that are a tensor; quantised ones, and parts of several kinds, each by their own.
+
+    With `quick` the last bits of a row may depend on how many there are: see `linear_quantized`.
+    """
+
+    def linear(x: torch.Tensor, weight: LinearWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if isinstance(weight, torch.Tensor):
+            return dense(x, weight, bias)
+        if isinstance(weight, tuple):
+            out = torch.cat([linear(x, part) for part in weight], dim=-1)
+        else:
+            out = linear_quantized(x, weight, quick=quick)
+        return out if bias is None else out.add_(bias)
+
+    return linear
 
 
 def _linear_bf16(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from ..kernels.rotary import rotary_and_write
 from .errors import UnsupportedModelError
 from .interface import KVCache, KVCacheSpec
 from .layers import GatedActivation, gated_activation, head_shape, layer_windows, linear_for
+from .quantization.reader import open_weights
+from .quantization.scheme import Scheme
 from .rotary import rotary_table
 from .weights import WeightReader, take_embedding_and_head
 
@@ -116,7 +118,9 @@ class LlamaLayer:
         self.linear = linear_for(reader.dtype, reader.device)
 
         self.input_norm = reader.take(f"{prefix}.input_layernorm.weight", hidden)
-        self.qkv = reader.take_fused((f"{name}.weight" for name in qkv), ((width, hidden) for width in qkv_widths))
+        self.qkv = reader.take_fused_linear(
+            (f"{name}.weight" for name in qkv), ((width, hidden) for width in qkv_widths)
+        )
         self.qkv_bias = (
             reader.take_fused((f"{name}.bias" for name in qkv), ((width,) for width in qkv_widths))
             if s.qkv_bias
@@ -124,15 +128,15 @@ class LlamaLayer:
         )
         self.q_norm = reader.take(f"{prefix}.self_attn.q_norm.weight", s.head_dim) if s.qk_norm else None
         self.k_norm = reader.take(f"{prefix}.self_attn.k_norm.weight", s.head_dim) if s.qk_norm else None
-        self.o = reader.take(f"{prefix}.self_attn.o_proj.weight", hidden, q_width)
+        self.o = reader.take_linear(f"{prefix}.self_attn.o_proj.weight", hidden, q_width)
         self.o_bias = reader.take(f"{prefix}.self_attn.o_proj.bias", hidden) if s.o_bias else None
 
         self.post_attention_norm = reader.take(f"{prefix}.post_attention_layernorm.weight", hidden)
-        self.gate_up = reader.take_fused((f"{name}.weight" for name in gate_up), ((inner, hidden),) * 2)
+        self.gate_up = reader.take_fused_linear((f"{name}.weight" for name in gate_up), ((inner, hidden),) * 2)
         self.gate_up_bias = (
             reader.take_fused((f"{name}.bias" for name in gate_up), ((inner,),) * 2) if s.mlp_bias else None
         )
-        self.down = reader.take(f"{prefix}.mlp.down_proj.weight", hidden, inner)
+        self.down = reader.take_linear(f"{prefix}.mlp.down_proj.weight", hidden, inner)
         self.down_bias = reader.take(f"{prefix}.mlp.down_proj.bias", hidden) if s.mlp_bias else None
 
     def forward(
@@ -170,6 +174,7 @@ class LlamaForCausalLM:
         config: its `transformers` configuration.
         dtype: of weights, activations and KV.
         max_model_len: positions to prepare for; None takes the configuration's.
+        quantization: how the checkpoint's weights are quantised, or what to quantise them to; None: floating.
 
     Raises:
         UnsupportedModelError: an option that is not implemented here.
@@ -177,7 +182,14 @@ class LlamaForCausalLM:
     """
 
     def __init__(
-        self, folder: Path, config: Any, *, dtype: torch.dtype, device: torch.device, max_model_len: int | None = None
+        self,
+        folder: Path,
+        config: Any,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int | None = None,
+        quantization: Scheme | Literal["int8", "int4"] | None = None,
     ) -> None:
         settings = read_settings(config)
         self.vocab_size: int = config.vocab_size
@@ -188,13 +200,16 @@ class LlamaForCausalLM:
             KVCacheSpec(settings.num_kv_heads, settings.head_dim, settings.head_dim) for _ in settings.windows
         )
         self._eps = settings.eps
-        self._linear = linear_for(dtype, device)
+        self.linear = linear_for(dtype, device)
         self._cos_sin = rotary_table(config, settings.head_dim, max_model_len or self.max_position, device=device)
-        with torch.inference_mode(), WeightReader(folder, dtype=dtype, device=device) as reader:
+        with (
+            torch.inference_mode(),
+            open_weights(folder, dtype=dtype, device=device, quantization=quantization) as reader,
+        ):
             self._embedding, self._head = take_embedding_and_head(
                 reader, self.vocab_size, settings.hidden_size, tied=config.tie_word_embeddings
             )
-            self._layers = [
+            self.layers = [
                 LlamaLayer(reader, f"model.layers.{index}", settings, index) for index in range(len(settings.windows))
             ]
             self._norm = reader.take("model.norm.weight", settings.hidden_size)
@@ -205,10 +220,10 @@ class LlamaForCausalLM:
     ) -> torch.Tensor:
         """See `CausalLM.forward`. Call under `torch.inference_mode()`."""
         x = F.embedding(input_ids, self._embedding)
-        for layer, cache in zip(self._layers, kv_caches, strict=True):
+        for layer, cache in zip(self.layers, kv_caches, strict=True):
             layer.forward(x, self._cos_sin, positions, batch, cache)
         return rms_norm(x, self._norm, self._eps)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `CausalLM.compute_logits`."""
-        return self._linear(hidden, self._head, None).float()
+        return self.linear(hidden, self._head, None).float()

@@ -1,4 +1,4 @@
-"""From a checkpoint's folder to a model: which implementation serves it, in which dtype."""
+"""From a checkpoint's folder, or a GGUF file, to a model: which implementation serves it, in which dtype."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from typing import Any, Literal
 import torch
 
 from ..kernels import cpu_build
+from .deterministic import make_deterministic
 from .errors import ModelNotFoundError, QuantizedModelError, UnsupportedModelError
 from .gemma import GemmaForCausalLM
+from .gguf.config import read_config
+from .gguf.reader import GGUFFile, is_gguf
 from .interface import CausalLM
 from .layers import cpu_multiplies_in
 from .llama import LlamaForCausalLM
 from .plain_config import read_plain_config
+from .quantization.reader import Quantization
+from .quantization.scheme import Scheme, read_scheme
 from .weights import checkpoint_dtype, weight_files
 
 ModelImpl = Literal["auto", "native", "transformers"]
@@ -90,21 +95,48 @@ def check_supported(config: Any, path: str | Path) -> None:
     """Refuse what neither implementation can serve.
 
     Raises:
-        QuantizedModelError: the weights are quantised.
         UnsupportedModelError: the model is an encoder, or encoder and decoder.
     """
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        method = getattr(method, "value", method)
-        raise QuantizedModelError(
-            f"the weights of {path} are quantised ({method}), which is not supported. "
-            "Take the checkpoint in float32, bfloat16 or float16"
-        )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{path} is an encoder-decoder ({config.model_type}); only decoders that continue a text are supported"
         )
+
+
+def weight_quantization(
+    config: Any, path: Path, quantization: Quantization, *, native: bool
+) -> Scheme | Literal["int8", "int4"] | None:
+    """How the weights are quantised or are to be; None for floating ones.
+
+    Raises:
+        QuantizedModelError: by a method that is not read, or the model is not served natively.
+        UnsupportedModelError: `int8` or `int4` was asked for where it cannot be had.
+    """
+    stated = getattr(config, "quantization_config", None)
+    method = stated.get("quant_method") if isinstance(stated, dict) else getattr(stated, "quant_method", None)
+    method = getattr(method, "value", method)
+    if stated and not native:
+        raise QuantizedModelError(
+            f"the weights of {path} are quantised ({method}), which is supported only by native implementations "
+            f"({_native_names()}). Take the checkpoint in float32, bfloat16 or float16"
+        )
+    if quantization == "auto":
+        return None if is_gguf(path) else read_scheme(path)
+    asked = f"--quantization {quantization}"
+    if stated:
+        raise UnsupportedModelError(f"{asked}: weights of {path} are quantised ({method}) already; leave it at auto")
+    if is_gguf(path):
+        raise UnsupportedModelError(f"{asked}: {path} is a GGUF file, whose weights stay as they are; leave it at auto")
+    if not native:
+        raise UnsupportedModelError(
+            f"{asked}: {path} is served through transformers, and only native implementations quantise "
+            f"({_native_names()}). Leave --quantization at auto"
+        )
+    return quantization
+
+
+def _native_names() -> str:
+    return ", ".join(architecture for architecture, _ in NATIVE.values())
 
 
 def native_class(config: Any) -> type[LlamaForCausalLM] | type[GemmaForCausalLM] | None:
@@ -122,38 +154,60 @@ def load_model(
     trust_remote_code: bool = False,
     device: str = "cpu",
     max_model_len: int | None = None,
+    quantization: Quantization = "auto",
+    deterministic: bool = False,
 ) -> CausalLM:
     """Load a checkpoint, natively where its family is and through `transformers` otherwise.
 
     Args:
-        path: a folder; `checkpoint.resolve_checkpoint` turns a hub name into one.
+        path: a folder or a GGUF file; `checkpoint.resolve_checkpoint` turns a hub name into one.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         model_impl: `auto` falls back to `transformers` for an option that the native class lacks; `native` does not.
         trust_remote_code: allow a model type that brings its own code.
         device: where the weights go.
         max_model_len: longest context that will be served; None takes the checkpoint's.
+        quantization: `int8` or `int4` quantises floating weights at load; `auto` takes them as they are stored.
+        deterministic: a row's logits are the same bits alone and in any batch; native implementations only.
 
     Raises:
         ModelLoadError: with a message that says what is missing.
     """
     folder = Path(path)
-    plain = read_plain_config(folder) if model_impl != "transformers" else None
+    plain: Any = None
+    if is_gguf(folder):
+        if model_impl == "transformers":
+            raise UnsupportedModelError(f"{folder} is a GGUF file, served natively: leave --model-impl at auto")
+        model_impl = "native"
+        with GGUFFile(folder) as file:
+            plain = read_config(file)
+    elif model_impl != "transformers":
+        plain = read_plain_config(folder)
     config = load_config(folder, trust_remote_code=trust_remote_code) if plain is None else plain
     check_supported(config, folder)
     target = torch.device(device)
     implementation = None if model_impl == "transformers" else native_class(config)
+    weights_are = weight_quantization(config, folder, quantization, native=implementation is not None)
     if implementation is not None:
         torch_dtype = resolve_dtype(dtype, config, folder, target, native=True)
         try:
-            return implementation(folder, config, dtype=torch_dtype, device=target, max_model_len=max_model_len)
+            model = implementation(
+                folder, config, dtype=torch_dtype, device=target, max_model_len=max_model_len, quantization=weights_are
+            )
         except UnsupportedModelError as error:
-            if model_impl == "native":
+            if model_impl == "native" or weights_are is not None or deterministic:
                 raise UnsupportedModelError(f"{folder} cannot be served natively: {error}") from error
+        else:
+            return make_deterministic(model) if deterministic else model
+    elif deterministic:
+        raise UnsupportedModelError(
+            f"--deterministic: {folder} is served through transformers, where a token's last bits change with the rest "
+            f"of the batch; native are {_native_names()}. Leave --deterministic out"
+        )
     elif model_impl == "native":
         named = ", ".join(getattr(config, "architectures", None) or [config.model_type])
         raise UnsupportedModelError(
             f"{folder} is {named}, which has no native implementation; native are "
-            f"{', '.join(architecture for architecture, _ in NATIVE.values())}. Leave --model-impl at auto"
+            f"{_native_names()}. Leave --model-impl at auto"
         )
     if plain is not None:
         config = load_config(folder, trust_remote_code=trust_remote_code)

@@ -11,7 +11,7 @@ import torch
 
 from .errors import UnsupportedModelError
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional", "frequency_factors")
 
 
 def rotary_table(
@@ -52,9 +52,12 @@ def rotary_frequencies(
         )
     if "mrope_section" in parameters:
         raise UnsupportedModelError("mrope_section (positions of several axes) is not supported")
-    if rope_type == "default":
+    if rope_type in {"default", "frequency_factors"}:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+        inv_freq = 1.0 / (parameters["rope_theta"] ** exponents)
+        if rope_type == "frequency_factors":  # of a GGUF file: each pair turns slower by a factor of its own
+            inv_freq = inv_freq / torch.tensor(parameters["factors"], dtype=torch.float32)
+        return inv_freq, 1.0
     # Not at the top: a second of a server's start, and most models turn without scaling.
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

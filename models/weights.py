@@ -1,4 +1,4 @@
-"""Reading the tensors of a checkpoint in the Hugging Face layout, from safetensors files only."""
+"""Reading the tensors of a checkpoint: safetensors files in the Hugging Face layout, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..kernels.linear_quantized import LinearWeight, QuantizedWeight, concatenate
 from .errors import WeightsError
+from .gguf.reader import is_gguf
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -24,11 +26,13 @@ _MAX_NAMES_SHOWN = 8
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files that hold a checkpoint's tensors.
+    """The files that hold a checkpoint's tensors: safetensors, or the GGUF file that `folder` is.
 
     Raises:
         WeightsError: there are none (the message says what there is instead), or the index names files not there.
     """
+    if is_gguf(folder):
+        return (folder,)
     index_path = folder / _INDEX
     if index_path.is_file():
         try:
@@ -65,7 +69,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     if any(folder.glob("*.gguf")):
-        raise WeightsError(f"{folder} has its weights as GGUF, which is not read. Take the safetensors checkpoint.")
+        raise WeightsError(f"{folder} has its weights as GGUF: give the path of the .gguf file.")
     raise WeightsError(f"{folder} has no weights: neither {_SINGLE} nor {_INDEX}. Was the download finished?")
 
 
@@ -76,7 +80,7 @@ class WeightReader:
     problems in one error; nothing may use the tensors before `finish` has returned. Use as a context manager.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint, or a GGUF file.
         dtype, device: of every tensor handed out.
     """
 
@@ -92,12 +96,16 @@ class WeightReader:
         self._problems: list[str] = []
         for path in weight_files(folder):
             try:
-                handle = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                handle = self._stack.enter_context(self._open(path))
             except (SafetensorError, OSError) as error:
                 self._stack.close()
                 raise WeightsError(f"{path} is not a whole safetensors file ({error}). Download it again.") from error
             for name in handle.keys():  # noqa: SIM118 - a handle is no mapping
                 self._handles[name] = handle
+
+    def _open(self, path: Path) -> Any:
+        """A file with the methods of an open safetensors file."""
+        return safe_open(path, framework="pt", device="cpu")
 
     def __enter__(self) -> WeightReader:
         return self
@@ -118,6 +126,23 @@ class WeightReader:
         parts = [self._read(name, shape).to(self.dtype) for name, shape in zip(names, shapes, strict=True)]
         return torch.cat(parts).to(self.device)
 
+    def take_linear(self, name: str, *shape: int) -> LinearWeight:
+        """The matrix of a linear layer: a tensor as `take` gives it, or quantised."""
+        return self.take_fused_linear((name,), (shape,))
+
+    def take_fused_linear(self, names: Iterable[str], shapes: Iterable[tuple[int, ...]]) -> LinearWeight:
+        """Several matrices behind each other along their outputs."""
+        return concatenate(
+            [
+                self._read_linear(name, (out_features, in_features))
+                for name, (out_features, in_features) in zip(names, shapes, strict=True)
+            ]
+        )
+
+    def tied_head(self, embedding: torch.Tensor) -> torch.Tensor | QuantizedWeight:
+        """The output projection that shares its weights with the token embedding."""
+        return embedding
+
     def finish(self) -> None:
         """Say that all has been taken.
 
@@ -133,13 +158,17 @@ class WeightReader:
         if unexpected:
             problems.append(f"{len(unexpected)} are not part of the model: {_shown(unexpected)}")
         if problems:
+            config = "metadata" if is_gguf(self._folder) else "config.json"
             raise WeightsError(
-                f"the weights in {self._folder} do not fit its config.json: {'; '.join(problems)}. "
+                f"the weights in {self._folder} do not fit its {config}: {'; '.join(problems)}. "
                 "Check that both are of the same model and that the download is whole.",
                 missing=tuple(self._missing),
                 unexpected=tuple(unexpected),
                 mismatched=tuple(self._mismatched),
             )
+
+    def _read_linear(self, name: str, shape: tuple[int, int]) -> torch.Tensor | QuantizedWeight:
+        return self.take(name, *shape)
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         self._taken.add(name)
@@ -161,7 +190,7 @@ class WeightReader:
 
 def take_embedding_and_head(
     reader: WeightReader, vocab_size: int, hidden_size: int, *, tied: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, LinearWeight]:
     """Token embedding and output projection, each `[vocab_size, hidden_size]`; one tensor where they are tied.
 
     As `transformers` has it: a checkpoint that promises tied weights but brings two different ones keeps both.
@@ -171,9 +200,10 @@ def take_embedding_and_head(
         embedding_name = head_name
     embedding = reader.take(embedding_name, vocab_size, hidden_size)
     if tied and (head_name not in reader or head_name == embedding_name):
-        return embedding, embedding
-    head = reader.take(head_name, vocab_size, hidden_size)
-    return embedding, embedding if tied and torch.equal(head, embedding) else head
+        return embedding, reader.tied_head(embedding)
+    head = reader.take_linear(head_name, vocab_size, hidden_size)
+    is_same = tied and isinstance(head, torch.Tensor) and torch.equal(head, embedding)
+    return embedding, embedding if is_same else head
 
 
 def checkpoint_dtype(folder: Path) -> torch.dtype:

@@ -65,7 +65,8 @@ def test_a_module_imports_only_what_the_table_allows(path: Path) -> None:
         assert target.split("/")[0] in allowed, f"{path}: {statement}"
         if folder == "sim" and target.startswith("actors/"):
             file = target.split("/")[-1]
-            # `explain` reads a core's state, `sizing` is what the engine's start computes; the fault harness drives the mailboxes as well, to find faults in them.
+            # `explain` reads a core's state, `sizing` is what the engine's start computes; the fault harness drives the
+            # mailboxes as well, to find faults in them.
             known = {"core", "config", "routes", "clock", "explain", "sizing"}
             if path.parts[:2] == ("sim", "faults"):
                 known |= {"in_process"}

@@ -29,7 +29,7 @@ def locate_model(
     weights: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple[Path, str]:
-    """Folder and name of a model: a folder, a hub name, or None for the one that ships with octavo.
+    """Folder (or GGUF file) and name of a model: a folder, a file, a hub name, or None for the one that is shipped.
 
     Raises:
         ModelNotFoundError: no such folder or hub name, or the hub cannot be reached.
@@ -43,6 +43,8 @@ def locate_model(
         raise ModelNotFoundError(str(error)) from error
     except model_errors.ModelLoadError as error:
         raise UnsupportedModelError(str(error)) from error
+    if folder.is_file():  # of a GGUF file the name says what it is
+        return folder, folder.stem
     return folder, folder.name if model is None or Path(model).is_dir() else model
 
 

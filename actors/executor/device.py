@@ -35,6 +35,8 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
         memory_utilization: share of the measured free memory to take.
         num_threads: of torch; None leaves its choice.
         trust_remote_code: run code that the checkpoint brings.
+        quantization: `int8` or `int4` quantises floating weights at load; `auto` takes them as they are stored.
+        deterministic: a row's logits are the same bits alone and in any batch.
     """
 
     model_path: str
@@ -49,6 +51,8 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
     memory_utilization: float = 0.5
     num_threads: int | None = None
     trust_remote_code: bool = False
+    quantization: Literal["auto", "int8", "int4"] = "auto"
+    deterministic: bool = False
 
 
 def plan_kv_cache(config: ExecutorConfig, *, bytes_per_token: int, max_position: int, free_bytes: int) -> KVCachePlan:
@@ -97,6 +101,8 @@ class Device:
             model_impl=config.model_impl,
             trust_remote_code=config.trust_remote_code,
             max_model_len=config.max_model_len,
+            quantization=config.quantization,
+            deterministic=config.deterministic,
         )
         self.load_seconds = time.monotonic() - started
         bytes_per_token = sum(spec.bytes_per_token(self.model.dtype) for spec in self.model.kv_cache_specs)

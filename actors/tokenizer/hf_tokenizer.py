@@ -1,4 +1,6 @@
-"""A checkpoint's own tokenizer: through `tokenizers` where tokenizer.json says all, else through `transformers`."""
+"""A checkpoint's own tokenizer: through `tokenizers` where tokenizer.json, or a GGUF file, says all, else through
+`transformers`.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from tokenizers import Tokenizer
 
 from ...messages.errors import InvalidRequestError, ModelNotFoundError, UnsupportedModelError
 from ...messages.request import ChatPrompt
+from ..executor.gguf_tokenizer import is_gguf, read_gguf_tokenizer
 from .plain_tokenizer import RESERVED_KWARGS, PlainTokenizer, load_plain_tokenizer
 from .token_bytes import OTHER, DecoderKind, LeadingSpace, classify_decoder
 
@@ -240,6 +244,26 @@ def _compile_template(tokenizer: Any, *, given: bool) -> None:
         pass
 
 
+def _set_template(tokenizer: Any, chat_template: str | None) -> None:
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
+    _compile_template(tokenizer, given=chat_template is not None)
+
+
+def _load_gguf(path: Path, chat_template: str | None) -> HFTokenizer:
+    files = read_gguf_tokenizer(path)
+    try:
+        backend = Tokenizer.from_str(msgspec.json.encode(files.tokenizer_json).decode())
+    except Exception as error:  # the library's own class, for a vocabulary that does not hold together
+        raise UnsupportedModelError(
+            f"no tokenizer could be made of the vocabulary in {path}: {error}. "
+            "Give --tokenizer the folder or hub name of the model's own tokenizer"
+        ) from error
+    tokenizer = PlainTokenizer(backend, files.special_tokens, [], files.chat_template)
+    _set_template(tokenizer, chat_template)
+    return HFTokenizer(tokenizer, eos_token_ids=files.eos_token_ids, model_vocab_size=files.vocab_size)
+
+
 def _load(folder: Path, trust_remote_code: bool) -> Any:
     tokenizer_config = _read_json(folder / "tokenizer_config.json")
     plain = load_plain_tokenizer(folder, tokenizer_config)
@@ -256,10 +280,10 @@ def _load(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def load_tokenizer(folder: Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> HFTokenizer:
-    """Load the tokenizer of a checkpoint in Hugging Face layout; reaches for nothing outside the folder.
+    """Load the tokenizer of a checkpoint in Hugging Face layout or of a GGUF file; reaches for nothing outside it.
 
     Args:
-        folder: with tokenizer.json, or what `transformers` needs for a slow tokenizer.
+        folder: with tokenizer.json, or what `transformers` needs for a slow tokenizer; or a GGUF file.
         chat_template: path of a jinja file, or the template itself, in place of the checkpoint's own.
         trust_remote_code: run a tokenizer class that the checkpoint brings.
 
@@ -268,6 +292,8 @@ def load_tokenizer(folder: Path, *, chat_template: str | None = None, trust_remo
         UnsupportedModelError: no tokenizer could be made of what lies there.
         InvalidRequestError: the chat template is not there, or is not valid jinja.
     """
+    if is_gguf(folder):
+        return _load_gguf(folder, chat_template)
     if not folder.is_dir():
         raise ModelNotFoundError(f"{folder} is not a folder: give the checkpoint's folder or a hub name")
     try:
@@ -277,9 +303,7 @@ def load_tokenizer(folder: Path, *, chat_template: str | None = None, trust_remo
             f"no tokenizer could be loaded from {folder} ({type(error).__name__}: {error}): it needs tokenizer.json, "
             "or a folder given with --tokenizer"
         ) from error
-    if chat_template is not None:
-        tokenizer.chat_template = _read_template(chat_template)
-    _compile_template(tokenizer, given=chat_template is not None)
+    _set_template(tokenizer, chat_template)
     config = _read_json(folder / "config.json")
     text_config = config.get("text_config") or config
     eos_token_ids = _token_ids(_read_json(folder / "generation_config.json").get("eos_token_id"))

@@ -13,10 +13,15 @@ from .adapter import LoadOptions, Request, versions_of
 
 
 class Octavo:
-    """An `Engine` on an event loop of its own."""
+    """An `Engine` on an event loop of its own.
 
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+    Args:
+        deterministic: with `--deterministic`, to compare with itself.
+    """
+
+    def __init__(self, deterministic: bool = False) -> None:
+        self._more = {"deterministic": True} if deterministic else {}
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
 
     def is_available(self, options: LoadOptions) -> str:
@@ -26,10 +31,10 @@ class Octavo:
         return versions_of("octavo", "torch")
 
     def load(self, options: LoadOptions) -> dict[str, Any]:
-        config = make_config({**options.engine_fields, "num_threads": options.num_threads})
-        engine = Engine(config=config)
-        self._loop.run_until_complete(engine.start())
-        self._engine = engine
+        config = make_config({**options.engine_fields, "num_threads": options.num_threads, **self._more})
+        engine, loop = Engine(config=config), asyncio.new_event_loop()
+        loop.run_until_complete(engine.start())
+        self._engine, self._loop = engine, loop
         return {
             "folder": engine.model_folder,
             "dtype": engine.dtype,
@@ -39,6 +44,7 @@ class Octavo:
         }
 
     def run(self, requests: Sequence[Request]) -> list[list[int]]:
+        assert self._loop is not None, "load() comes before run()"
         return self._loop.run_until_complete(self._generate(requests))
 
     async def _generate(self, requests: Sequence[Request]) -> list[list[int]]:

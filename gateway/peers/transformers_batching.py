@@ -46,9 +46,7 @@ class TransformersBatching:
 
     def run(self, requests: Sequence[Request]) -> list[list[int]]:
         manager = self._manager
-        ids = [
-            manager.add_request(request.token_ids, max_new_tokens=request.num_output_tokens) for request in requests
-        ]
+        ids = [manager.add_request(request.token_ids, max_new_tokens=request.num_output_tokens) for request in requests]
         outputs: dict[str, list[int]] = {}
         while len(outputs) < len(ids):
             result = manager.get_result(timeout=_POLL_S)

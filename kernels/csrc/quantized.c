@@ -3,14 +3,19 @@
  * A weight is widened to float32 as fma(code, scale, offset), in registers, before it is multiplied. Several rows share
  * that work: w is then widened into a buffer in the L1 cache and multiplied in tiles whose sums stay in registers.
  *
- *   codes, 4 bits [out][in / 64][8]: bits 4 t .. 4 t + 3 of 32-bit word j are weight 8 t + j, so that a mask and an
- *                                    exact power of two take eight weights out without moving anything between lanes
- *   codes, 8 bits [out][in]          signed
- *   x, float32 [in / BLOCK_K][rows / TILE][BLOCK_K / VL][TILE][VL]
+ *   codes, 4 bits [out][in / 64][16]: bits 4 s .. 4 s + 3 of 16-bit word l are weight 16 s + l: a shift and a mask take 16
+ *                                     out as integers; with 32-bit words a mask and an exact power of two take 8 as
+ *                                     floats, of which bits 4 t .. 4 t + 3 of word j are weight 16 (t % 4) + 2 j + t / 4
+ *   codes, 8 bits [out][in]           signed
+ *   x, float32 [in / BLOCK_K][rows / TILE][BLOCK_K / VL][TILE][VL]    inputs in the order in which weights come out
  *   w, float32 [BLOCK_K / VL][COLS][VL]
  *
  * One row or many, each output is summed over BLOCK_K inputs in VL lanes, then by one tree, then block after block: so
  * its bits depend on its own row and column alone, not on the number of rows, the tile, or the number of threads.
+ *
+ * That takes 4 instructions for 8 weights, which is more than the memory needs to bring 4 bits. The quick way for few
+ * rows of 16-bit floats has x in whole numbers of 16 bits, with a power of two for each 32 inputs, and multiplies whole
+ * numbers, exactly: 4 instructions for 16 weights. Its bits do not depend on the number of rows either, but are others.
  */
 #include "vector.h"
 
@@ -25,6 +30,8 @@
 #define MAX_COLS 128 /* columns that a thread takes at once; a multiple of COLS */
 #define PASS_ROWS 768 /* rows widened at once: what bounds the scratch memory; a multiple of MAX_ROWS */
 #define PAD 64 /* inputs: rows of codes are filled up to a multiple of it */
+#define X_BLOCK 32 /* inputs that share a power of two, the quick way */
+#define QUICK_ROWS 4 /* the most rows for it */
 #define SEGMENT 16 /* inputs that share their factors, at least: so many have one entry in `factors` */
 #define NUM_ACC (VL / 8)
 
@@ -42,9 +49,10 @@ typedef struct {
     int bits, shift, scale_dtype, offset_dtype;
 } quantized;
 
-/* Of a weight row's inputs [k, k + BLOCK_K): those of input k + i stand at i >> shift. */
+/* Of a weight row's inputs [k, k + BLOCK_K): those of input k + i stand at i >> shift. For codes of 4 bits four scales
+ * stand there, times 1, 1/16, 1/256 and 1/4096: for a code that was left where it lies in its word. */
 typedef struct {
-    float scale[BLOCK_K / SEGMENT], offset[BLOCK_K / SEGMENT];
+    float scale[4 * BLOCK_K / 32], offset[BLOCK_K / SEGMENT];
 } factors;
 
 INLINE v8 splat8(float x) { return x - (v8){0}; }
@@ -88,8 +96,9 @@ INLINE void widen_some(float *to, const void *base, int64_t first, int64_t n, in
     }
 }
 
-/* offset[0..n] of scale[0..n], whose elements stand from `at` on in the weight's tensors. */
-INLINE void fill_offsets(factors *f, const quantized *w, int64_t at, int64_t n) {
+/* n scales and offsets, which stand from `at` on in the weight's tensors. */
+INLINE void widen_factors(factors *f, const quantized *w, int64_t at, int64_t n) {
+    widen_some(f->scale, w->scales, at, n, w->scale_dtype);
     float zero = w->bits == 4 ? 8.0f : 0.0f;
     if (w->offsets) {
         widen_some(f->offset, w->offsets, at, n, w->offset_dtype);
@@ -101,52 +110,52 @@ INLINE void fill_offsets(factors *f, const quantized *w, int64_t at, int64_t n) 
 }
 
 /* Factors of inputs [k, k + size) of a weight row. */
-INLINE void load_factors(factors *f, const quantized *w, int64_t row, int64_t k, int64_t size) {
-    int64_t first = row * w->num_groups, group = k / w->group_size;
-    if (w->group_size == (int64_t)1 << w->shift || w->group_size >= w->padded_in) {
-        int64_t n = min64(((size - 1) >> w->shift) + 1, w->num_groups - group); /* the padding may have none */
-        widen_some(f->scale, w->scales, first + group, n, w->scale_dtype);
-        fill_offsets(f, w, first + group, n);
-        if (n << w->shift < size) f->scale[n] = f->offset[n] = 0.0f;
-        return;
+INLINE void load_factors(factors *f, const quantized *w, int64_t row, int64_t k, int64_t size, int bits) {
+    int64_t first = row * w->num_groups, group = k / w->group_size, n = ((size - 1) >> w->shift) + 1;
+    if (w->group_size == (int64_t)1 << w->shift || w->num_groups == 1) {
+        int64_t some = min64(n, w->num_groups - group);
+        widen_factors(f, w, first + group, some);
+        if (some < n) f->scale[some] = f->offset[some] = 0.0f; /* a group of padding alone */
+    } else { /* groups that blocks of inputs cut */
+        for (int64_t i = 0; i < n; i++) {
+            factors one;
+            widen_factors(&one, w, first + min64((k + (i << w->shift)) / w->group_size, w->num_groups - 1), 1);
+            f->scale[i] = one.scale[0];
+            f->offset[i] = one.offset[0];
+        }
     }
-    for (int64_t i = 0, n = 0; i < size; i += (int64_t)1 << w->shift, n++) { /* groups that blocks of inputs cut */
-        int64_t at = first + min64((k + i) / w->group_size, w->num_groups - 1);
-        factors one;
-        widen_some(one.scale, w->scales, at, 1, w->scale_dtype);
-        fill_offsets(&one, w, at, 1);
-        f->scale[n] = one.scale[0];
-        f->offset[n] = one.offset[0];
-    }
+    if (bits == 4)
+        while (n--) *(v4_mem *)(f->scale + 4 * n) = f->scale[n] * (v4){1.0f, 1.0f / 16, 1.0f / 256, 1.0f / 4096};
 }
 
-/* Widens PAD weights from input k + i of a row on. */
-INLINE void decode(v8 *to, const uint8_t *codes, const factors *f, int64_t i, int shift, int bits, int segment) {
-    if (bits == 4) {
-        i8 word = *(const i8_mem *)codes;
-        UNROLL for (int half = 0; half < 2; half++) {
-            int64_t at = (i + 32 * half) >> shift;
-            v8 s = splat8(f->scale[at]), o = splat8(f->offset[at]);
-            UNROLL for (int t = 0; t < 4; t++) /* code * 16^t is a whole number below 2^24, as is the power: exact */
-                to[4 * half + t] =
-                    fma8(__builtin_convertvector(word & (15 << 4 * t), v8), s * (1.0f / (float)(1 << 4 * t)), o);
-            word = (i8)((u8)word >> 16);
-        }
-        return;
+/* PAD codes of one row: of 4 bits in a register, of 8 in memory. */
+typedef struct {
+    i8 words;
+    const uint8_t *codes;
+} block;
+
+INLINE block load_block(const uint8_t *codes, int bits) {
+    block b = {{0}, codes};
+    if (bits == 4) b.words = *(const i8_mem *)codes;
+    return b;
+}
+
+/* Vector t of a block that starts at input k + i. Call with t from 0 to 7 in turn. */
+INLINE v8 decode(block *b, const factors *f, int64_t i, int shift, int t, int bits, int segment) {
+    int64_t at = (i + (bits == 4 ? t % 4 / 2 * 32 : 8 * t / segment * segment)) >> shift;
+    v8 offset = splat8(f->offset[at]);
+    if (bits == 4) { /* code * 16^t is a whole number below 2^24, and the scale's factor a power of two: exact */
+        v8 code = __builtin_convertvector(b->words & (15 << 4 * (t % 4)), v8);
+        if (t == 3) b->words = (i8)((u8)b->words >> 16);
+        return fma8(code, splat8(f->scale[4 * at + t % 4]), offset);
     }
-    UNROLL for (int part = 0; part < PAD / segment; part++) {
-        int64_t at = (i + segment * part) >> shift;
-        v8 s = splat8(f->scale[at]), o = splat8(f->offset[at]);
-        UNROLL for (int t = part * segment / 8; t < (part + 1) * segment / 8; t++) {
 #ifdef __AVX2__
-            v8 code = (v8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(codes + 8 * t))));
+    v8 code = (v8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(b->codes + 8 * t))));
 #else
-            v8 code;
-            UNROLL for (int j = 0; j < 8; j++) code[j] = (float)(int8_t)codes[8 * t + j];
+    v8 code;
+    UNROLL for (int j = 0; j < 8; j++) code[j] = (float)(int8_t)b->codes[8 * t + j];
 #endif
-            to[t] = fma8(code, s, o);
-        }
-    }
+    return fma8(code, splat8(f->scale[at]), offset);
 }
 
 /* sums[c] += x . w[c] over size inputs, for COLS weight rows, of which there are `cols`; one row of x, in order. */
@@ -157,18 +166,21 @@ INLINE void dot_row(float *sums, const float *x, const quantized *w, int64_t col
     const uint8_t *codes[COLS];
     UNROLL for (int c = 0; c < COLS; c++) {
         int64_t row = col + min64(c, cols - 1);
-        load_factors(&f[c], w, row, k, size);
+        load_factors(&f[c], w, row, k, size, bits);
         codes[c] = w->codes + row * w->row_bytes + k * bits / 8;
     }
     int64_t ahead = COLS * w->row_bytes;
     for (int64_t i = 0; i < size; i += PAD) {
+        block b[COLS];
         UNROLL for (int c = 0; c < COLS; c++) {
-            v8 b[8];
-            const uint8_t *from = codes[c] + i * bits / 8;
-            __builtin_prefetch(from + ahead);
-            decode(b, from, &f[c], i, w->shift, bits, segment);
-            UNROLL for (int t = 0; t < 8; t++)
-                acc[c][t % NUM_ACC] = fma8(b[t], *(const v8_mem *)(x + i + 8 * t), acc[c][t % NUM_ACC]);
+            b[c] = load_block(codes[c] + i * bits / 8, bits);
+            __builtin_prefetch(b[c].codes + ahead);
+        }
+        UNROLL for (int t = 0; t < 8; t++) { /* column by column: their sums do not wait for each other */
+            v8 a = *(const v8_mem *)(x + i + 8 * t);
+            UNROLL for (int c = 0; c < COLS; c++)
+                acc[c][t % NUM_ACC] =
+                    fma8(decode(&b[c], &f[c], i, w->shift, t, bits, segment), a, acc[c][t % NUM_ACC]);
         }
     }
     v8 folded[COLS];
@@ -185,12 +197,13 @@ INLINE void decode_rows(float *to, const quantized *w, int64_t col, int64_t cols
     for (int c = 0; c < COLS; c++) {
         int64_t row = col + min64(c, cols - 1);
         const uint8_t *codes = w->codes + row * w->row_bytes + k * bits / 8;
-        load_factors(&f, w, row, k, size);
+        load_factors(&f, w, row, k, size, bits);
         for (int64_t i = 0; i < size; i += PAD) {
-            v8 b[8];
-            decode(b, codes + i * bits / 8, &f, i, w->shift, bits, segment);
+            block b = load_block(codes + i * bits / 8, bits);
+            __builtin_prefetch(b.codes + COLS * w->row_bytes); /* while these are multiplied */
             UNROLL for (int t = 0; t < 8; t++) /* vector t / NUM_ACC of column c, its lanes from t % NUM_ACC * 8 */
-                *(v8_mem *)(to + (i + t / NUM_ACC * VL) * COLS + c * VL + t % NUM_ACC * 8) = b[t];
+                *(v8_mem *)(to + (i + t / NUM_ACC * VL) * COLS + c * VL + t % NUM_ACC * 8) =
+                    decode(&b, &f, i, w->shift, t, bits, segment);
         }
     }
 }
@@ -216,17 +229,194 @@ INLINE void dot_tile(float *sums, const float *x, const float *w, int64_t num_ve
     }
 }
 
-/* Row `row` of `from` [num_rows, size], laid out for tiles; zeros where there is nothing. */
+/* Row `row` of `from` [num_rows, size], laid out for tiles in the order of `decode`; zeros where there is nothing. */
 INLINE void pack_row(float *to, const void *from, int64_t row, int64_t num_rows, int64_t x_rows, int64_t size,
-                     int64_t padded, int64_t tile, int dtype) {
+                     int64_t padded, int64_t tile, int bits, int dtype) {
     for (int64_t k = 0; k < padded; k += BLOCK_K) {
         int64_t dim = min64(BLOCK_K, padded - k), rest = size - k;
         float *block = to + k * x_rows + row / tile * tile * dim + row % tile * VL;
         const void *x = at(from, row * size + k, dtype);
-        for (int64_t i = 0; i < dim; i += VL)
-            store(block, i * tile, row < num_rows && i < rest ? load_upto(x, i, rest - i, dtype) : (vf){0}, F32);
+        for (int64_t i = 0; i < dim; i += PAD) {
+            float wide[PAD];
+            for (int64_t j = 0; j < PAD; j += VL)
+                store(wide, j, row < num_rows && i + j < rest ? load_upto(x, i + j, rest - i - j, dtype) : (vf){0}, F32);
+            UNROLL for (int t = 0; t < 8; t++) {
+                v8 vector;
+                if (bits == 4) {
+                    v8 a = *(const v8_mem *)(wide + 16 * (t % 4)), b = *(const v8_mem *)(wide + 16 * (t % 4) + 8);
+                    vector = t < 4 ? __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14)
+                                   : __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+                } else {
+                    vector = *(const v8_mem *)(wide + 8 * t);
+                }
+                *(v8_mem *)(block + (i + t / NUM_ACC * VL) * tile + t % NUM_ACC * 8) = vector;
+            }
+        }
     }
 }
+
+/* A few rows in whole numbers: x = integers * scale. */
+typedef struct {
+    int16_t *integers; /* [rows, padded_in] */
+    float *scale;      /* [rows, padded_in / X_BLOCK], powers of two */
+    float *group_sum;  /* [rows, padded_in / X_BLOCK] of x, BLOCK_K inputs' where their factors are in `factors` */
+} whole;
+
+/* Rounds a row to whole numbers below 2^15; what is not finite makes its outputs NaN. */
+INLINE void round_row(const whole *to, int64_t row, const void *from, int64_t size, const quantized *w, int dtype) {
+    int64_t num_blocks = w->padded_in / X_BLOCK;
+    float *sums = to->group_sum + row * num_blocks;
+    memset(sums, 0, num_blocks * sizeof *sums);
+    for (int64_t n = 0; n < num_blocks; n++) {
+        float x[X_BLOCK], largest = 0.0f, sum = 0.0f, up;
+        int finite = 1;
+        for (int64_t j = 0, i = n * X_BLOCK; j < X_BLOCK; j += VL)
+            store(x, j, i + j < size ? load_upto(from, row * size + i + j, size - i - j, dtype) : (vf){0}, F32);
+        for (int j = 0; j < X_BLOCK; j++) largest = __builtin_fabsf(x[j]) > largest ? __builtin_fabsf(x[j]) : largest;
+        for (int j = 0; j < X_BLOCK; j++) finite &= __builtin_fabsf(x[j]) <= 3.4e38f;
+        uint32_t bits;
+        memcpy(&bits, &largest, sizeof bits);
+        int64_t up_by = 14 - ((int64_t)(bits >> 23) - 127); /* largest * 2^up_by is from 2^14 to 2^15 */
+        up_by = min64(up_by, 126);
+        uint32_t up_bits = (uint32_t)(up_by + 127) << 23;
+        memcpy(&up, &up_bits, sizeof up);
+        int16_t *integers = to->integers + row * w->padded_in + n * X_BLOCK;
+        for (int j = 0; j < X_BLOCK; j++) {
+            float shifted = x[j] * up + 12582912.0f; /* 1.5 * 2^23: rounds, and leaves the number in the low bits */
+            uint32_t low;
+            memcpy(&low, &shifted, sizeof low);
+            integers[j] = finite ? (int16_t)(low & 0xffff) : 0;
+            sum += (float)integers[j]; /* exact: below 2^20 */
+        }
+        float scale = finite ? 1.0f / up : __builtin_nanf("");
+        to->scale[row * num_blocks + n] = scale;
+        sums[n * X_BLOCK / BLOCK_K * (BLOCK_K / X_BLOCK) + (n * X_BLOCK % BLOCK_K >> w->shift)] += sum * scale;
+    }
+}
+
+#ifdef __AVX2__
+INLINE __m256i multiply_add(__m256i sum, __m256i a, __m256i b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpwssd_epi32(sum, a, b);
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
+}
+
+/* sums[r * MAX_COLS + c] += x[row + r] . w[col + c] over size inputs. */
+INLINE void dot_whole(float *sums, const whole *x, int64_t row, const quantized *w, int64_t col, int64_t cols, int64_t k,
+                      int64_t size, int bits, int rows, int num_cols) {
+    factors f[COLS];
+    v8 acc[QUICK_ROWS * COLS] = {{0}};
+    const uint8_t *codes[COLS];
+    int64_t num_blocks = w->padded_in / X_BLOCK, n_groups = ((size - 1) >> w->shift) + 1;
+    const int16_t *integers = x->integers + row * w->padded_in + k;
+    const float *x_scale = x->scale + row * num_blocks + k / X_BLOCK;
+    int has_offsets = bits == 4 || w->zeros || w->offsets, shift = w->shift;
+    float extra[QUICK_ROWS * COLS] = {0};
+    UNROLL for (int c = 0; c < num_cols; c++) {
+        int64_t out = col + min64(c, cols - 1);
+        load_factors(&f[c], w, out, k, size, 8);
+        codes[c] = w->codes + out * w->row_bytes + k * bits / 8;
+        for (int r = 0; has_offsets && r < rows; r++) {
+            const float *group_sum = x->group_sum + (row + r) * num_blocks + k / X_BLOCK;
+            int64_t g = 0;
+            for (; g + 8 <= n_groups; g += 8)
+                acc[r * num_cols + c] = fma8(*(const v8_mem *)(f[c].offset + g), *(const v8_mem *)(group_sum + g),
+                                             acc[r * num_cols + c]);
+            for (; g < n_groups; g++) extra[r * num_cols + c] += f[c].offset[g] * group_sum[g];
+        }
+    }
+    const __m256i low = _mm256_set1_epi16(15);
+    int64_t ahead = num_cols * w->row_bytes;
+    for (int64_t i = 0; i < size; i += PAD) {
+        UNROLL for (int c = 0; c < num_cols; c++) {
+            const uint8_t *from = codes[c] + i * bits / 8;
+            __m256i code[4];
+            __builtin_prefetch(from + ahead);
+            if (bits == 4) {
+                __m256i words = _mm256_loadu_si256((const __m256i *)from);
+                code[0] = _mm256_and_si256(words, low);
+                code[1] = _mm256_and_si256(_mm256_srli_epi16(words, 4), low);
+                code[2] = _mm256_and_si256(_mm256_srli_epi16(words, 8), low);
+                code[3] = _mm256_srli_epi16(words, 12);
+            } else {
+                UNROLL for (int s = 0; s < 4; s++)
+                    code[s] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(from + 16 * s)));
+            }
+            UNROLL for (int half = 0; half < 2; half++) {
+                v8 scale = splat8(f[c].scale[(i + half * X_BLOCK) >> shift]);
+                UNROLL for (int r = 0; r < rows; r++) {
+                    const __m256i *a = (const __m256i *)(integers + r * w->padded_in + i + half * X_BLOCK);
+                    __m256i sum = _mm256_madd_epi16(code[2 * half], _mm256_loadu_si256(a));
+                    sum = multiply_add(sum, code[2 * half + 1], _mm256_loadu_si256(a + 1));
+                    v8 product = (v8)_mm256_cvtepi32_ps(sum) * splat8(x_scale[r * num_blocks + i / X_BLOCK + half]);
+                    acc[r * num_cols + c] = fma8(product, scale, acc[r * num_cols + c]);
+                }
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < num_cols; c++) {
+            v8 a = acc[r * num_cols + c];
+            sums[r * MAX_COLS + c] +=
+                (((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]))) + extra[r * num_cols + c];
+        }
+}
+
+/* out[0 .. num_rows, col ..] the quick way, for at most QUICK_ROWS x MAX_COLS. */
+INLINE void quick_block(const whole *x, const quantized *w, void *out, int64_t num_rows, int64_t col, int64_t num_cols,
+                        float *sums, int bits, int dtype) {
+    memset(sums, 0, QUICK_ROWS * MAX_COLS * sizeof *sums);
+    int64_t step = num_rows == 1 ? COLS : num_rows == 2 ? 2 : 1;
+    for (int64_t c = 0; c < num_cols; c += step)
+        for (int64_t k = 0; k < w->padded_in; k += BLOCK_K) { /* as the codes lie in memory */
+            int64_t size = min64(BLOCK_K, w->padded_in - k);
+            switch (num_rows) {
+            case 1: dot_whole(sums + c, x, 0, w, col + c, num_cols - c, k, size, bits, 1, COLS); break;
+            case 2: dot_whole(sums + c, x, 0, w, col + c, num_cols - c, k, size, bits, 2, 2); break;
+            case 3: dot_whole(sums + c, x, 0, w, col + c, num_cols - c, k, size, bits, 3, 1); break;
+            default: dot_whole(sums + c, x, 0, w, col + c, num_cols - c, k, size, bits, 4, 1);
+            }
+        }
+    for (int64_t r = 0; r < num_rows; r++)
+        for (int64_t c = 0; c < num_cols; c += VL)
+            store_upto(out, r * w->out_features + col + c, load(sums, r * MAX_COLS + c, F32), num_cols - c, dtype);
+}
+
+static void quick_block_4(const whole *x, const quantized *w, void *out, int64_t num_rows, int64_t col,
+                          int64_t num_cols, float *sums, int dtype) {
+    quick_block(x, w, out, num_rows, col, num_cols, sums, 4, dtype);
+}
+
+static void quick_block_8(const whole *x, const quantized *w, void *out, int64_t num_rows, int64_t col,
+                          int64_t num_cols, float *sums, int dtype) {
+    quick_block(x, w, out, num_rows, col, num_cols, sums, 8, dtype);
+}
+
+/* As octavo_linear_quantized, for at most QUICK_ROWS rows. */
+static int quick(const void *x, int dtype, const quantized *w, void *out, int64_t num_rows, int64_t in_features,
+                 int threads) {
+    int64_t num_blocks = w->padded_in / X_BLOCK;
+    char *memory = aligned_alloc(64, (num_rows * (w->padded_in * 2 + num_blocks * 8) + 63) / 64 * 64);
+    if (!memory) return -1;
+    float *scale = (float *)(memory + num_rows * w->padded_in * 2);
+    whole rounded = {(int16_t *)memory, scale, scale + num_rows * num_blocks};
+    for (int64_t r = 0; r < num_rows; r++) round_row(&rounded, r, x, in_features, w, dtype);
+    int64_t cols = min64((w->out_features / (threads * 4) + COLS) / COLS * COLS, MAX_COLS);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t col = 0; col < w->out_features; col += cols) {
+        float sums[QUICK_ROWS * MAX_COLS];
+        int64_t some = min64(cols, w->out_features - col);
+        if (w->bits == 4)
+            quick_block_4(&rounded, w, out, num_rows, col, some, sums, dtype);
+        else
+            quick_block_8(&rounded, w, out, num_rows, col, some, sums, dtype);
+    }
+    free(memory);
+    return 0;
+}
+#endif
 
 typedef struct {
     const float *x;
@@ -274,25 +464,50 @@ static void linear_block_8(const operands *o, int64_t row, int64_t num_rows, int
         linear_block(o, row, num_rows, col, num_cols, sums, packed, 8, 32);
 }
 
-/* x: [num_rows, in_features], out: [num_rows, out_features], of x_dtype; codes, scales, zeros, offsets: see above.
- * group_size is a multiple of 32 (16 for 8 bits); padded_in is in_features up to a multiple of PAD.
- * Returns 0, or -1 when out of memory. */
-int octavo_linear_quantized(const void *x, int x_dtype, const uint8_t *codes, int bits, const void *scales,
-                            int scale_dtype, const int16_t *zeros, const void *offsets, int offset_dtype, void *out,
-                            int64_t num_rows, int64_t in_features, int64_t out_features, int64_t group_size,
-                            int64_t num_groups, int num_threads) {
-    int64_t padded_in = (in_features + PAD - 1) / PAD * PAD, row_bytes = padded_in * bits / 8;
-    int shift = 0; /* of the largest power of two that divides the group size */
+/* A weight as linear_quantized.py describes it; fields in its order. */
+typedef struct {
+    const uint8_t *codes;
+    const void *scales;
+    const int16_t *zeros;
+    const void *offsets;
+    int64_t in_features, out_features, group_size, num_groups;
+    int32_t bits, scale_dtype, offset_dtype;
+} weight;
+
+/* x: [num_rows, in_features], out: [num_rows, out_features], of x_dtype. group_size is a multiple of 32 (16 for 8 bits).
+ * may_be_quick: few rows of 16-bit floats may be rounded to whole numbers. Returns 0, or -1 when out of memory. */
+int octavo_linear_quantized(const void *x, int x_dtype, const weight *from, void *out, int64_t num_rows, int num_threads,
+                            int may_be_quick) {
+    int64_t in_features = from->in_features, out_features = from->out_features, group_size = from->group_size;
+    int64_t padded_in = (in_features + PAD - 1) / PAD * PAD;
+    int shift = 0, bits = from->bits; /* of the largest power of two that divides the group size */
     while (!(group_size >> shift & 1)) shift++;
-    if (num_groups == 1)
+    if (from->num_groups == 1)
         while ((int64_t)1 << shift < BLOCK_K) shift++;
-    quantized w = {codes,      scales,     zeros,     offsets, out_features, padded_in,
-                   group_size, num_groups, row_bytes, bits,    shift,        scale_dtype, offset_dtype};
+    quantized w = {from->codes,
+                   from->scales,
+                   from->zeros,
+                   from->offsets,
+                   out_features,
+                   padded_in,
+                   group_size,
+                   from->num_groups,
+                   padded_in * bits / 8,
+                   bits,
+                   shift,
+                   from->scale_dtype,
+                   from->offset_dtype};
+    int threads = num_threads > 1 && in_features * out_features > 65536 ? num_threads : 1;
+#ifdef __AVX2__
+    if (may_be_quick && num_rows <= QUICK_ROWS && x_dtype != F32 && group_size % X_BLOCK == 0)
+        return quick(x, x_dtype, &w, out, num_rows, in_features, threads);
+#else
+    (void)may_be_quick;
+#endif
     int64_t tile = num_rows == 1 ? 1 : TILE;
     int64_t pass_rows = (min64(num_rows, PASS_ROWS) + tile - 1) / tile * tile;
     float *wide = aligned_alloc(64, pass_rows * padded_in * 4);
     if (!wide) return -1;
-    int threads = num_threads > 1 && in_features * out_features > 65536 ? num_threads : 1;
     /* Enough parts for each thread to find more when another is held up. */
     int64_t cols = min64((out_features / (threads * 4) + COLS) / COLS * COLS, MAX_COLS);
     int64_t col_blocks = (out_features + cols - 1) / cols;
@@ -311,8 +526,12 @@ int octavo_linear_quantized(const void *x, int x_dtype, const uint8_t *codes, in
             int64_t block_rows = ((rows + TILE - 1) / TILE + row_blocks - 1) / row_blocks * TILE;
 #pragma omp for
             for (int64_t r = 0; r < x_rows; r++)
-                pack_row(wide, at(x, first * in_features, x_dtype), r, rows, x_rows, in_features, padded_in, tile,
-                         x_dtype);
+                if (bits == 4)
+                    pack_row(wide, at(x, first * in_features, x_dtype), r, rows, x_rows, in_features, padded_in, tile, 4,
+                             x_dtype);
+                else
+                    pack_row(wide, at(x, first * in_features, x_dtype), r, rows, x_rows, in_features, padded_in, tile, 8,
+                             x_dtype);
             char *to = (char *)out + first * out_features * size_of(x_dtype);
             operands o = {wide, &w, to, x_rows, x_dtype};
 #pragma omp for schedule(dynamic)
@@ -330,4 +549,70 @@ int octavo_linear_quantized(const void *x, int x_dtype, const uint8_t *codes, in
     }
     free(wide);
     return failed ? -1 : 0;
+}
+
+/* Makes bfloat16 scales and codes of `from` [out_features, in_features]: see `quantize` in linear_quantized.py, with which
+ * it agrees bit for bit. group_size is a multiple of 32. Returns 0, -1 when out of memory, 1 for weights not finite. */
+int octavo_quantize(const void *from, int dtype, int64_t out_features, int64_t in_features, int bits, int64_t group_size,
+                    uint8_t *codes, uint16_t *scales, int num_threads) {
+    int64_t padded_in = (in_features + PAD - 1) / PAD * PAD, row_bytes = padded_in * bits / 8;
+    int64_t num_groups = (in_features + group_size - 1) / group_size;
+    int failed = 0, unfit = 0;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1) reduction(| : failed, unfit)
+    {
+        float *wide = aligned_alloc(64, padded_in * sizeof *wide);
+        failed |= !wide;
+#pragma omp for
+        for (int64_t row = 0; row < out_features; row++) {
+            if (!wide) continue;
+            memset(wide + padded_in - PAD, 0, PAD * sizeof *wide);
+            for (int64_t i = 0; i < in_features; i += VL)
+                store(wide, i, load_upto(at(from, row * in_features, dtype), i, in_features - i, dtype), F32);
+            for (int64_t group = 0; group < num_groups; group++) {
+                int64_t first = group * group_size, end = min64(first + group_size, in_features);
+                float low = wide[first], high = wide[first];
+                for (int64_t i = first; i < end; i++) {
+                    low = wide[i] < low ? wide[i] : low;
+                    high = wide[i] > high ? wide[i] : high;
+                    unfit |= !(__builtin_fabsf(wide[i]) <= 3.4028235e38f);
+                }
+                if (end < first + group_size) { /* the missing inputs count as zeros */
+                    low = low < 0.0f ? low : 0.0f;
+                    high = high > 0.0f ? high : 0.0f;
+                }
+                float largest = bits == 4 ? (-low > high ? low : high) : (-low > high ? -low : high);
+                float scale = largest / (bits == 4 ? -8.0f : 127.0f);
+                uint32_t word;
+                memcpy(&word, &scale, sizeof word);
+                word = (word + 0x7fff + ((word >> 16) & 1)) & 0xffff0000;
+                memcpy(&scale, &word, sizeof scale);
+                if (bits == 8 && scale * 127.0f < largest) {
+                    word += 0x10000;
+                    memcpy(&scale, &word, sizeof scale);
+                }
+                scales[row * num_groups + group] = (uint16_t)(word >> 16);
+                float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+                float least = bits == 4 ? -8.0f : -127.0f, most = bits == 4 ? 7.0f : 127.0f;
+                for (int64_t i = first; i < end; i++) {
+                    float code = (wide[i] * inverse + 12582912.0f) - 12582912.0f; /* rounded, ties to even */
+                    code = code < least ? least : code;
+                    wide[i] = code > most ? most : code;
+                }
+            }
+            uint8_t *to = codes + row * row_bytes;
+            if (bits == 8) {
+                for (int64_t i = 0; i < padded_in; i++) to[i] = (uint8_t)(int8_t)wide[i];
+                continue;
+            }
+            for (int64_t i = in_features; i < padded_in; i++) wide[i] = -8.0f; /* code 0 */
+            for (int64_t i = 0; i < padded_in; i += PAD)
+                for (int l = 0; l < 16; l++)
+                    for (int b = 0; b < 2; b++) {
+                        const float *x = wide + i + 32 * b + l;
+                        to[i / 2 + 2 * l + b] = (uint8_t)((int)(x[0] + 8.0f) | (int)(x[16] + 8.0f) << 4);
+                    }
+        }
+        free(wide);
+    }
+    return failed ? -1 : unfit;
 }

@@ -117,6 +117,8 @@ def test_flags_set_every_field_that_they_name_and_default_to_the_struct_s() -> N
         "--revision": ("revision", "main"),
         "--dtype": ("dtype", "float16"),
         "--model-impl": ("model_impl", "native"),
+        "--quantization": ("quantization", "int4"),
+        "--deterministic": ("deterministic", True),
         "--trust-remote-code": ("trust_remote_code", True),
         "--offline": ("offline", True),
         "--chat-template": ("chat_template", "{{ messages }}"),

@@ -123,9 +123,9 @@ def test_what_looks_like_a_path_is_not_looked_up_on_the_hub(name: str | Path, mo
 def test_malformed_names_and_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="neither a folder nor a hub name"):
         resolve_checkpoint("what is/this?", offline=True)
-    (tmp_path / "model.gguf").touch()
+    (tmp_path / "model.bin").touch()
     with pytest.raises(ModelNotFoundError, match="is a file"):
-        resolve_checkpoint(tmp_path / "model.gguf")
+        resolve_checkpoint(tmp_path / "model.bin")
 
 
 def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:

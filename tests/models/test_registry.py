@@ -39,10 +39,12 @@ def test_other_families_asked_for_natively_are_refused_with_the_list_of_native_o
 
 
 @pytest.mark.parametrize("impl", ["auto", "native", "transformers"])
-def test_quantised_checkpoints_are_refused_by_every_implementation(impl: registry.ModelImpl, tmp_path: Path) -> None:
+def test_checkpoints_quantised_by_other_methods_are_refused_by_every_implementation(
+    impl: registry.ModelImpl, tmp_path: Path
+) -> None:
     save_tiny_model("llama", tmp_path)
-    edit_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(QuantizedModelError, match=r"quantised \(gptq\)"):
+    edit_config(tmp_path, quantization_config={"quant_method": "bitnet", "bits": 2})
+    with pytest.raises(QuantizedModelError, match=r"quantised \(bitnet\)"):
         load_model(tmp_path, model_impl=impl)
 
 

@@ -1,0 +1,43 @@
+"""`--deterministic`: a model whose logits for a row are the same bits alone and in any batch.
+
+Of what a step computes, the C kernels for attention, norms, rotary embedding, quantised linears and most activations
+keep that promise anyway. Here the rest is replaced: torch's matrix products, soft cap and exact gelu.
+"""
+
+from __future__ import annotations
+
+from ..kernels import linear_deterministic as kernels
+from .errors import UnsupportedModelError
+from .gemma import GemmaForCausalLM
+from .interface import CausalLM
+from .layers import GATED_ACTIVATIONS, or_quantized
+from .llama import LlamaForCausalLM
+
+
+def make_deterministic(model: CausalLM) -> CausalLM:
+    """Switch a native model that has just been loaded over to arithmetic that no batch can change.
+
+    Raises:
+        UnsupportedModelError: its implementation or this machine cannot keep the promise.
+    """
+    if not isinstance(model, LlamaForCausalLM | GemmaForCausalLM):
+        raise UnsupportedModelError(
+            f"--deterministic: {type(model).__name__} computes a token in another way in another batch; only native "
+            "implementations do not. Leave the flag out, or take a model of a native family"
+        )
+    if model.device.type != "cpu":
+        raise UnsupportedModelError(f"--deterministic: there are kernels for the CPU alone, not for {model.device}")
+    if not kernels.is_available():
+        raise UnsupportedModelError(
+            "--deterministic needs the C kernels, and they could not be built: install gcc or clang (and do not set "
+            "OCTAVO_CPU_KERNELS=0); the log says what failed. Or leave the flag out"
+        )
+    linear = or_quantized(kernels.linear_deterministic)
+    model.linear = linear
+    for layer in model.layers:
+        layer.linear = linear
+        if layer.act is GATED_ACTIVATIONS["gelu"]:
+            layer.act = kernels.gelu_and_mul_deterministic
+    if isinstance(model, GemmaForCausalLM):
+        model.softcap = kernels.softcap_deterministic_
+    return model

@@ -1,0 +1,112 @@
+"""A `WeightReader` for checkpoints with quantised weights, and one that quantises floating weights as it reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ...kernels.linear_quantized import QuantizedWeight, quantize
+from ..errors import WeightsError
+from ..gguf.reader import is_gguf
+from ..gguf.weight_reader import GGUFReader
+from ..weights import WeightReader
+from .formats import MalformedError, is_quantized, read_layer
+from .scheme import Scheme
+
+Quantization = Literal["auto", "int8", "int4"]
+
+HEAD = "lm_head.weight"
+
+# Inputs that share a scale when floating weights are quantised at load: 8.25 and 4.5 bits a weight.
+_BITS_AND_GROUP = {"int8": (8, 64), "int4": (4, 32)}
+
+
+class QuantizingReader(WeightReader):
+    """Quantises every linear layer of a floating checkpoint as it is read, to `int8` or `int4`.
+
+    The output projection, which is most sensitive, becomes int8 either way: a copy of its own where it is tied to the
+    token embedding. The embedding itself, norms and biases stay floating.
+    """
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, to: Literal["int8", "int4"]) -> None:
+        super().__init__(folder, dtype=dtype, device=device)
+        self._to = to
+
+    def _read_linear(self, name: str, shape: tuple[int, int]) -> torch.Tensor | QuantizedWeight:
+        bits, group_size = _BITS_AND_GROUP["int8" if name == HEAD else self._to]
+        return self._quantize(name, self._read(name, shape), bits, group_size)
+
+    def _quantize(self, name: str, weight: torch.Tensor, bits: int, group_size: int) -> QuantizedWeight:
+        try:
+            return quantize(weight, bits=bits, group_size=group_size).to(self.device)
+        except ValueError as error:
+            raise WeightsError(f"{name} in {self._folder}: {error}") from error
+
+    def tied_head(self, embedding: torch.Tensor) -> torch.Tensor | QuantizedWeight:
+        """See `WeightReader.tied_head`."""
+        return self._quantize(HEAD, embedding, *_BITS_AND_GROUP["int8"])
+
+
+class QuantizedReader(WeightReader):
+    """Reads the linear layers that a checkpoint holds quantised as they are, and the others as floats."""
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, scheme: Scheme) -> None:
+        super().__init__(folder, dtype=dtype, device=device)
+        self._scheme = scheme
+        self._layers: list[str] = []
+
+    def _read_linear(self, name: str, shape: tuple[int, int]) -> torch.Tensor | QuantizedWeight:
+        layer = name.removesuffix(".weight")
+        if not is_quantized(layer, self.__contains__, self._scheme):
+            return super()._read_linear(name, shape)
+        self._layers.append(layer)
+
+        def take(suffix: str, expected: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
+            return self._read_stored(f"{layer}.{suffix}", expected, dtypes)
+
+        def has(suffix: str) -> bool:
+            return f"{layer}.{suffix}" in self
+
+        try:
+            return read_layer(take, has, shape, self._scheme).to(self.device)
+        except MalformedError as error:
+            raise WeightsError(
+                f"the quantised weights of {layer} in {self._folder} cannot be used: {error}. "
+                "Check that config.json is of the same checkpoint and that the download is whole."
+            ) from error
+
+    def _read_stored(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
+        self._taken.add(name)
+        if name not in self:
+            raise MalformedError(f"{name} is missing")
+        handle = self._handles[name]
+        found = tuple(handle.get_slice(name).get_shape())
+        if found != shape:
+            raise MalformedError(f"{name} is {list(found)} instead of {list(shape)}")
+        tensor: torch.Tensor = handle.get_tensor(name)
+        if tensor.dtype not in dtypes:
+            raise MalformedError(f"{name} holds {tensor.dtype} instead of {' or '.join(map(str, dtypes))}")
+        return tensor
+
+    def finish(self) -> None:
+        """See `WeightReader.finish`. Biases of nothing but zeros, which AutoGPTQ adds to every layer, are no error."""
+        for layer in self._layers:
+            bias = f"{layer}.bias"
+            if bias in self and bias not in self._taken and not self._handles[bias].get_tensor(bias).any():
+                self._taken.add(bias)
+        super().finish()
+
+
+def open_weights(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, quantization: Scheme | Literal["int8", "int4"] | None
+) -> WeightReader:
+    """The reader for a checkpoint: a GGUF file, quantised as `Scheme` says, to be quantised, or floating."""
+    if is_gguf(folder):
+        return GGUFReader(folder, dtype=dtype, device=device)
+    if quantization is None:
+        return WeightReader(folder, dtype=dtype, device=device)
+    if isinstance(quantization, Scheme):
+        return QuantizedReader(folder, dtype=dtype, device=device, scheme=quantization)
+    return QuantizingReader(folder, dtype=dtype, device=device, to=quantization)

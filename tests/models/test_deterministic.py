@@ -1,0 +1,133 @@
+"""A row's logits, bit by bit: alone, batched, chunked, behind a cached prefix, by any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from paged_runner import PagedRunner, run_paged
+from tiny_models import random_token_ids, save_tiny_model
+
+from octavo.kernels import cpu_build, linear_deterministic
+from octavo.models.errors import UnsupportedModelError
+from octavo.models.interface import CausalLM
+from octavo.models.registry import load_model
+
+pytestmark = pytest.mark.skipif(cpu_build.library() is None, reason="it needs the C kernels")
+
+PROMPT = random_token_ids(41, seed=1)
+OTHERS = [random_token_ids(length, seed=length) for length in (9, 70, 23)]
+
+# Families, and what they have that torch would compute in another way in another batch.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama with ragged widths": ("llama", {"hidden_size": 60, "intermediate_size": 100, "head_dim": 20}),
+    "llama with exact gelu": ("llama", {"hidden_act": "gelu"}),
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
+    "smollm3": ("smollm3", {}),
+    "gemma2": ("gemma2", {"final_logit_softcapping": 30.0, "vocab_size": 263}),
+    "gemma3": ("gemma3_text", {}),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model_type, overrides = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp("deterministic")
+    save_tiny_model(model_type, folder, seed=3, **overrides)
+    return folder
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def deterministic(folder: Path, dtype: str = "float32", **options: Any) -> CausalLM:
+    return load_model(folder, dtype=dtype, deterministic=True, **options)
+
+
+def batched(model: CausalLM, chunk: int) -> torch.Tensor:
+    """Logits of PROMPT in the company of others: their whole prompts, then chunks of it beside their decodes."""
+    runner = PagedRunner(model, num_rows=4, max_len=128, seed=5)
+    runner.step({row + 1: tokens for row, tokens in enumerate(OTHERS)})
+    logits = []
+    for start in range(0, len(PROMPT), chunk):
+        new_tokens = {row + 1: [7 + row] for row in range(len(OTHERS))}
+        logits.append(runner.step({0: PROMPT[start : start + chunk], **new_tokens})[0])
+    return torch.cat(logits)
+
+
+def check_every_way(model: CausalLM) -> torch.Tensor:
+    """Assert that PROMPT's logits are the same however they are computed; returns them."""
+    alone = run_paged(model, PROMPT)
+    assert alone.isfinite().all()
+    assert torch.equal(run_paged(model, PROMPT, [1] * len(PROMPT)), alone)
+    assert torch.equal(run_paged(model, PROMPT, [16, 1, 7, 17], block_size=4), alone)
+    for chunk in (1, 5, 41):
+        assert torch.equal(batched(model, chunk), alone)
+    # A prefix hit: the first 32 tokens' KV was written by another request, in one chunk with other tokens behind it.
+    runner = PagedRunner(model, max_len=128)
+    runner.step({0: PROMPT[:32] + OTHERS[0]})
+    runner._lengths[0] = 32
+    assert torch.equal(runner.step({0: PROMPT[32:]})[0], alone[32:])
+    return alone
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_logits_are_the_same_bits_in_every_company(folder: Path, dtype: str, three_threads: None) -> None:
+    model = deterministic(folder, dtype)
+    alone = check_every_way(model)
+    torch.set_num_threads(1)
+    assert torch.equal(run_paged(model, PROMPT), alone)
+
+
+def test_they_are_the_fast_paths_logits_up_to_rounding(folder: Path) -> None:
+    ours = run_paged(deterministic(folder), PROMPT)
+    torch.testing.assert_close(ours, run_paged(load_model(folder, dtype="float32"), PROMPT), rtol=1e-3, atol=1e-3)
+
+
+def test_without_the_switch_the_product_of_floats_does_differ(tmp_path: Path) -> None:
+    """Otherwise nothing above would prove anything."""
+    save_tiny_model("llama", tmp_path, seed=3, hidden_size=256, intermediate_size=512)
+    model = load_model(tmp_path, dtype="float32")
+    alone = run_paged(model, PROMPT, [1] * len(PROMPT))
+    assert any(not torch.equal(other, alone) for other in (run_paged(model, PROMPT), batched(model, 5)))
+    check_every_way(deterministic(tmp_path))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quantised_weights_keep_the_promise(quantization: str, dtype: str, tmp_path: Path) -> None:
+    save_tiny_model("qwen3", tmp_path, seed=4)
+    check_every_way(deterministic(tmp_path, dtype, quantization=quantization))
+
+
+def test_a_model_served_through_transformers_is_refused(tmp_path: Path) -> None:
+    save_tiny_model("gpt2", tmp_path)
+    with pytest.raises(UnsupportedModelError, match="is served through transformers, where a token's last bits change"):
+        deterministic(tmp_path)
+    save_tiny_model("llama", tmp_path / "native")
+    with pytest.raises(UnsupportedModelError, match="Leave --deterministic out"):
+        deterministic(tmp_path / "native", model_impl="transformers")
+
+
+def test_an_option_that_the_native_class_lacks_is_refused_and_not_served_otherwise(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path, hidden_act="tanh")
+    with pytest.raises(UnsupportedModelError, match="cannot be served natively: activation 'tanh'"):
+        deterministic(tmp_path)
+
+
+def test_without_the_c_kernels_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_model("llama", tmp_path)
+    monkeypatch.setattr(linear_deterministic, "_kernels", lambda: None)
+    with pytest.raises(UnsupportedModelError, match="install gcc or clang"):
+        deterministic(tmp_path)
