@@ -311,30 +311,29 @@ class Replica:
     # -- fast-forward -------------------------------------------------------------------------------------------------
 
     def _coast(self) -> None:
-        """Find the stretch of pure decode steps that lies ahead, if there is one."""
+        """Find the stretch of pure decode steps that lies ahead, if there is one.
+
+        Steps in flight may have begun something; the scheduler knows whether their ends do more than sample.
+        """
         steps = self._steps
-        if len(steps) != self._depth or not steps[-1].shape.num_decodes:
+        if len(steps) != self._depth or steps[-1].shape.prefills or not steps[-1].shape.num_decodes:
             return
-        sampled = steps[0].sampled
-        for step in steps:
-            if step.sampled is not sampled or step.shape.prefills:
-                return
         num_laps = min(self.scheduler.decode_horizon(), self._look_ahead)
         if num_laps < _MIN_STRETCH:
             return
         shape = steps[-1].shape
         durations = self._model.decode_run_ns(shape.after_decodes(1), num_laps)
-        host_ns = self._model.host_ns(shape)
+        hosts_ns = [self._model.host_ns(step.shape) for step in steps]
         ends = [step.end_ns for step in steps]
-        if self._depth > 1 and host_ns <= min(*durations, ends[-1] - steps[-1].begin_ns):
+        begins = [step.begin_ns for step in steps]
+        shortest_ns = min(*durations, *(step.end_ns - step.begin_ns for step in list(steps)[1:]), durations[0])
+        if self._depth > 1 and max(hosts_ns) <= shortest_ns:
             # The host's time is hidden behind the step before: the device goes on without a pause.
             ends.extend(islice(accumulate(durations, initial=ends[-1]), 1, None))
-            begins = [steps[0].begin_ns, *ends[:-1]]
-            for i, step in enumerate(steps):
-                begins[i] = step.begin_ns
+            begins.extend(ends[self._depth - 1 : -1])
         else:
-            begins = [step.begin_ns for step in steps]
             for i, duration_ns in enumerate(durations):
+                host_ns = hosts_ns[i] if i < self._depth else hosts_ns[-1]
                 begins.append(max(ends[-1], ends[i] + host_ns))
                 ends.append(begins[-1] + duration_ns)
         self._coasting = Coasting(ends, begins, num_laps)
@@ -353,22 +352,25 @@ class Replica:
         first_id = stretch.first_step_id
         self.log.blocks.extend([number for offset, *placed in blocks for number in (first_id + offset, *placed)])
         begins, ends = coasting.begins, coasting.ends
-        done = ends[:num_laps]
-        self.log.ends.extend(done)
-        steps, depth = self._steps, self._depth
-        shape, sampled, num_rows = steps[0].shape, steps[0].sampled, steps[0].num_rows
-        self.tokens.take_run(sampled, done, self._answer_ids)
+        self.log.ends.extend(ends[:num_laps])
+        steps, depth = list(self._steps), self._depth
+        last = steps[-1]
         totals = self.totals
+        for step in steps[:num_laps]:
+            self.tokens.take(step.sampled, step.firsts, step.end_ns, self._answer_ids)
+            totals.num_extrapolated += self._model.num_extrapolated(step.shape, 1)
+        if num_laps > depth:
+            self.tokens.take_run(last.sampled, ends[depth:num_laps], self._answer_ids)
+            totals.num_extrapolated += self._model.num_extrapolated(last.shape.after_decodes(1), num_laps - depth)
         totals.num_steps += num_laps
         totals.num_skipped += num_laps
-        totals.num_extrapolated += self._model.num_extrapolated(shape, num_laps)
         num_ns = sum(ends[depth : depth + num_laps]) - sum(begins[depth : depth + num_laps])
         totals.busy_ns += num_ns
-        totals.row_ns += num_rows * num_ns
+        totals.row_ns += last.num_rows * num_ns
         self._device_free_ns = ends[depth + num_laps - 1]
         self._batch.skip(num_laps)
-        step_id = steps[0].step_id
-        self._steps = deque(
-            StepInFlight(StepId(step_id + i), begins[i], ends[i], num_rows, sampled, (), shape.after_decodes(i))
-            for i in range(num_laps, num_laps + depth)
-        )
+        self._steps = deque(steps[num_laps:])
+        for i in range(max(depth, num_laps), depth + num_laps):
+            shape = last.shape.after_decodes(i - depth + 1)
+            step_id = StepId(first_id + i - depth)
+            self._steps.append(StepInFlight(step_id, begins[i], ends[i], last.num_rows, last.sampled, (), shape))

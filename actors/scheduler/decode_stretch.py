@@ -8,8 +8,10 @@ from collections.abc import Callable
 from ...messages.ids import RequestId, StepId
 from ...messages.step import DecodeStretch
 from .admission import may_admit
+from .decoding_rows import DecodingRows
 from .sequence import Sequence
 from .state import SchedulerState
+from .step_in_flight import StepInFlight
 
 
 def find_horizon(state: SchedulerState) -> int:
@@ -23,7 +25,7 @@ def find_horizon(state: SchedulerState) -> int:
         or state.is_owed_blocks
         or state.seat_limit < state.config.max_num_seqs
         or len(rows) > state.config.max_num_batched_tokens
-        or not all(step.is_pure_decode and step.sampling is rows for step in state.in_flight)
+        or not all(_samples_all(step, decoding) for step in state.in_flight)
         or may_admit(state)
     ):
         return 0
@@ -32,6 +34,19 @@ def find_horizon(state: SchedulerState) -> int:
     if state.credit >= len(rows) * (num_steps // state.block_size + 1):
         return num_steps
     return min(num_steps, _num_steps_paid_for(state))
+
+
+def _samples_all(step: StepInFlight, decoding: DecodingRows) -> bool:
+    """Return whether the step's end will give each decoding row a token, and do nothing else.
+
+    What was started or released with it was done when it was planned.
+    """
+    if step.finishing or step.computing:
+        return False
+    ids = step.sampling_ids
+    return ids is decoding.request_ids or (
+        len(ids) == len(decoding.rows) and sorted(ids) == sorted(decoding.request_ids)
+    )
 
 
 def _num_steps_paid_for(state: SchedulerState) -> int:
@@ -54,8 +69,11 @@ def advance(state: SchedulerState, num_steps: int, token_of: Callable[[RequestId
     state.num_steps += num_steps
     state.last_executed_step_id += num_steps
     state.num_generation_tokens += num_steps * len(request_ids)
-    for step in state.in_flight:
-        step.step_id = StepId(step.step_id + num_steps)
+    for i in range(max(0, num_steps - len(state.in_flight)), num_steps):
+        state.in_flight.popleft()
+        state.in_flight.append(
+            StepInFlight(StepId(first_step_id + i), decoding.rows, decoding.request_ids, decoding.token_arrays)
+        )
     return DecodeStretch(state.epoch, first_step_id, num_steps, request_ids, tuple(grow))
 
 

@@ -17,10 +17,9 @@ class StepInFlight:
         token_arrays: their tokens, to be appended to.
         computing: requests whose row only computes.
         finishing: requests whose last possible token this step samples.
-        is_pure_decode: every decoding request is a row, and nothing else happens.
     """
 
-    __slots__ = ("computing", "finishing", "is_pure_decode", "sampling", "sampling_ids", "step_id", "token_arrays")
+    __slots__ = ("computing", "finishing", "sampling", "sampling_ids", "step_id", "token_arrays")
 
     def __init__(
         self,
@@ -35,4 +34,3 @@ class StepInFlight:
         self.token_arrays = token_arrays
         self.computing: list[Sequence] = []
         self.finishing: list[Sequence] = []
-        self.is_pure_decode = False

@@ -69,7 +69,6 @@ def _plan_step(state: SchedulerState) -> bool:
 def _make_plan(state: SchedulerState, step: StepInFlight, grow: _Grow) -> PlanStep:
     """Return the plan of decoding rows alone."""
     request_ids = step.sampling_ids
-    step.is_pure_decode = step.sampling is state.decoding.rows and not (state.releases or step.finishing)
     return PlanStep(
         state.epoch, step.step_id, request_ids, (1,) * len(request_ids), (), tuple(grow), tuple(state.releases)
     )
