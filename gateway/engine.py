@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -24,7 +21,6 @@ from ..actors.kv_allocator.core import AllocatorConfig, KVAllocatorCore
 from ..actors.runtime.clock import MonotonicClock
 from ..actors.runtime.in_process import InProcessRuntime, Mailbox
 from ..actors.runtime.routes import ROUTES, Address
-from ..actors.scheduler.config import SchedulerConfig
 from ..actors.scheduler.core import SchedulerCore
 from ..actors.supervisor.core import SupervisorConfig, SupervisorCore
 from ..actors.tokenizer.actor import TokenizerActor
@@ -38,6 +34,7 @@ from ..messages.sampling import SamplingParams
 from ..messages.step import PlanDue
 from ..messages.system import Drain, StartExecutor
 from .config import EngineConfig, make_config
+from .engine_setup import check_options, executor_config, load, scheduler_config
 from .frontend import FrontEnd, Sink
 from .outputs import Collector, CompletionOutput, RequestOutput, StreamDelta, raise_if_failed
 from .params import validate_params
@@ -45,7 +42,6 @@ from .stats import EngineStats
 
 if TYPE_CHECKING:
     from ..actors.executor.actor import ExecutorThread
-    from ..actors.executor.device import Device
     from ..actors.tokenizer.hf_tokenizer import HFTokenizer
 
 __all__ = ["CompletionOutput", "Engine", "EngineStats", "RequestOutput", "StreamDelta"]
@@ -54,8 +50,6 @@ log = structlog.get_logger("octavo.engine")
 
 STALL_NS = 60_000_000_000
 """A step that runs longer than this makes the engine not ready."""
-
-_LOADING = threading.Lock()
 
 MAX_N = 16
 """Most sequences of one prompt."""
@@ -151,13 +145,13 @@ class Engine:
             offline=config.offline,
             trust_remote_code=config.trust_remote_code,
         )
-        executor = ExecutorThread(_executor_config(config, folder), self._send_from_executor)
+        executor = ExecutorThread(executor_config(config, folder), self._send_from_executor)
         tokenizer_folder = folder
         if config.tokenizer is not None:
             tokenizer_folder, _ = await asyncio.to_thread(
                 locate_model, config.tokenizer, revision=config.revision, offline=config.offline, weights=False
             )
-        tokenizer, device = await asyncio.to_thread(_load, tokenizer_folder, config, executor)
+        tokenizer, device = await asyncio.to_thread(load, tokenizer_folder, config, executor)
         self.dtype = str(device.model.dtype).removeprefix("torch.")
         self.model_folder = str(folder)
         self.load_seconds = device.load_seconds
@@ -174,14 +168,13 @@ class Engine:
         self._executor_answered = asyncio.Event()
         self._tokenizer = tokenizer
         self._executor = executor
-        scheduler_config = _scheduler_config(config, self.num_blocks, self.max_model_len)
+        self.scheduler_config = scheduler_config(config, self.num_blocks, self.max_model_len)
         allocator_config = AllocatorConfig(
             num_blocks=self.num_blocks,
             block_size=config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        self.scheduler_config = scheduler_config
-        self._scheduler = SchedulerCore(scheduler_config)
+        self._scheduler = SchedulerCore(self.scheduler_config)
         self._allocator = KVAllocatorCore(allocator_config)
         handle_scheduler: Callable[[Any, int], Any] = self._scheduler.handle
         handle_allocator: Callable[[Any, int], Any] = self._allocator.handle
@@ -192,7 +185,7 @@ class Engine:
                 started_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 start_ns=self._clock.now_ns(),
                 has_tokens=config.journal_prompts,
-                scheduler=scheduler_config,
+                scheduler=self.scheduler_config,
                 allocator=allocator_config,
             )
             self._journal = Journal(config.journal, header)
@@ -291,7 +284,7 @@ class Engine:
         """
         self._check_open()
         params = validate_params(params, vocab_size=self.vocab_size, max_logprobs=self.config.max_logprobs, max_n=MAX_N)
-        _check_options(priority, cache_salt, truncate_prompt_tokens, timeout_s)
+        check_options(priority, cache_salt, truncate_prompt_tokens, timeout_s)
         if len(self._tokenizer_mailbox) >= self._max_submitting:
             raise QueueFullError(f"{len(self._tokenizer_mailbox)} prompts wait for the tokenizer: try again later")
         now_ns = self._clock.now_ns()
@@ -502,68 +495,3 @@ class Engine:
         if self._journal is not None:
             self._journal.flush_if_due(self._clock.now_ns())
         self._ticker = self._runtime.loop.call_later(TICK_S, self._tick)
-
-
-def _check_options(priority: int, cache_salt: str, truncate_prompt_tokens: int, timeout_s: float | None) -> None:
-    """Refuse options that an actor further on would stumble over."""
-    for name, value in (("priority", priority), ("truncate_prompt_tokens", truncate_prompt_tokens)):
-        if not isinstance(value, int) or abs(value) >= 2**31:
-            raise InvalidRequestError(f"{name} is {value!r}, but must be an integer of 32 bits", param=name)
-    if not isinstance(cache_salt, str):
-        raise InvalidRequestError(f"cache_salt is {cache_salt!r}, but must be a string", param="cache_salt")
-    if timeout_s is not None and not (isinstance(timeout_s, int | float) and 0 < timeout_s < math.inf):
-        raise InvalidRequestError(
-            f"timeout_s is {timeout_s!r}, but must be a number of seconds above 0, or None", param="timeout_s"
-        )
-
-
-def _executor_config(config: EngineConfig, folder: Path) -> Any:
-    from ..actors.executor.device import ExecutorConfig
-
-    return ExecutorConfig(
-        model_path=str(folder),
-        dtype=config.dtype,
-        model_impl=config.model_impl,
-        quantization=config.quantization,
-        deterministic=config.deterministic,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        pipeline_depth=config.pipeline_depth,
-        block_size=config.block_size,
-        num_blocks=config.num_blocks,
-        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-        memory_utilization=config.memory_utilization,
-        num_threads=config.num_threads,
-        trust_remote_code=config.trust_remote_code,
-    )
-
-
-def _scheduler_config(config: EngineConfig, num_blocks: int, max_model_len: int) -> SchedulerConfig:
-    return SchedulerConfig(
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        pipeline_depth=config.pipeline_depth,
-        max_num_queued_requests=config.max_num_queued_requests,
-        max_num_queued_tokens=config.max_num_queued_tokens,
-        priority_aging_ns=int(config.priority_aging_s * 1e9),
-        enable_prefix_caching=config.enable_prefix_caching,
-    )
-
-
-def _load(folder: Path, config: EngineConfig, executor: ExecutorThread) -> tuple[HFTokenizer, Device]:
-    """Load tokenizer and model, one after the other and one engine at a time.
-
-    Both import parts of `transformers` as they need them, and those imports fail now and then when two threads make
-    them at once ("partially initialized module", for its circular imports).
-    """
-    with _LOADING:
-        return _load_tokenizer(folder, config), executor.load()
-
-
-def _load_tokenizer(folder: Path, config: EngineConfig) -> HFTokenizer:
-    from ..actors.tokenizer.hf_tokenizer import load_tokenizer
-
-    return load_tokenizer(folder, chat_template=config.chat_template, trust_remote_code=config.trust_remote_code)

@@ -222,7 +222,7 @@ async def test_an_engine_that_is_not_running_says_so(folder: Path) -> None:
 async def test_a_failed_start_can_be_repeated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_on(folder)
     with monkeypatch.context() as patch:
-        patch.setattr("octavo.gateway.engine._load_tokenizer", lambda *_: 1 / 0)
+        patch.setattr("octavo.gateway.engine_setup._load_tokenizer", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             await engine.start()
     async with engine:
