@@ -7,7 +7,7 @@ PORT ?= 8000
 # torch alone first, at the exact version: a resolver that meets it installed picks no other.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint .ci/constraints.txt
 
-.PHONY: install serve test lint bench clean
+.PHONY: install serve test lint fuzz bench clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,10 @@ lint: $(VENV)/.installed-test
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+
+# Not part of `test`: some ten minutes on two cores.
+fuzz: install
+	$(BIN)/octavo sim fuzz --seeds 100000 --jobs 2
 
 bench: install
 	$(BIN)/octavo bench offline

@@ -30,7 +30,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What to serve and with how much.
 
     Attributes:
-        model: folder or hub name; None is the model that ships with octavo.
+        model: folder, GGUF file or hub name; None is the model that ships with octavo.
         tokenizer: folder or hub name; None is the model's own.
         revision: hub revision, for config, tokenizer and weights alike.
         served_model_names: names clients may use; empty means the model's name as given.

@@ -73,7 +73,7 @@ class Engine:
     and its memory is given back.
 
     Args:
-        model: folder or hub name; None is the small model that ships with octavo.
+        model: folder, GGUF file or hub name; None is the small model that ships with octavo.
         config: everything at once; or give its fields as keyword arguments.
         tap: watches what scheduler and allocator hear and say (`octavo sim calibrate` times steps with one).
     """
