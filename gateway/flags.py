@@ -144,7 +144,10 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that become an `EngineConfig`; their defaults are the struct's."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "model", nargs="?", default=None, help="folder, GGUF file or hub name; without one, the model shipped with octavo"
+        "model",
+        nargs="?",
+        default=None,
+        help="folder, GGUF file or hub name; without one, the model shipped with octavo",
     )
     group.add_argument("--tokenizer", help="folder or hub name, if not the model's own")
     group.add_argument("--revision", help="hub revision of config, tokenizer and weights alike")
