@@ -235,7 +235,7 @@ async def test_engines_that_start_at_once_load_one_after_the_other(
 ) -> None:
     # transformers' lazy imports fail when two threads make them at once.
     from octavo.actors.executor.actor import ExecutorThread
-    from octavo.gateway import engine as engine_module
+    from octavo.gateway import engine_setup
 
     inside: list[str] = []
 
@@ -250,7 +250,7 @@ async def test_engines_that_start_at_once_load_one_after_the_other(
 
         return checked
 
-    monkeypatch.setattr(engine_module, "_load_tokenizer", alone("tokenizer", engine_module._load_tokenizer))
+    monkeypatch.setattr(engine_setup, "_load_tokenizer", alone("tokenizer", engine_setup._load_tokenizer))
     monkeypatch.setattr(ExecutorThread, "load", alone("model", ExecutorThread.load))
     engines = [engine_on(folder) for _ in range(3)]
     await asyncio.gather(*(engine.start() for engine in engines))
