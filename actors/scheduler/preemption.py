@@ -38,7 +38,8 @@ def stop_running(state: SchedulerState, sequence: Sequence, *, forget: bool = Fa
     sequence.num_promised = 0
     token_ids = b""
     if not forget and state.config.enable_prefix_caching:
-        token_ids = sequence.tokens[: sequence.num_computed].tobytes()
+        # A row in flight may still fail, and nobody would hear of it: behind the newest token nothing is certain.
+        token_ids = sequence.tokens[: min(sequence.num_computed, len(sequence.tokens) - 1)].tobytes()
     state.releases.append((sequence.request_id, token_ids))
 
 

@@ -6,7 +6,7 @@ import gc
 import hashlib
 import multiprocessing
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 
 import msgspec
@@ -147,16 +147,17 @@ def fuzz(num_seeds: int, first_seed: int = 0, jobs: int = 1, progress: Progress 
             progress(num_done)
         if failed_seed is not None:
             break
+    runs.close()  # its processes are gone before anything is simulated here: no thread may run beside a simulation
     failure = None if failed_seed is None else explain(failed_seed)
     return FuzzReport(first_seed, num_done, num_events, digest.hexdigest(), failure)
 
 
-def _run_here(chunks: list[tuple[int, int]]) -> Iterator[list[RunResult]]:
+def _run_here(chunks: list[tuple[int, int]]) -> Generator[list[RunResult], None, None]:
     for chunk in chunks:
         yield run_seeds(*chunk)
 
 
-def _run_on_processes(chunks: list[tuple[int, int]], jobs: int) -> Iterator[list[RunResult]]:
+def _run_on_processes(chunks: list[tuple[int, int]], jobs: int) -> Generator[list[RunResult], None, None]:
     """Results in the order of chunks; a few chunks ahead of who reads them, so that a failure ends it soon."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(chunks)), mp_context=context) as pool:

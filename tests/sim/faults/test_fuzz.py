@@ -89,3 +89,8 @@ def test_the_package_is_where_the_mutants_look_for_it() -> None:
     from octavo.sim.faults.mutation import ROOT
 
     assert (Path(ROOT) / "actors" / "scheduler" / "core.py").is_file()
+
+
+def test_kv_of_a_row_that_failed_after_its_request_had_stopped_is_not_found_by_the_next_one() -> None:
+    # The stopped request's wasted row was in flight and failed; its blocks were published all the same.
+    assert run_seed(63_292).kind == ""
