@@ -137,10 +137,10 @@ MUTANTS: tuple[Mutant, ...] = (
         "a finish calendar that is off by one: a write without a block",
     ),
     Mutant(
-        "who leaves the batch forgets what was computed",
-        _S + "decoding_rows.py",
-        "sequence.num_computed = self.num_computed(sequence)",
-        "sequence.num_computed = self.num_computed(sequence) + 1",
+        "who leaves the batch publishes a token too many",
+        _S + "preemption.py",
+        "min(sequence.num_computed, len(sequence.tokens) - 1)",
+        "min(sequence.num_computed + 1, len(sequence.tokens))",
         "vllm#50702: blocks are cached whose last token was never written",
     ),
     Mutant(

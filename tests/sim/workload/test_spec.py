@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -113,9 +114,9 @@ def test_any_description_is_a_workload_or_a_clear_refusal(kind: str, pairs: list
     except OctavoError as error:
         assert str(error)
     else:
-        times = [r.arrival_ns for r in workload.arrivals()]
+        times = [r.arrival_ns for r in islice(workload.arrivals(), 50)]
         assert times == sorted(times)
-        assert 1 <= len(times) <= 50
+        assert times
 
 
 @settings(max_examples=150, deadline=None)
