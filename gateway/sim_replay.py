@@ -89,6 +89,8 @@ def _print_replay(report: ReplayReport, *, shows_state: bool, asked: int | None)
         facts.append(("ended by", escape(report.raised)))
     if report.end is None:
         facts.append(("read", "not to its end"))
+    elif not report.end.is_complete:
+        facts.append(("incomplete", escape(report.end.why)))
     print_facts(console, facts)
     if report.divergence is not None:
         one = report.divergence

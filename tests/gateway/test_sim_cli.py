@@ -414,3 +414,19 @@ def test_a_run_imports_neither_torch_nor_what_only_tables_need(azure: Path) -> N
 def test_every_command_explains_itself(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*command, "--help") == 0
     assert f"usage: {' '.join(['octavo', 'sim', *command])}" in capsys.readouterr().out
+
+
+def test_a_replayed_journal_that_was_cut_short_is_said_to_be_incomplete(capsys, monkeypatch) -> None:
+    from octavo.gateway import sim_replay
+    from octavo.sim.journal.reader import JournalEnd
+    from octavo.sim.journal.replay import ReplayReport
+
+    monkeypatch.setenv("COLUMNS", "200")
+    said = []
+    for end in (JournalEnd(True, "", 3, 99), JournalEnd(False, "the engine was killed", 3, 99)):
+        fields = dict.fromkeys(ReplayReport.__struct_fields__, 0)
+        fields |= {"path": "a", "model": "b", "octavo": "c", "started_at": "d", "ends": {}, "raised": ""}
+        report = ReplayReport(**fields | {"end": end, "divergence": None})
+        sim_replay._print_replay(report, shows_state=False, asked=None)
+        said.append("incomplete" in capsys.readouterr().out)
+    assert said == [False, True]
