@@ -111,6 +111,12 @@ class KVCacheTooSmallError(OctavoError):
         super().__init__(f"max_model_len={max_model_len} does not fit {num_blocks} KV blocks of {block_size}: {advice}")
 
 
+class RequestQuarantinedError(OctavoError):
+    """The executor dies of this request, each time: it is ended, and refused for a while when it comes again."""
+
+    code = "request_quarantined"
+
+
 class ExecutorLostError(OctavoError):
     """The executor died and could not be restarted."""
 

@@ -66,6 +66,7 @@ class SubmitRequest(Message, frozen=True):
         eos_token_ids: the model's end tokens, empty under `ignore_eos`.
         fork_of: a sibling (`n > 1`) whose prompt blocks this one shares; -1 if none.
         output_token_ids: int32; tokens already emitted, when a request is taken up again.
+        is_taken_up_again: an earlier engine accepted it, so no bound on the queue refuses it now.
     """
 
     request_id: RequestId
@@ -78,6 +79,7 @@ class SubmitRequest(Message, frozen=True):
     fork_of: RequestId = RequestId(-1)
     deadline_ns: int = 0
     output_token_ids: bytes = b""
+    is_taken_up_again: bool = False
 
 
 class CancelRequest(Message, frozen=True):

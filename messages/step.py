@@ -1,7 +1,8 @@
 """The ring: a step is planned, stamped with blocks, executed, and its tokens come back.
 
-One lap a step: scheduler -`PlanStep`-> KV allocator -`ExecuteStep`-> executor -`StepExecuted`-> scheduler and
-detokenizer. Messages carry what changes, so their size does not grow with context length.
+One lap a step: scheduler -`PlanStep`-> KV allocator -`ExecuteStep`-> executor -`StepExecuted`-> scheduler, which
+passes the results that it accepts on to the detokenizer. Messages carry what changes, so their size does not grow with
+context length.
 """
 
 from __future__ import annotations
@@ -80,7 +81,11 @@ class ExecuteStep(Message, frozen=True):
 
 
 class StepExecuted(Message, frozen=True):
-    """Executor -> detokenizer and scheduler: the tokens of one step.
+    """Executor -> scheduler: the tokens of one step; scheduler -> detokenizer: the very same, once it is accepted.
+
+    Results of another epoch or step than the scheduler waits for go no further, nor do malformed ones. What the
+    scheduler concludes from a step (`RequestEnded`) comes behind the step itself. So whoever hears of tokens hears of
+    every one that the scheduler counts, once and in order, whatever becomes of executors.
 
     Attributes:
         request_ids: rows that sampled, in the order of the step's rows.

@@ -41,6 +41,139 @@ class ExecutorFailed(Message, frozen=True):
 
 
 class StartExecutor(Message, frozen=True):
-    """Supervisor -> executor: begin (again) as `epoch`, with an empty batch and an empty cache."""
+    """Supervisor -> executor: begin (again) as `epoch`, with an empty batch and an empty cache.
+
+    Repeated to an executor whose beats name an older epoch; one that names no newer epoch than the executor's own
+    changes nothing.
+
+    Attributes:
+        epoch: of the steps to come.
+        engine: incarnation of the engine that sends them; 0 where the engine is no process of its own.
+    """
 
     epoch: Epoch
+    engine: int = 0
+
+
+class EngineLost(Message, frozen=True):
+    """Supervisor -> ledger: the engine (scheduler and KV allocator) died, and a new one hears what is said from now on.
+
+    Attributes:
+        epoch: the next epoch, which the new engine begins with; results of an older one are dropped.
+        why: for logs.
+        incarnation: of the new engine, which is ready; 0 where the engine is no process of its own.
+    """
+
+    epoch: Epoch
+    why: str = ""
+    incarnation: int = 0
+
+
+class EngineReady(Message, frozen=True):
+    """Engine -> supervisor: this incarnation takes requests."""
+
+    incarnation: int
+
+
+class Beat(Message, frozen=True):
+    """A child process -> supervisor, four times a second, from a thread that no step holds up: alive, and at what.
+
+    Attributes:
+        child: its name, such as `executor 0`.
+        incarnation: which start of it.
+        progress: steps (of an executor) or messages handled so far; it only grows.
+        busy_ns: for how long the step in progress has been running; 0 between steps.
+        busy_tokens: tokens of that step.
+        longest_ns: the longest step that ended since the last beat; 0 if none did.
+        longest_tokens: tokens of that step.
+        epoch: of the steps that it takes; 0 for other children than executors.
+    """
+
+    child: str
+    incarnation: int
+    progress: int = 0
+    busy_ns: int = 0
+    busy_tokens: int = 0
+    longest_ns: int = 0
+    longest_tokens: int = 0
+    epoch: Epoch = Epoch(0)
+
+
+class ProcessExited(Message, frozen=True):
+    """Carrier -> supervisor: the process has ended, or could not be started.
+
+    Attributes:
+        child, incarnation: which.
+        why: how it ended.
+    """
+
+    child: str
+    incarnation: int
+    why: str
+
+
+class ProcessStarted(Message, frozen=True):
+    """Carrier -> supervisor: the process runs; whether it is of any use, it tells itself.
+
+    Attributes:
+        child, incarnation: which.
+        pid: its process id.
+    """
+
+    child: str
+    incarnation: int
+    pid: int
+
+
+class Tick(Message, frozen=True):
+    """Carrier -> supervisor, ten times a second: time goes by."""
+
+
+class StopAll(Message, frozen=True):
+    """Carrier -> supervisor: end every child; none is started again."""
+
+    grace_ns: int = 5_000_000_000
+
+
+class StartProcess(Message, frozen=True):
+    """Supervisor -> carrier: start a child. No other incarnation of it is alive.
+
+    Attributes:
+        child: its name.
+        incarnation: which start of it this is, from 1.
+        epoch: that executor steps begin with.
+        engine: incarnation of the engine at this moment; 0 if the engine is no process of its own.
+    """
+
+    child: str
+    incarnation: int
+    epoch: Epoch
+    engine: int = 0
+
+
+class KillProcess(Message, frozen=True):
+    """Supervisor -> carrier: end a child at once (SIGKILL). Answered by its `ProcessExited`."""
+
+    child: str
+    incarnation: int
+    why: str
+
+
+class StopProcess(Message, frozen=True):
+    """Supervisor -> carrier: ask a child to end (SIGTERM), kill it after `grace_ns`. Answered by `ProcessExited`."""
+
+    child: str
+    incarnation: int
+    grace_ns: int
+
+
+class SupervisorGaveUp(Message, frozen=True):
+    """Supervisor -> front end: restarts are no repair; nothing is started any more.
+
+    Attributes:
+        kind: of the child that failed too often.
+        why: its last failure.
+    """
+
+    kind: str
+    why: str

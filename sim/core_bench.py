@@ -25,6 +25,7 @@ from ..messages.kv import BlocksFreed, PrefixMatched
 from ..messages.request import RequestEnded, SubmitRequest
 from ..messages.sampling import SamplingParams
 from ..messages.step import ExecuteStep, PlanDue, StepExecuted
+from ..messages.system import ExecutorFailed
 
 _PLAN_DUE = PlanDue()
 _BLOCK_SIZE = 16
@@ -107,7 +108,8 @@ class _RecordedLoop:
         for answer in self._scheduler.handle(message, 1):
             if isinstance(answer, RequestEnded):
                 self._num_to_submit += 1
-            else:
+            elif answer is not message:
+                assert not isinstance(answer, StepExecuted | ExecutorFailed), answer
                 self._to_allocator.append(answer)
 
     def _settle(self) -> None:

@@ -14,7 +14,7 @@ from ..actors.scheduler.core import SchedulerConfig, SchedulerCore, SchedulerInb
 from ..messages.ids import Epoch, RequestId, StepId
 from ..messages.request import CancelRequest, RequestEnded, SubmitRequest
 from ..messages.step import ExecuteStep, PlanDue, PlanStep, StepExecuted
-from ..messages.system import ExecutorLost
+from ..messages.system import ExecutorFailed, ExecutorLost
 from .agenda import Agenda
 from .batch_meter import BatchMeter
 from .event_log import ReplicaLog
@@ -213,9 +213,12 @@ class Replica:
         heard: list[SchedulerInbox] = [message]
         for next_message in heard:
             for said in self.scheduler.handle(next_message, now_ns):
+                if said is message:
+                    continue  # the results of a step, for the clients: they were metered when the step ended
                 if isinstance(said, RequestEnded):
                     self._end(said)
                     continue
+                assert not isinstance(said, StepExecuted | ExecutorFailed), said
                 for answer in self.allocator.handle(said, now_ns):
                     if isinstance(answer, ExecuteStep):
                         assert isinstance(said, PlanStep)

@@ -20,7 +20,7 @@ from octavo.messages.kv import ResetBlocks, ResetPrefixCache
 from octavo.messages.request import CancelRequest, RequestEnded, StopMatched, SubmitRequest
 from octavo.messages.sampling import SamplingParams
 from octavo.messages.step import ExecuteStep, PlanDue, PlanStep, StepExecuted
-from octavo.messages.system import Drain, ExecutorLost
+from octavo.messages.system import Drain, ExecutorFailed, ExecutorLost
 
 MASK = (1 << 64) - 1
 STOP_TOKEN = 0
@@ -278,7 +278,10 @@ class CoreRing:
         self.tell_scheduler(PlanDue())
 
     def tell_scheduler(self, message) -> None:
-        for answer in self.scheduler.handle(message, self.now_ns):
+        answers = self.scheduler.handle(message, self.now_ns)
+        is_accepted = bool(answers) and answers[0] is message
+        for answer in answers[1:] if is_accepted else answers:
+            assert not isinstance(answer, StepExecuted | ExecutorFailed)
             if isinstance(answer, RequestEnded):
                 assert answer.request_id not in self.ended, "a request ends once"
                 self.ended[answer.request_id] = answer
@@ -364,4 +367,4 @@ class CoreRing:
             assert output == expected
             assert ended.stop_token_id == (output[-1] if reason == "stop" else -1)
         else:
-            assert request_id in self.interfered or ended.error_code == "executor_lost" or request.deadline_ns
+            assert request_id in self.interfered or ended.error_code == "request_quarantined" or request.deadline_ns

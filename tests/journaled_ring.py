@@ -8,6 +8,7 @@ from typing import Any
 
 from core_ring import CoreRing, submit
 
+from octavo.actors.journal.checksum import decisions_of
 from octavo.actors.journal.config import JournalHeader
 from octavo.actors.kv_allocator.config import AllocatorConfig
 from octavo.actors.scheduler.config import SchedulerConfig
@@ -56,7 +57,7 @@ def record_ring(
 
             def tapped(message: Message, now_ns: int) -> Any:
                 answers = handle(message, now_ns)
-                said.extend((name, answer) for answer in answers)
+                said.extend((name, answer) for answer in decisions_of(message, answers))
                 return answers
 
             core.handle = wrap(tapped)

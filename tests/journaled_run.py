@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.actors.journal.actor import Journal
+from octavo.actors.journal.checksum import decisions_of
 from octavo.actors.journal.config import JournalHeader
 from octavo.actors.kv_allocator.config import AllocatorConfig
 from octavo.actors.kv_allocator.core import KVAllocatorCore
@@ -156,7 +157,7 @@ async def _run(
     def tapped(core: str, handle: Any) -> Any:
         def handle_and_note(message: Message, now_ns: int) -> Any:
             answers = handle(message, now_ns)
-            run.said.extend((core, answer) for answer in answers)
+            run.said.extend((core, answer) for answer in decisions_of(message, answers))
             return answers
 
         return handle_and_note

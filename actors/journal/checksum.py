@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -11,8 +11,14 @@ from ...messages.base import Message
 from ...messages.kv import BlocksFreed, MatchPrefix, PrefixMatched, ReleaseMatch, ResetBlocks
 from ...messages.request import RequestEnded
 from ...messages.step import ExecuteStep, PlanStep, StartRequest
+from ...messages.system import ExecutorFailed
 
 _encode = msgspec.msgpack.Encoder().encode
+
+
+def decisions_of(message: Message, answers: Sequence[Message]) -> Sequence[Message]:
+    """What a core decided, of what it said: results of a step that the scheduler passes on are none of it."""
+    return answers[1:] if answers and answers[0] is message else answers
 
 
 class DecisionChecksum:
@@ -120,6 +126,10 @@ def _of_end(ended: RequestEnded) -> tuple[object, ...]:
     )
 
 
+def _of_failure(failed: ExecutorFailed) -> tuple[object, ...]:
+    return 9, failed.epoch  # what was wrong with results that were refused does not stand in a journal
+
+
 _DECISIONS: dict[type, Callable[..., tuple[object, ...]]] = {
     PlanStep: _of_plan,
     ExecuteStep: _of_placement,
@@ -129,5 +139,6 @@ _DECISIONS: dict[type, Callable[..., tuple[object, ...]]] = {
     ReleaseMatch: _of_release,
     ResetBlocks: _of_reset,
     RequestEnded: _of_end,
+    ExecutorFailed: _of_failure,
 }
 """Field by field, so that a field that a later version adds does not make its older journals differ."""

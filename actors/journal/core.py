@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import msgspec
 
 from ...messages.base import Message
+from ...messages.errors import RequestQuarantinedError
 from ...messages.ids import RequestId, StepId
 from ...messages.kv import BlocksFreed, MatchPrefix, PrefixMatched, ReleaseMatch, ResetBlocks, ResetPrefixCache
 from ...messages.request import CancelRequest, RequestEnded, StopMatched, SubmitRequest
 from ...messages.sampling import SamplingParams
 from ...messages.step import ExecuteStep, PlanDue, PlanStep, StepExecuted
-from ...messages.system import Drain, ExecutorLost
-from .checksum import DecisionChecksum
+from ...messages.system import Drain, ExecutorFailed, ExecutorLost
+from .checksum import DecisionChecksum, decisions_of
 from .config import (
     FORMAT_VERSION,
     MAX_FRAME_BYTES,
@@ -39,6 +40,7 @@ from .records import (
     Cancelled,
     Ended,
     Executed,
+    ExecutedFaulty,
     ExecutedLate,
     HeardRecord,
     Lost,
@@ -48,6 +50,7 @@ from .records import (
     SchedulerTakes,
     Stopped,
     Submitted,
+    SubmittedAgain,
     encode_check,
 )
 
@@ -72,6 +75,7 @@ __all__ = [
     "DecisionChecksum",
     "Ended",
     "Executed",
+    "ExecutedFaulty",
     "ExecutedLate",
     "FrameSealer",
     "HeardRecord",
@@ -84,8 +88,10 @@ __all__ = [
     "SchedulerTakes",
     "Stopped",
     "Submitted",
+    "SubmittedAgain",
     "TokenDisguise",
     "Unheard",
+    "decisions_of",
     "encode_check",
     "expand_marks",
 ]
@@ -96,6 +102,9 @@ FLUSH_RECORDS = 4096
 FLUSH_BYTES = 48 * 1024
 FLUSH_NS = 1_000_000_000
 """A frame is handed on when it has so many records, about so many bytes, or is so old."""
+
+_SETTLED = (StepExecuted, SubmitRequest)
+"""What the scheduler hears and is written down once it has answered: the kind of record tells what became of it."""
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -180,12 +189,10 @@ class JournalCore:
         self._to_allocator = Unheard()
         self._to_scheduler = Unheard()
         self._hear: dict[type, Callable[..., None]] = {
-            SubmitRequest: self._on_submit,
             CancelRequest: self._on_cancel,
             StopMatched: self._on_stop_matched,
             PrefixMatched: self._on_allocator_answer,
             BlocksFreed: self._on_allocator_answer,
-            StepExecuted: self._on_step_executed,
             ExecutorLost: self._on_executor_lost,
             Drain: self._on_drain,
         }
@@ -201,7 +208,7 @@ class JournalCore:
         """Return a `handle` that writes down what it hears and says, and calls the allocator's."""
         return self._wrap(handle, self.allocator_hears, self.allocator_says)
 
-    def _wrap(self, handle: Handle, hears: Callable[[Any, int], None], says: Callable[[Any], None]) -> Handle:
+    def _wrap(self, handle: Handle, hears: Callable[[Any, int], None], says: Callable[[Any, Any], None]) -> Handle:
         def recorded(message: Any, now_ns: int) -> Any:
             if self._is_ended:
                 return handle(message, now_ns)
@@ -213,11 +220,12 @@ class JournalCore:
             try:
                 answers = handle(message, now_ns)
             except Exception as error:
+                if type(message) in _SETTLED:
+                    says(message, ())
                 self._records.append(Raised(type(error).__name__))
                 raise
             try:
-                if answers:
-                    says(answers)
+                says(message, answers)
                 if (
                     len(self._records) >= FLUSH_RECORDS
                     or self._num_bytes >= FLUSH_BYTES
@@ -276,13 +284,14 @@ class JournalCore:
     # -- the scheduler ------------------------------------------------------------------------------------------------
 
     def scheduler_hears(self, message: Message, now_ns: int) -> None:
-        """Write down a message; before the scheduler handles it."""
+        """Write down a message; before the scheduler handles it. Some wait for what becomes of them."""
         if now_ns != self._now_ns:
             self._tick(now_ns)
-        if type(message) is PlanDue:
+        kind = type(message)
+        if kind is PlanDue:
             self._records.append(PLAN_DUE)
-        else:
-            self._hear[type(message)](message)
+        elif kind not in _SETTLED:
+            self._hear[kind](message)
 
     def _tick(self, now_ns: int) -> None:
         if now_ns < self._now_ns:
@@ -290,18 +299,27 @@ class JournalCore:
         self._records.append(now_ns - self._now_ns)
         self._now_ns = now_ns
 
-    def scheduler_says(self, messages: list[Message]) -> None:
-        """Write down the check of its answers, of which there is one at least."""
-        self._records.append(encode_check(self._checksum.add(messages)))
-        for message in messages:
-            if type(message) is RequestEnded:
-                self._chains.pop(message.request_id, None)
-                continue
-            if type(message) is PlanStep:
-                self._steps.append(message.step_id)
-            self._to_allocator.say(message)
+    def scheduler_says(self, heard: Message, answers: Sequence[Message]) -> None:
+        """Write down the check of what it decided on a message, if it decided anything."""
+        decisions = decisions_of(heard, answers)
+        if type(heard) is StepExecuted:
+            # That it was accepted is told by the kind of record.
+            self._on_step_executed(heard, decisions, is_accepted=len(decisions) < len(answers))
+        elif type(heard) is SubmitRequest:
+            self._on_submit(heard, decisions)
+        if not decisions:
+            return
+        self._records.append(encode_check(self._checksum.add(decisions)))
+        for message in decisions:
+            kind = type(message)
+            if kind is RequestEnded:
+                self._chains.pop(message.request_id, None)  # type: ignore[attr-defined]  # is a RequestEnded
+            elif kind is not ExecutorFailed:
+                if kind is PlanStep:
+                    self._steps.append(message.step_id)  # type: ignore[attr-defined]  # is a PlanStep
+                self._to_allocator.say(message)
 
-    def _on_submit(self, submit: SubmitRequest) -> None:
+    def _on_submit(self, submit: SubmitRequest, decisions: Sequence[Message]) -> None:
         params = submit.params
         tokens = submit.prompt_token_ids + submit.output_token_ids
         eos_token_ids = submit.eos_token_ids
@@ -313,28 +331,43 @@ class JournalCore:
             params = SamplingParams(max_tokens=params.max_tokens, prompt_logprobs=params.prompt_logprobs)
             eos_token_ids = ()
         self._chains.setdefault(submit.request_id, chain)  # one that lives already stays as it is: so does its request
-        self._records.append(
-            Submitted(
-                request_id=submit.request_id,
-                num_prompt_tokens=len(submit.prompt_token_ids) // 4,
-                num_output_tokens=len(submit.output_token_ids) // 4,
-                tokens=tokens,
-                params=params,
-                age_ns=self._now_ns - submit.arrival_ns,
-                timeout_ns=submit.deadline_ns and submit.deadline_ns - submit.arrival_ns,
-                priority=submit.priority,
-                cache_salt=self._salts.salt(submit.cache_salt),
-                fork_of=submit.fork_of,
-                eos_token_ids=eos_token_ids,
-            )
+        record = Submitted(
+            request_id=submit.request_id,
+            num_prompt_tokens=len(submit.prompt_token_ids) // 4,
+            num_output_tokens=len(submit.output_token_ids) // 4,
+            tokens=tokens,
+            params=params,
+            age_ns=self._now_ns - submit.arrival_ns,
+            timeout_ns=submit.deadline_ns and submit.deadline_ns - submit.arrival_ns,
+            priority=submit.priority,
+            cache_salt=self._salts.salt(submit.cache_salt),
+            fork_of=submit.fork_of,
+            eos_token_ids=eos_token_ids,
         )
+        # What hangs on tokens and parameters that a journal does not have is written down as an outcome.
+        ends = [message for message in decisions if type(message) is RequestEnded]
+        is_stopped = any(ended.request_id == submit.request_id and ended.reason == "stop" for ended in ends)
+        is_quarantined = any(ended.error_code == RequestQuarantinedError.code for ended in ends)
+        if submit.is_taken_up_again or is_stopped or is_quarantined:
+            record = SubmittedAgain(
+                **msgspec.structs.asdict(record),
+                is_taken_up_again=submit.is_taken_up_again,
+                is_stopped=is_stopped,
+                is_quarantined=is_quarantined,
+            )
+        self._records.append(record)
         self._num_bytes += len(tokens) + 64
 
-    def _on_step_executed(self, executed: StepExecuted) -> None:
+    def _on_step_executed(self, executed: StepExecuted, decisions: Sequence[Message], *, is_accepted: bool) -> None:
         request_ids = executed.request_ids
         self._num_bytes += 8 * len(request_ids)
-        if executed.epoch != self._epoch or not self._steps or self._steps[0] != executed.step_id:
-            self._records.append(ExecutedLate(executed.epoch, executed.step_id, request_ids))
+        if not is_accepted:
+            is_oldest = executed.epoch == self._epoch and self._steps and self._steps[0] == executed.step_id
+            why = "".join([message.why for message in decisions if isinstance(message, ExecutorFailed)])
+            if is_oldest and why:
+                self._records.append(ExecutedFaulty(why))
+            else:
+                self._records.append(ExecutedLate(executed.epoch, executed.step_id, request_ids))
             return
         self._steps.popleft()
         token_ids = executed.token_ids
@@ -403,10 +436,12 @@ class JournalCore:
         self._to_allocator.take(index)
         self._records.append(ALLOCATOR_TAKES if index == 0 else AllocatorTakes(index))
 
-    def allocator_says(self, messages: list[Message]) -> None:
-        """Write down the check of its answers, of which there is one at least."""
-        self._records.append(encode_check(self._checksum.add(messages)))
-        for message in messages:
+    def allocator_says(self, _: Message, answers: Sequence[Message]) -> None:
+        """Write down the check of its answers, if there are any."""
+        if not answers:
+            return
+        self._records.append(encode_check(self._checksum.add(answers)))
+        for message in answers:
             if type(message) is not ExecuteStep:
                 self._to_scheduler.say(message)
 

@@ -69,8 +69,22 @@ class Submitted(_Record, frozen=True, tag=1):
     eos_token_ids: tuple[int, ...]
 
 
+class SubmittedAgain(Submitted, frozen=True, tag=14):
+    """Likewise, of a request that an earlier engine knew, or one like it.
+
+    Attributes:
+        is_taken_up_again: as in the message.
+        is_stopped: its last token was found to be one that ends it.
+        is_quarantined: it was refused because an equal one killed executors.
+    """
+
+    is_taken_up_again: bool
+    is_stopped: bool
+    is_quarantined: bool
+
+
 class Executed(_Record, frozen=True, tag=2):
-    """The scheduler hears `StepExecuted` of the oldest step in flight.
+    """The scheduler hears `StepExecuted` of the oldest step in flight, and passes it on.
 
     Attributes:
         request_ids: None: those of the `Executed` before.
@@ -151,10 +165,22 @@ class Ended(_Record, frozen=True, tag=12):
     why_incomplete: str
 
 
+class ExecutedFaulty(_Record, frozen=True, tag=13):
+    """The scheduler hears `StepExecuted` of the oldest step in flight, and refuses it: it cannot be.
+
+    Attributes:
+        why: what was wrong; all that is kept of it.
+    """
+
+    why: str
+
+
 HeardRecord = (
     Submitted
+    | SubmittedAgain
     | Executed
     | ExecutedLate
+    | ExecutedFaulty
     | Cancelled
     | Stopped
     | Lost

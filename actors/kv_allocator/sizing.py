@@ -6,6 +6,13 @@ import msgspec
 
 from ...messages.errors import KVCacheTooSmallError
 
+KV_SCALE_BYTES: dict[str, int] = {"int8": 4, "fp8": 4}  # behind each head of each token: `kernels.kv_quantization`
+
+
+def kv_row_bytes(head_dim: int, dtype: str, bits: int) -> int:
+    """Bytes that one head of one token's K (or V) takes in a cache of this dtype, with its scale if it has one."""
+    return head_dim * bits // 8 + KV_SCALE_BYTES.get(dtype, 0)
+
 
 class KVCachePlan(msgspec.Struct, frozen=True):
     """How many blocks there are and how long a sequence may get."""

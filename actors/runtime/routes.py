@@ -37,12 +37,15 @@ ROUTES: Routes = {
     ("scheduler", ReleaseMatch): ("kv_allocator",),
     ("scheduler", ResetBlocks): ("kv_allocator",),
     ("scheduler", PlanStep): ("kv_allocator",),
+    ("scheduler", StepExecuted): ("detokenizer",),
     ("scheduler", RequestEnded): ("detokenizer",),
+    ("scheduler", ExecutorFailed): ("supervisor",),
     ("kv_allocator", PrefixMatched): ("scheduler",),
     ("kv_allocator", BlocksFreed): ("scheduler",),
     ("kv_allocator", ExecuteStep): ("executor",),
-    # The detokenizer first: what the scheduler concludes from a step reaches it after the step itself.
-    ("executor", StepExecuted): ("detokenizer", "scheduler"),
+    # To the scheduler alone, which passes on what it accepts: what the edge knows is at all times a prefix of what the
+    # scheduler knows, so the results of an executor that is lost half-way are neither repeated nor missed.
+    ("executor", StepExecuted): ("scheduler",),
     ("executor", ExecutorReady): ("supervisor",),
     ("executor", ExecutorFailed): ("supervisor",),
     ("supervisor", ExecutorLost): ("scheduler",),
@@ -51,4 +54,5 @@ ROUTES: Routes = {
     ("detokenizer", TextDelta): ("frontend",),
     ("detokenizer", StepTexts): ("frontend",),
     ("detokenizer", StopMatched): ("scheduler",),
+    ("detokenizer", CancelRequest): ("scheduler",),
 }

@@ -5,10 +5,16 @@ from __future__ import annotations
 from bisect import insort
 from operator import attrgetter
 
-from ...messages.errors import ContextLengthExceededError, EngineClosedError, InvalidRequestError, QueueFullError
+from ...messages.errors import (
+    ContextLengthExceededError,
+    EngineClosedError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestQuarantinedError,
+)
 from ...messages.ids import RequestId
 from ...messages.kv import MatchPrefix, PrefixMatched
-from ...messages.request import RequestEnded, SubmitRequest
+from ...messages.request import FinishReason, RequestEnded, SubmitRequest
 from .preemption import make_room
 from .sequence import Sequence, State
 from .state import SchedulerState
@@ -28,14 +34,11 @@ def submit(state: SchedulerState, request: SubmitRequest) -> None:
         state.num_refused += 1
         state.out.append(RequestEnded(request.request_id, "refused", error_code=code, error=text))
         return
-    if _is_complete(sequence):
+    state.num_resumed += request.is_taken_up_again
+    reason, stop_token_id = _find_end(sequence)
+    if reason is not None:
         state.num_ended += 1
-        state.out.append(RequestEnded(request.request_id, "length", sequence.num_output_tokens))
-        return
-    text = _describe_full_queue(state, len(sequence.tokens))
-    if text:
-        state.num_refused += 1
-        state.out.append(RequestEnded(request.request_id, "refused", error_code=QueueFullError.code, error=text))
+        state.out.append(RequestEnded(request.request_id, reason, sequence.num_output_tokens, stop_token_id))
         return
     state.sequences[request.request_id] = sequence
     if request.deadline_ns:
@@ -48,9 +51,10 @@ def submit(state: SchedulerState, request: SubmitRequest) -> None:
 
 
 def _find_refusal(state: SchedulerState, sequence: Sequence) -> tuple[str, str] | None:
-    """Return code and text of why a request can never be served, or None."""
+    """Return code and text of why a request is not served, or None."""
     config = state.config
-    if state.is_draining:
+    is_new = not sequence.submit.is_taken_up_again  # those others were accepted before, and wait for no bound
+    if is_new and state.is_draining:
         return EngineClosedError.code, "the engine is shutting down: send the request elsewhere"
     if sequence.num_prompt == 0:
         return InvalidRequestError.code, "the prompt is empty: it needs at least one token"
@@ -60,14 +64,34 @@ def _find_refusal(state: SchedulerState, sequence: Sequence) -> tuple[str, str] 
             f"{state.max_len - 1} fit (max_model_len={config.max_model_len}; the KV cache holds {config.num_blocks} "
             f"blocks of {config.block_size} = {config.num_blocks * config.block_size} tokens): shorten the prompt"
         )
+    if is_new and state.quarantine.holds(sequence.submit, state.now_ns):
+        return RequestQuarantinedError.code, (
+            "a request like this one made the model's process fail again and again, a short while ago: change the "
+            "prompt or the parameters"
+        )
+    if is_new and _find_end(sequence)[0] is None:
+        text = _describe_full_queue(state, len(sequence.tokens))
+        if text:
+            return QueueFullError.code, text
     return None
 
 
-def _is_complete(sequence: Sequence) -> bool:
-    """Whether a request that is taken up again may produce no more tokens, and nothing is left to compute."""
-    return len(sequence.tokens) >= sequence.max_total and (
-        len(sequence.tokens) > sequence.num_prompt or sequence.submit.params.prompt_logprobs is None
-    )
+def _find_end(sequence: Sequence) -> tuple[FinishReason | None, int]:
+    """Return why a request that is submitted is at its end already, and the token that ended it (-1: none).
+
+    One that is taken up again may have all its tokens: only the news of its end was lost.
+    """
+    tokens, params = sequence.tokens, sequence.submit.params
+    num_outputs = len(tokens) - sequence.num_prompt
+    if (
+        num_outputs > 0
+        and num_outputs >= params.min_tokens
+        and (tokens[-1] in sequence.submit.eos_token_ids or tokens[-1] in params.stop_token_ids)
+    ):
+        return "stop", tokens[-1]
+    if len(tokens) >= sequence.max_total and (num_outputs or params.prompt_logprobs is None):
+        return "length", -1
+    return None, -1
 
 
 def _describe_full_queue(state: SchedulerState, num_tokens: int) -> str:

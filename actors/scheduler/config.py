@@ -25,6 +25,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
         enable_prefix_caching: whether to tell the allocator what was computed.
         max_executor_losses: a request that is in flight at more losses of the executor than this, without a token
             gained between them, is held to be their cause.
+        vocab_size: token ids are below it; 0: unknown.
     """
 
     num_blocks: int
@@ -39,6 +40,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     long_prefill_threshold: int = 0
     enable_prefix_caching: bool = True
     max_executor_losses: int = 2
+    vocab_size: int = 0
 
     def __post_init__(self) -> None:
         for name in (
@@ -52,7 +54,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("priority_aging_ns", "long_prefill_threshold", "max_executor_losses"):
+        for name in ("priority_aging_ns", "long_prefill_threshold", "max_executor_losses", "vocab_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.max_model_len < 2:

@@ -14,12 +14,13 @@ from .config import FIRST_EPOCH, SchedulerConfig
 from .decode_stretch import advance, find_horizon
 from .ending import end, expire
 from .executor_loss import lose_executor
+from .quarantine import Quarantine
 from .state import SchedulerOutbox, SchedulerState
 from .stats import SchedulerStats
 from .step_planning import plan_steps
 from .step_results import take_results
 
-__all__ = ["SchedulerConfig", "SchedulerCore", "SchedulerInbox", "SchedulerOutbox", "SchedulerStats"]
+__all__ = ["Quarantine", "SchedulerConfig", "SchedulerCore", "SchedulerInbox", "SchedulerOutbox", "SchedulerStats"]
 
 SchedulerInbox = (
     SubmitRequest
@@ -45,10 +46,13 @@ class SchedulerCore:
     Args:
         config: checked by itself.
         epoch: the executor's incarnation to begin with.
+        quarantine: what is known of requests that kill the executor; a new one by default.
     """
 
-    def __init__(self, config: SchedulerConfig, epoch: Epoch = FIRST_EPOCH) -> None:
-        self._state = SchedulerState(config, epoch)
+    def __init__(
+        self, config: SchedulerConfig, epoch: Epoch = FIRST_EPOCH, *, quarantine: Quarantine | None = None
+    ) -> None:
+        self._state = SchedulerState(config, epoch, Quarantine() if quarantine is None else quarantine)
         self._handlers: dict[type, Callable[..., None]] = {
             SubmitRequest: self._on_submit,
             CancelRequest: self._on_cancel,
@@ -62,13 +66,17 @@ class SchedulerCore:
         }
 
     def handle(self, message: SchedulerInbox, now_ns: int) -> list[SchedulerOutbox]:
-        """Take one message; return what to send, in order. Steps are planned on `PlanDue` alone."""
+        """Take one message; return what to send, in order. Steps are planned on `PlanDue` alone.
+
+        `StepExecuted` that is accepted is the first of its own answers, the very same object.
+        """
         state = self._state
         out: list[SchedulerOutbox] = []
         state.out = out
         state.now_ns = now_ns
         state.horizon = 0
-        if 0 < state.deadlines.next_ns <= now_ns:
+        # The results of a step come first, then who is too late.
+        if 0 < state.deadlines.next_ns <= now_ns and type(message) is not StepExecuted:
             expire(state)
         self._handlers[type(message)](message)
         return out
@@ -77,6 +85,10 @@ class SchedulerCore:
     def num_requests(self) -> int:
         """Requests accepted and not ended; a drain is complete at 0."""
         return len(self._state.sequences)
+
+    def live_request_ids(self) -> list[RequestId]:
+        """Requests accepted and not ended, in the order in which they were submitted."""
+        return list(self._state.sequences)
 
     @property
     def next_deadline_ns(self) -> int:
@@ -109,7 +121,10 @@ class SchedulerCore:
         self._state.num_releases_owed -= freed.num_released
 
     def _on_step_executed(self, executed: StepExecuted) -> None:
-        take_results(self._state, executed)
+        state = self._state
+        take_results(state, executed)
+        if 0 < state.deadlines.next_ns <= state.now_ns:
+            expire(state)
 
     def _on_executor_lost(self, lost: ExecutorLost) -> None:
         lose_executor(self._state, lost)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-from ...messages.errors import ExecutorLostError
+from ...messages.errors import RequestQuarantinedError
 from ...messages.ids import RequestId
 from ...messages.kv import ResetBlocks
 from ...messages.system import ExecutorLost
@@ -37,6 +37,7 @@ def lose_executor(state: SchedulerState, lost: ExecutorLost) -> None:
     state.releases = []
     state.num_releases_owed = 0
     state.credit = state.config.num_blocks
+    state.num_requeued += len(returning)
     for sequence in returning:
         state.leave_seat(sequence)
         sequence.num_promised = sequence.num_computed = sequence.num_slots = 0
@@ -50,26 +51,41 @@ def lose_executor(state: SchedulerState, lost: ExecutorLost) -> None:
 def _blame(state: SchedulerState, suspects: list[Sequence], why: str) -> None:
     """Count a loss against those in flight; end the one that must be its cause.
 
-    Half as many requests may run after each loss, so that whoever causes it is soon alone, and the others gain a
-    token, which clears them.
+    A single loss is an accident, and all go on together. If it happens again, the cause is searched for by bisection:
+    those that sampled together since are trusted, the others are newcomers to them, of whom half may join. So the one
+    that causes the losses, be it alone or in company, is the only newcomer after at most 2 + log2(batch) losses, while
+    those trusted gain tokens. It is convicted once it has been in flight at more losses in a row, without a token
+    between them, than an accident would explain. If all are trusted, it was another accident.
     """
     if not suspects:
         return
-    state.seat_limit = max(1, len(suspects) // 2)
     for sequence in suspects:
         if len(sequence.tokens) > sequence.num_tokens_at_loss:
             sequence.num_losses = 0
         sequence.num_losses += 1
         sequence.num_tokens_at_loss = len(sequence.tokens)
-    worst = max(suspects, key=attrgetter("num_losses"))
-    is_alone = sum(sequence.num_losses == worst.num_losses for sequence in suspects) == 1
+    if state.last_sampled_ids:
+        state.trusted_ids = state.trusted_ids.union(state.last_sampled_ids)
+        state.last_sampled_ids = ()
+    newcomers = [sequence for sequence in suspects if sequence.request_id not in state.trusted_ids]
+    if not newcomers:
+        state.trusted_ids = frozenset()
+        newcomers = suspects
+    worst = max(newcomers, key=attrgetter("num_losses"))
+    if worst.num_losses > 1:
+        state.seat_limit = max(1, len(suspects) - len(newcomers) + len(newcomers) // 2)
+        state.bad_seat_limit = len(suspects)
+    is_alone = sum(sequence.num_losses == worst.num_losses for sequence in newcomers) == 1
     if is_alone and worst.num_losses > state.config.max_executor_losses:
+        state.quarantine.add(worst.submit, state.now_ns)
+        state.num_quarantined += 1
         end(
             state,
             worst,
             "error",
-            code=ExecutorLostError.code,
+            code=RequestQuarantinedError.code,
             error=f"the executor was lost {worst.num_losses} times in a row while computing this request: {why}",
         )
+        state.bad_seat_limit = 0
         for sequence in state.sequences.values():
             sequence.num_losses = 0  # those losses are explained; the next ones may have another cause

@@ -7,16 +7,18 @@ from collections import deque
 from ...messages.ids import Epoch, RequestId
 from ...messages.kv import MatchPrefix, ReleaseMatch, ResetBlocks
 from ...messages.request import RequestEnded
-from ...messages.step import PlanStep
+from ...messages.step import PlanStep, StepExecuted
+from ...messages.system import ExecutorFailed
 from .config import SchedulerConfig
 from .deadlines import Deadlines
 from .decoding_rows import DecodingRows
+from .quarantine import Quarantine
 from .sequence import Sequence, State
 from .stats import SchedulerStats
 from .step_in_flight import StepInFlight
 from .waiting_queue import WaitingQueue
 
-SchedulerOutbox = PlanStep | MatchPrefix | ReleaseMatch | ResetBlocks | RequestEnded
+SchedulerOutbox = PlanStep | MatchPrefix | ReleaseMatch | ResetBlocks | StepExecuted | RequestEnded | ExecutorFailed
 
 
 class SchedulerState:
@@ -30,9 +32,10 @@ class SchedulerState:
     matching, or among the prompts, or decoding.
     """
 
-    def __init__(self, config: SchedulerConfig, epoch: Epoch) -> None:
+    def __init__(self, config: SchedulerConfig, epoch: Epoch, quarantine: Quarantine) -> None:
         self.config = config
         self.epoch = epoch
+        self.faulty_epoch = Epoch(-1)  # whose executor said something that cannot be
         self.block_size = config.block_size
         self.max_len = config.max_sequence_len
         self.chunk_limit = config.long_prefill_threshold or config.max_num_batched_tokens
@@ -54,6 +57,10 @@ class SchedulerState:
         self.deadlines = Deadlines()
         self.seats_by_priority: dict[int, int] = {}
         self.seat_limit = config.max_num_seqs  # lowered after a loss of the executor, to find who causes it
+        self.bad_seat_limit = 0  # with so many running it was lost; 0: not known
+        self.last_sampled_ids: tuple[RequestId, ...] = ()  # in the newest step executed since a loss
+        self.trusted_ids: frozenset[RequestId] = frozenset()  # that sampled together since the limit was lowered
+        self.quarantine = quarantine
         self.horizon = 0  # laps known to be pure decode, since the last message
 
         self.credit = config.num_blocks
@@ -71,6 +78,10 @@ class SchedulerState:
         self.prefix_cache_hits = 0
         self.num_dropped_messages = 0
         self.num_executor_losses = 0
+        self.num_faulty_results = 0
+        self.num_requeued = 0
+        self.num_resumed = 0
+        self.num_quarantined = 0
 
     def num_computed(self, sequence: Sequence) -> int:
         """Return how many tokens of a request are computed by steps that were sent."""
@@ -168,6 +179,10 @@ class SchedulerState:
             prefix_cache_hits=self.prefix_cache_hits,
             num_dropped_messages=self.num_dropped_messages,
             num_executor_losses=self.num_executor_losses,
+            num_faulty_results=self.num_faulty_results,
+            num_requeued=self.num_requeued,
+            num_resumed=self.num_resumed,
+            num_quarantined=self.num_quarantined,
         )
 
     def check(self) -> None:

@@ -22,6 +22,10 @@ class SchedulerStats(msgspec.Struct, frozen=True):
         prefix_cache_queries, prefix_cache_hits: tokens looked up in the prefix cache, and found there.
         num_dropped_messages: of older epochs, or about steps and requests nobody knows.
         num_executor_losses: since the start.
+        num_faulty_results: results that could not be, for which an executor was told of as failed.
+        num_requeued: requests sent back to the queue by losses, each time counted.
+        num_resumed: requests that an earlier engine had accepted, submitted again.
+        num_quarantined: requests found to kill the executor.
     """
 
     num_running: int
@@ -40,3 +44,7 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     prefix_cache_hits: int
     num_dropped_messages: int
     num_executor_losses: int
+    num_faulty_results: int = 0
+    num_requeued: int = 0
+    num_resumed: int = 0
+    num_quarantined: int = 0

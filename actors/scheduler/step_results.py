@@ -6,27 +6,52 @@ from array import array
 
 from ...messages.errors import RequestFailedError
 from ...messages.step import StepExecuted
+from ...messages.system import ExecutorFailed
 from .ending import end
+from .result_check import find_fault
 from .sequence import State
 from .state import SchedulerState
 
 
 def take_results(state: SchedulerState, executed: StepExecuted) -> None:
-    """Give requests the tokens that they sampled, and end those that are done."""
+    """Give requests the tokens that they sampled, pass the results on, and end those that are done.
+
+    Results that are late or told again are dropped. Those that cannot be (malformed, or the ones before are missing)
+    are dropped too, and the executor is told of as failed: once an epoch, and it is not listened to any more.
+    """
     in_flight = state.in_flight
-    if executed.epoch != state.epoch or not in_flight or in_flight[0].step_id != executed.step_id:
+    if (
+        executed.epoch != state.epoch
+        or executed.step_id <= state.last_executed_step_id
+        or state.faulty_epoch == state.epoch
+    ):
         state.num_dropped_messages += 1
         return
+    fault = (
+        find_fault(in_flight[0], executed, state.config.vocab_size)
+        if in_flight
+        else f"it answers step {executed.step_id}, which was not asked for"
+    )
+    if fault:
+        state.num_dropped_messages += 1
+        state.num_faulty_results += 1
+        state.faulty_epoch = state.epoch
+        state.out.append(ExecutorFailed(state.epoch, f"the results of a step make no sense: {fault}"))
+        return
+    # Before whatever is concluded from it.
+    state.out.append(executed)
     step = in_flight.popleft()
     state.last_executed_step_id = step.step_id
     token_arrays = step.token_arrays
     if executed.request_ids != step.sampling_ids:  # rows failed
         by_id = dict(zip(step.sampling_ids, token_arrays, strict=True))
         token_arrays = [by_id[request_id] for request_id in executed.request_ids]
-    assert len(token_arrays) == len(executed.token_ids)
     state.num_generation_tokens += len(token_arrays)
     # Per step and row: `append` returns None, so `any` calls it for all of them without leaving C.
     any(map(array.append, token_arrays, executed.token_ids))
+    state.last_sampled_ids = executed.request_ids
+    if state.seat_limit < state.config.max_num_seqs and token_arrays:
+        _raise_seat_limit(state, len(token_arrays))
     for request_id in executed.stopped:
         stopped = state.sequences.get(request_id)
         if stopped is not None:
@@ -38,5 +63,21 @@ def take_results(state: SchedulerState, executed: StepExecuted) -> None:
     for finished in step.finishing:
         if finished.state is not State.ENDED:
             end(state, finished, "length")
-    if state.seat_limit < state.config.max_num_seqs and token_arrays:
-        state.seat_limit = min(state.seat_limit * 2, state.config.max_num_seqs)
+
+
+def _raise_seat_limit(state: SchedulerState, num_sampled: int) -> None:
+    """Let more run again after a loss, once as many as may, or all there are, have sampled together."""
+    if not state.trusted_ids.issuperset(state.last_sampled_ids):
+        live = state.sequences
+        state.trusted_ids = frozenset(
+            [request_id for request_id in (*state.trusted_ids, *state.last_sampled_ids) if request_id in live]
+        )
+    limit, most = state.seat_limit, state.config.max_num_seqs
+    if not state.num_waiting and not state.prompts and not state.num_matching:
+        limit = most
+    elif num_sampled >= limit:
+        limit = (limit + state.bad_seat_limit + 1) // 2 if limit < state.bad_seat_limit else min(2 * limit, most)
+    if limit == most:
+        state.trusted_ids = frozenset(state.last_sampled_ids)
+        state.bad_seat_limit = 0
+    state.seat_limit = limit

@@ -238,7 +238,7 @@ class FrontEndModel:
         stream.ended = ended
         self._forget(stream)
         detail = f"request {stream.request_id} ended with {delta.finish_reason!r} after {stream.num_tokens} tokens"
-        if ended.num_output_tokens != stream.num_tokens and delta.finish_reason != "error":
+        if ended.num_output_tokens != stream.num_tokens:
             raise Violation("the account counts other tokens than the client got", f"{detail}: {ended}")
         if delta.finish_reason in {"abort", "error", "refused"}:
             if not self._may_end_so(stream, ended, now_ns):

@@ -20,7 +20,7 @@ class _Incarnation:
 
     Attributes:
         is_dead: it executes and says nothing any more.
-        is_given_up: somebody else counts it as dead; this one may not know.
+        is_cut_off: it will not hear that it was given up.
         frozen_until_ns: it hangs until then.
     """
 
@@ -30,7 +30,7 @@ class _Incarnation:
         self.is_ready = False
         self.is_busy = False
         self.is_dead = False
-        self.is_given_up = False
+        self.is_cut_off = False
         self.frozen_until_ns = 0
 
 
@@ -41,8 +41,9 @@ class Device:
         agenda: virtual time.
         rng: how long steps take.
         make_model: an empty executor of an epoch.
-        send: says a message in the executor's name.
-        send_late: says what an executor that was given up still has to say.
+        send: says a message in the executor's name, whichever of them it is: one that was given up may not know it,
+            and goes on speaking; its epoch tells.
+        lose_sent: called when an executor is killed: what it said last may never arrive.
         step_ns, step_token_ns, load_ns, notice_ns: see `Scenario`.
     """
 
@@ -53,7 +54,7 @@ class Device:
         make_model: Callable[[Epoch], ExecutorModel],
         *,
         send: Callable[[Message], None],
-        send_late: Callable[[Message], None],
+        lose_sent: Callable[[], None],
         step_ns: int,
         step_token_ns: int,
         load_ns: int,
@@ -63,7 +64,7 @@ class Device:
         self._random = rng.random
         self._make_model = make_model
         self._send = send
-        self._send_late = send_late
+        self._lose_sent = lose_sent
         self._step_ns = step_ns
         self._step_token_ns = step_token_ns
         self._load_ns = load_ns
@@ -96,12 +97,11 @@ class Device:
         before = self._current
         if epoch < before.model.epoch or (epoch == before.model.epoch and epoch):
             return
-        before.is_given_up = True
         current = self._current = _Incarnation(self._make_model(epoch))
         # Steps of the new epoch that overtook its start; those of the old one are the old one's.
         current.queue.extend(step for step in before.queue if step.epoch >= epoch)
         before.queue = deque(step for step in before.queue if step.epoch < epoch)
-        if before.frozen_until_ns <= self._agenda.now_ns:
+        if before.frozen_until_ns <= self._agenda.now_ns and not before.is_cut_off:
             before.is_dead = True
         self._agenda.add(
             self._agenda.now_ns + int(self._random() * self._load_ns), 0, partial(self._become_ready, current)
@@ -111,7 +111,7 @@ class Device:
         if incarnation.is_dead or self._is_put_off(incarnation, partial(self._become_ready, incarnation)):
             return
         incarnation.is_ready = True
-        self._say(incarnation, ExecutorReady(incarnation.model.epoch))
+        self._send(ExecutorReady(incarnation.model.epoch))
         self._turn_to_next(incarnation)
 
     def _turn_to_next(self, incarnation: _Incarnation) -> None:
@@ -131,11 +131,11 @@ class Device:
             return
         incarnation.is_busy = False
         try:
-            self._say(incarnation, incarnation.model.execute(step))
+            self._send(incarnation.model.execute(step))
         except PoisonError as error:
             incarnation.is_dead = True
             self.num_deaths += 1
-            self._say(incarnation, ExecutorFailed(incarnation.model.epoch, str(error)))
+            self._send(ExecutorFailed(incarnation.model.epoch, str(error)))
         self._turn_to_next(incarnation)
 
     def _is_put_off(self, incarnation: _Incarnation, action: Callable[[], None]) -> bool:
@@ -143,9 +143,6 @@ class Device:
             self._agenda.add(incarnation.frozen_until_ns, 0, action)
             return True
         return False
-
-    def _say(self, incarnation: _Incarnation, message: Message) -> None:
-        (self._send_late if incarnation.is_given_up else self._send)(message)
 
     # -- faults -------------------------------------------------------------------------------------------------------
 
@@ -156,6 +153,7 @@ class Device:
             return
         current.is_dead = True
         self.num_deaths += 1
+        self._lose_sent()
         self._notice(current, "killed")
 
     def hang(self, duration_ns: int) -> None:
@@ -174,11 +172,21 @@ class Device:
         """No more failing rows."""
         self._current.model.fail_next = False
 
+    def notice(self, why: str) -> None:
+        """Let whoever watches the executor in service give it up, a little later; it does not know."""
+        current = self._current
+        current.is_cut_off = True
+        self.num_deaths += 1
+        self._agenda.add(
+            self._agenda.now_ns + int(self._random() * self._notice_ns),
+            0,
+            lambda: self._send(ExecutorFailed(current.model.epoch, why)) if current is self._current else None,
+        )
+
     def _notice(self, incarnation: _Incarnation, why: str) -> None:
         def tell() -> None:
             is_over = incarnation.is_dead or self._agenda.now_ns < incarnation.frozen_until_ns
-            if is_over and not incarnation.is_given_up:
-                incarnation.is_given_up = True
+            if is_over and incarnation is self._current:
                 self._send(ExecutorFailed(incarnation.model.epoch, why))
 
         self._agenda.add(self._agenda.now_ns + int(self._random() * self._notice_ns), 0, tell)

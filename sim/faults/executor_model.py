@@ -85,6 +85,8 @@ class ExecutorModel:
         for row, _ in batch:
             if row.oracle.is_poison:
                 raise PoisonError(f"request {row.oracle.submit.request_id} killed the executor")
+        if sum(row.oracle.is_poison_in_company for row, _ in batch) > 1:
+            raise PoisonError("two requests killed the executor together")
         self._write(batch)
         for row, num_tokens in batch:
             row.num_computed += num_tokens

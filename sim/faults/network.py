@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import get_args
 
 import msgspec
@@ -102,6 +104,8 @@ class Link:
         self._encodes = encodes
         self._last_ns = 0
         self.clogged_until_ns = 0
+        self.lost_until_ns = 0
+        self._under_way: deque[list[bool]] = deque()  # whether it is lost, for each message sent and not arrived
 
     def send(self, address: Address, post: _Post, message: Message) -> None:
         """Let a message arrive later, behind all that were sent before it."""
@@ -113,11 +117,37 @@ class Link:
             at_ns += int(self._random() * self._max_delay_ns)
         at_ns = max(at_ns, self.clogged_until_ns, self._last_ns)
         self._last_ns = at_ns
-        arrive = partial(post, message)
-        agenda.add(at_ns, 0, arrive)
+        is_lost = [agenda.now_ns < self.lost_until_ns]
+        self._under_way.append(is_lost)
+        agenda.add(at_ns, 0, partial(self._arrive, post, message))
         if self._duplicate_rate and address in REPEATABLE.get(type(message), ()):
             while self._random() < self._duplicate_rate:
-                agenda.add(at_ns, 0, arrive)
+                self._under_way.append(is_lost)
+                agenda.add(at_ns, 0, partial(self._arrive, post, message))
+
+    def _arrive(self, post: _Post, message: Message) -> None:
+        (is_lost,) = self._under_way.popleft()  # they arrive as they were sent
+        if not is_lost:
+            post(message)
+
+    def lose_sent(self, num_kept: int = -1) -> None:
+        """Whoever sends here dies: of what is under way, the end is lost, from a random message on.
+
+        Args:
+            num_kept: how many arrive; -1: chance says.
+        """
+        if num_kept < 0:
+            num_kept = int(self._random() * (len(self._under_way) + 1))
+        for is_lost in islice(self._under_way, num_kept, None):
+            is_lost[0] = True
+
+
+class _Box(Mailbox):
+    """A mailbox whose process may die."""
+
+    def lose_all(self) -> None:
+        """What waits is lost with its process."""
+        self._inbox.clear()
 
 
 class _Remote:
@@ -146,11 +176,11 @@ class Process:
             self.runtime = InProcessRuntime(ROUTES, clock, on_failure)
         finally:
             asyncio._set_running_loop(None)
-        self.mailboxes: dict[Address, Mailbox] = {}
+        self.mailboxes: dict[Address, _Box] = {}
 
     def add(self, address: Address, handler: Handler, after_batch: Message | None = None) -> None:
         """Let an actor live here."""
-        mailbox = Mailbox(address, handler, self.runtime, capacity=MAILBOX_CAPACITY, after_batch=after_batch)
+        mailbox = _Box(address, handler, self.runtime, capacity=MAILBOX_CAPACITY, after_batch=after_batch)
         self.mailboxes[address] = mailbox
         self.runtime.add(address, mailbox)
 

@@ -25,6 +25,7 @@ class Oracle:
         num_outputs: tokens of the answer, if nobody interferes.
         reason: why it ends then.
         is_poison: computing it kills the executor.
+        is_poison_in_company: computing two such in one step does.
     """
 
     __slots__ = (
@@ -34,6 +35,7 @@ class Oracle:
         "_vocab",
         "histories",
         "is_poison",
+        "is_poison_in_company",
         "num_outputs",
         "num_prompt",
         "reason",
@@ -42,9 +44,18 @@ class Oracle:
         "tokens",
     )
 
-    def __init__(self, submit: SubmitRequest, max_len: int, vocab: int, *, is_poison: bool = False) -> None:
+    def __init__(
+        self,
+        submit: SubmitRequest,
+        max_len: int,
+        vocab: int,
+        *,
+        is_poison: bool = False,
+        is_poison_in_company: bool = False,
+    ) -> None:
         self.submit = submit
         self.is_poison = is_poison
+        self.is_poison_in_company = is_poison_in_company
         self.tokens = array("i", submit.prompt_token_ids).tolist()
         self.num_prompt = len(self.tokens)
         self._vocab = vocab

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 
 from ...actors.kv_allocator.core import AllocatorConfig, KVAllocatorCore
 from ...actors.scheduler.core import SchedulerCore
 from ...messages.base import Message
-from ...messages.ids import Epoch, RequestId
+from ...messages.ids import Epoch, RequestId, StepId
 from ...messages.kv import BlocksFreed, PrefixMatched, ResetPrefixCache
 from ...messages.request import CancelRequest, RequestEnded, SubmitRequest
 from ...messages.step import PlanStep, StepExecuted
-from ...messages.system import Drain, ExecutorLost
+from ...messages.system import Drain, ExecutorFailed, ExecutorLost
 from .scenario import Scenario
 from .violation import Violation
 
@@ -21,58 +21,75 @@ class RingWatch:
 
     Args:
         scenario: of the run.
-        on_loss: called when the scheduler hears of a loss, before it reacts.
+        epoch: the executor's, to begin with.
+        before: of the engine that was lost; what has gone wrong so far goes on to count.
 
     Attributes:
         submitted, ended: requests that the scheduler heard of, and the ends that it told.
+        ever_submitted, convicts: requests that this or an earlier one heard of, and those found to kill executors.
         num_to_allocator, num_to_scheduler: messages between the two that are under way.
-        num_losses, num_row_failures, has_drained: what the scheduler has been told of.
+        num_losses, num_row_failures, is_to_drain: what the scheduler has been told of.
         epoch: the executor's, as the scheduler knows it.
+        faulty_epochs: in which an executor said something that cannot be, or something it said was lost.
+        garbled: `(epoch, step)` of results that cannot be.
+        is_link_lossy: results may get lost in any epoch.
     """
 
-    def __init__(self, scenario: Scenario, on_loss: Callable[[], None]) -> None:
+    def __init__(self, scenario: Scenario, epoch: Epoch = Epoch(0), before: RingWatch | None = None) -> None:  # noqa: B008  # a number
         config = scenario.scheduler
         self._config = config
         self._checks_each_message = scenario.checks_each_message
-        self._on_loss = on_loss
-        self.scheduler = SchedulerCore(config)
+        self.scheduler = SchedulerCore(config, epoch)
         self.allocator = KVAllocatorCore(
             AllocatorConfig(
                 num_blocks=config.num_blocks,
                 block_size=config.block_size,
                 enable_prefix_caching=config.enable_prefix_caching,
-            )
+            ),
+            epoch,
         )
-        self.submitted: dict[RequestId, None] = {}
+        self.submitted: dict[RequestId, SubmitRequest] = {}
         self.ended: dict[RequestId, RequestEnded] = {}
+        self.ever_submitted: dict[RequestId, SubmitRequest] = before.ever_submitted if before else {}
+        self.convicts: list[SubmitRequest] = before.convicts if before else []
         self._cancelled: dict[RequestId, None] = {}
         self._next_step_id = 0
+        self._passed_step_id = -1
         self.num_to_allocator = 0
         self.num_to_scheduler = 0
-        self.num_losses = 0
-        self.num_row_failures = 0
-        self.has_drained = False
-        self.epoch = Epoch(0)
+        self.num_losses: int = before.num_losses if before else 0
+        self.num_row_failures: int = before.num_row_failures if before else 0
+        self.is_to_drain: bool = before.is_to_drain if before else False
+        self._has_drained = False
+        self.faulty_epochs: dict[Epoch, None] = {}
+        self.is_link_lossy: bool = before.is_link_lossy if before else False
+        self.garbled: dict[tuple[Epoch, StepId], None] = {}
+        self.epoch = epoch
 
-    def handle_scheduler(self, message: Message, now_ns: int) -> Iterable[Message]:
+    def handle_scheduler(self, message: Message, now_ns: int) -> Sequence[Message]:
         """Let the scheduler handle a message."""
         if isinstance(message, SubmitRequest):
-            self.submitted[message.request_id] = None
+            self.submitted[message.request_id] = self.ever_submitted[message.request_id] = message
             if message.request_id in self._cancelled:
                 raise Violation("a cancel overtakes the request that it cancels", f"request {message.request_id}")
         elif isinstance(message, ExecutorLost):
             if message.epoch > self.epoch:
                 self.num_losses += 1
                 self.epoch = message.epoch
-                self._on_loss()
         elif isinstance(message, StepExecuted):
             self.num_row_failures += len(message.failed)
         elif isinstance(message, PrefixMatched | BlocksFreed):
             self.num_to_scheduler -= 1
         answers = self.scheduler.handle(message, now_ns)  # type: ignore[arg-type]  # hears what its routes say
         for answer in answers:
+            if isinstance(answer, StepExecuted):
+                self._note_results(message, answer, is_first=answer is answers[0])
+                continue
             if isinstance(answer, RequestEnded):
                 self._note_end(answer)
+                continue
+            if isinstance(answer, ExecutorFailed):
+                self._note_fault(answer)
                 continue
             self.num_to_allocator += 1
             if isinstance(answer, PlanStep):
@@ -96,12 +113,28 @@ class RingWatch:
 
     # -- what must hold -----------------------------------------------------------------------------------------------
 
+    def _note_results(self, heard: Message, executed: StepExecuted, *, is_first: bool) -> None:
+        """Results go on to the clients' side once, in order, before what follows from them."""
+        if executed is not heard or not is_first:
+            raise Violation("results are told that nobody said, or behind what follows from them", f"{executed}")
+        if executed.epoch != self.epoch or executed.step_id <= self._passed_step_id:
+            raise Violation("late or repeated results are passed on", f"{executed}")
+        if (executed.epoch, executed.step_id) in self.garbled:
+            raise Violation("results that cannot be are passed on", f"{executed}")
+        self._passed_step_id = executed.step_id
+
+    def _note_fault(self, failed: ExecutorFailed) -> None:
+        if failed.epoch not in self.faulty_epochs and not self.is_link_lossy:
+            raise Violation("a sound executor is taken for a faulty one", f"{failed}")
+
     def _note_end(self, ended: RequestEnded) -> None:
         if ended.request_id in self.ended:
             raise Violation("a request ends twice", f"{ended}")
         if ended.request_id not in self.submitted:
             raise Violation("a request ends that nobody submitted", f"{ended}")
         self.ended[ended.request_id] = ended
+        if ended.error_code == "request_quarantined" and ended.reason == "error":
+            self.convicts.append(self.submitted[ended.request_id])
 
     def _check_plan(self, plan: PlanStep) -> None:
         if plan.step_id != self._next_step_id:
@@ -117,7 +150,7 @@ class RingWatch:
             self.scheduler.check()
             self._check_credit()
         elif isinstance(message, SubmitRequest):
-            if self.has_drained and message.request_id not in self.ended:
+            if self._has_drained and not message.is_taken_up_again and message.request_id not in self.ended:
                 raise Violation("a draining engine accepts a request", f"request {message.request_id}")
             self._check_queue()
         elif isinstance(message, CancelRequest):
@@ -125,14 +158,15 @@ class RingWatch:
             if message.request_id in self.submitted and message.request_id not in self.ended:
                 raise Violation("a cancelled request goes on", f"request {message.request_id}")
         elif isinstance(message, Drain):
-            self.has_drained = True
+            self.is_to_drain = self._has_drained = True
         if self._checks_each_message:
             self.check()
 
     def _check_queue(self) -> None:
-        """The queue is bounded; who comes back to it (preempted, or after a loss) had a seat."""
+        """The queue is bounded; who comes back to it (preempted, or after a loss) had a seat, or was live before."""
         num_waiting = self.scheduler.stats().num_waiting
-        if num_waiting > self._config.max_num_queued_requests + self._config.max_num_seqs:
+        num_from_before = sum(submit.is_taken_up_again for submit in self.submitted.values())
+        if num_waiting > self._config.max_num_queued_requests + self._config.max_num_seqs + num_from_before:
             raise Violation(
                 "the queue grows beyond its bound", f"{num_waiting} of {self._config.max_num_queued_requests}"
             )

@@ -14,7 +14,30 @@ from .vocabulary import EOS_TOKEN
 Topology = Literal["one", "edge+engine", "edge+scheduler+allocator"]
 """Which actors share a process. The executor is beside them all: a thread under `one`, else a process."""
 
-FaultKind = Literal["crash", "hang", "fail_row", "clock_jump", "clog", "reset_cache", "drain", "stall", "defect"]
+FaultKind = Literal[
+    "crash",
+    "hang",
+    "fail_row",
+    "clock_jump",
+    "clog",
+    "reset_cache",
+    "drain",
+    "stall",
+    "defect",
+    "engine_lost",
+    "garble",
+    "lose_result",
+    "partition",
+    "lose_results",
+]
+"""From `engine_lost` on: scheduler and KV allocator die together (if they have processes of their own); the executor
+answers with what cannot be; an answer of it gets lost; it and the engine hear nothing of each other for a while, and it
+is given up though it goes on; likewise, but it hears the engine."""
+
+LOSING: frozenset[FaultKind] = frozenset(
+    {"crash", "hang", "engine_lost", "garble", "lose_result", "partition", "lose_results", "defect"}
+)
+"""Each costs an executor, or at least its cache."""
 
 T = TypeVar("T")
 
@@ -35,6 +58,7 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
         cancel_after_tokens: gives up once it has so many tokens of its first sequence; -1 means never.
         read_every_ns: a slow reader takes one message in this time, and is cut off when `read_buffer` are waiting.
         is_poison: no executor survives a step with it.
+        is_poison_in_company: no executor survives a step with two such.
         follows: goes on where this earlier client's first answer ended; -1 means nobody's.
     """
 
@@ -49,6 +73,7 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
     read_every_ns: int = 0
     read_buffer: int = 4
     is_poison: bool = False
+    is_poison_in_company: bool = False
     follows: int = -1
 
 
@@ -58,7 +83,7 @@ class Fault(msgspec.Struct, frozen=True):
     Attributes:
         at_ns: when.
         duration_ns: how long a hang, a clog or a stall lasts, and how far the clock jumps.
-        choice: in [0, 1): which link, process or actor.
+        choice: in [0, 1): which link, process, actor, or kind of nonsense.
     """
 
     kind: FaultKind
@@ -135,7 +160,7 @@ def draw_scenario(seed: int) -> Scenario:
     topology: Topology = dice.pick("one", "one", "edge+engine", "edge+scheduler+allocator")
     scenario = Scenario(
         seed=seed,
-        scheduler=scheduler,
+        scheduler=msgspec.structs.replace(scheduler, vocab_size=vocab),
         topology=topology,
         vocab=vocab,
         hop_ns=dice.pick(0, 0, 1_000, 50_000),
@@ -154,9 +179,12 @@ def draw_scenario(seed: int) -> Scenario:
     if any(client.is_poison for client in clients):
         # As the engine allows itself: room to find the request that kills its executor.
         max_restarts = 8 + 2 * scheduler.max_num_seqs.bit_length()
-        num_others = sum(fault.kind in {"crash", "hang"} for fault in faults)
+        num_others = sum(fault.kind in LOSING for fault in faults)
+        num_searches = 1 + sum(fault.kind == "engine_lost" for fault in faults)  # a new engine knows no suspects
         num_poisons = sum(client.params.n for client in clients if client.is_poison)
-        scenario = msgspec.structs.replace(scenario, max_restarts=max_restarts * num_poisons + 4 * num_others)
+        scenario = msgspec.structs.replace(
+            scenario, max_restarts=max_restarts * num_poisons * num_searches + 4 * num_others
+        )
     return msgspec.structs.replace(scenario, clients=clients, faults=faults)
 
 
@@ -242,15 +270,28 @@ def _draw_clients(dice: _Dice, scenario: Scenario) -> tuple[Client, ...]:
     return tuple(clients)
 
 
+_FAULT_CHANCES: dict[FaultKind, float] = {
+    "defect": 0.02,
+    "drain": 0.1,
+    "garble": 0.1,
+    "lose_result": 0.1,
+    "partition": 0.1,
+    "lose_results": 0.1,
+    "engine_lost": 0.2,
+}
+"""That a run has faults of this kind at all."""
+
+
 def _draw_faults(dice: _Dice) -> tuple[Fault, ...]:
     kinds: tuple[FaultKind, ...] = (
         "crash", "hang", "fail_row", "clock_jump", "clog", "reset_cache", "stall", "drain", "defect",
+        "engine_lost", "garble", "lose_result", "partition", "lose_results",
     )  # fmt: skip
     horizon_ns = dice.pick(5 * MS, 40 * MS, HEALED_NS)
     faults: list[Fault] = []
     for kind in kinds:
         most = 1 if kind in {"drain", "defect"} else 3
-        if not dice.chance(0.02 if kind == "defect" else 0.1 if kind == "drain" else 0.3):
+        if not dice.chance(_FAULT_CHANCES.get(kind, 0.3)):
             continue
         for _ in range(dice.between(1, most)):
             duration_ns = dice.pick(MS, 10 * MS, 50 * MS)
@@ -263,6 +304,7 @@ def _draw_faults(dice: _Dice) -> tuple[Fault, ...]:
 __all__ = [
     "EOS_TOKEN",
     "HEALED_NS",
+    "LOSING",
     "MS",
     "Client",
     "Fault",

@@ -40,6 +40,7 @@ _PLAIN_CLIENT: tuple[tuple[str, object], ...] = (
     ("priority", 0),
     ("cache_salt", ""),
     ("is_poison", False),
+    ("is_poison_in_company", False),
     ("follows", -1),
     ("at_ns", 0),
 )

@@ -24,8 +24,13 @@ class SupervisorWatch:
         self._supervisor = SupervisorCore(self._config)
         self._give_up = give_up
         self._has_given_up = False
-        self._epoch = Epoch(0)  # of the executor that it started last
+        self._epoch = Epoch(0)
         self._restarts_ns: list[int] = []
+
+    @property
+    def epoch(self) -> Epoch:
+        """Of the executor that it started last."""
+        return self._epoch
 
     def handle(self, message: Message, now_ns: int) -> list[Message]:
         """Let the supervisor handle a message."""

@@ -10,19 +10,21 @@ from functools import partial
 import msgspec
 
 from ...actors.detokenizer.core import DetokenizerCore
+from ...actors.ledger.core import LedgerCore
 from ...actors.runtime.routes import Address
 from ...actors.tokenizer.core import TokenizerConfig, TokenizerCore
 from ...messages.base import Message
 from ...messages.ids import Epoch, RequestId
 from ...messages.kv import ResetPrefixCache
-from ...messages.request import CancelRequest, SubmitPrompt, SubmitRequest
+from ...messages.request import CancelRequest, RequestEnded, StopMatched, SubmitPrompt, SubmitRequest
 from ...messages.step import PlanDue, StepExecuted
-from ...messages.system import Drain, ExecutorLost, StartExecutor
+from ...messages.system import Drain, EngineLost, ExecutorFailed, ExecutorLost, StartExecutor
 from ..agenda import Agenda
 from .clients import FrontEndModel
 from .device import Device
 from .excuses import Excuses
 from .executor_model import ExecutorModel
+from .garble import NUM_WAYS, garble
 from .network import ADDRESSES, Link, Process, VirtualClock
 from .oracle import Oracle
 from .ring_watch import RingWatch, check_nothing_left
@@ -50,7 +52,7 @@ _PLACES: dict[Topology, dict[Address, str]] = {
         "detokenizer": "edge",
         "scheduler": "engine",
         "kv_allocator": "engine",
-        "supervisor": "engine",
+        "supervisor": "edge",
         "executor": "device",
     },
     "edge+scheduler+allocator": {
@@ -59,7 +61,7 @@ _PLACES: dict[Topology, dict[Address, str]] = {
         "detokenizer": "edge",
         "scheduler": "engine",
         "kv_allocator": "blocks",
-        "supervisor": "engine",
+        "supervisor": "edge",
         "executor": "device",
     },
 }
@@ -109,7 +111,7 @@ class World:
 
         self._vocabulary = Vocabulary(scenario.vocab)
         self._oracles: dict[RequestId, Oracle] = {}
-        self._ring = RingWatch(scenario, self._send_held_back)
+        self._ring = RingWatch(scenario)
         self._excuses = Excuses(scenario, self._ring)
         self._supervisor = SupervisorWatch(scenario.max_restarts, self._break)
         self._tokenizer = TokenizerCore(
@@ -117,17 +119,24 @@ class World:
         )
         self._detokenizer = DetokenizerCore(self._vocabulary)
 
-        self._held_back: list[StepExecuted] = []
+        self._ledger = LedgerCore()
+        self._engine_is_down = False
+        self._dies_at_an_end = False  # before it can tell of it
+        self._garble_way = -1  # how the next results are garbled
+        self._loses_result = False  # the next results get lost
         self._defective: Address | None = None  # the actor whose next message finds a defect
         self._has_defect = False
         self._is_defect_told = False
+        self._places = _PLACES[scenario.topology]
+        self._has_engine_process = self._places["scheduler"] != self._places["frontend"]
+        self._notice_random = stream(scenario.seed, "notice").random
         self._build()
 
     # -- building -----------------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
         scenario, agenda = self.scenario, self._agenda
-        places = _PLACES[scenario.topology]
+        places = self._places
         hops = stream(scenario.seed, "hops")
         delays = stream(scenario.seed, "delays")
         processes = {
@@ -146,9 +155,9 @@ class World:
         handlers: dict[Address, Callable[[Message, int], Iterable[Message]]] = {
             "frontend": self._front_end.handle,
             "tokenizer": self._handle_tokenizer,
-            "scheduler": self._ring.handle_scheduler,
-            "kv_allocator": self._ring.handle_allocator,
-            "detokenizer": self._detokenizer.handle,  # type: ignore[dict-item]  # hears what its routes say
+            "scheduler": self._handle_scheduler,
+            "kv_allocator": self._handle_allocator,
+            "detokenizer": self._handle_detokenizer,
             "supervisor": self._handle_supervisor,
         }
         for address, handler in handlers.items():
@@ -157,15 +166,15 @@ class World:
         self._links: dict[tuple[str, str], Link] = {}
         home = processes[places["executor"]]
         if scenario.topology == "one":
-            send: Callable[[Message], None] = partial(home.runtime.send_from_thread, "executor")
+            self._send_as_executor = partial(home.runtime.send_from_thread, "executor")
         else:
-            send = partial(home.runtime.send, "executor")
+            self._send_as_executor = partial(home.runtime.send, "executor")
         self._device = Device(
             agenda,
             stream(scenario.seed, "device"),
             self._make_model,
-            send=send,
-            send_late=self._send_late,
+            send=self._send_from_executor,
+            lose_sent=self._lose_sent,
             step_ns=scenario.step_ns,
             step_token_ns=scenario.step_token_ns,
             load_ns=scenario.load_ns,
@@ -188,10 +197,12 @@ class World:
                             duplicate_rate=scenario.duplicate_rate,
                             encodes=scenario.encodes and place != name,
                         )
-                    process.link(address, link, posts[address])
+                    post = posts[address]
+                    if address == "detokenizer":  # from another process: the scheduler's
+                        post = partial(self._hear_engine, post)
+                    process.link(address, link, post)
             process.runtime.connect()
         self._processes = processes
-        self._scheduler_post = posts["scheduler"]
         self._scheduler_mailbox = processes[places["scheduler"]].mailboxes["scheduler"]
 
     def _make_model(self, epoch: Epoch) -> ExecutorModel:
@@ -206,24 +217,128 @@ class World:
             max_sequence_len=config.max_sequence_len,
         )
 
-    def _send_late(self, message: Message) -> None:
-        """What an executor says that was given up: its link to the edge was cut, the engine hears it, later."""
-        places = _PLACES[self.scenario.topology]
-        home, engine = places["executor"], places["scheduler"]
-        process = self._processes[home]
-        if not isinstance(message, StepExecuted):
-            process.runtime.send("executor", message)
-        elif message.epoch >= self._ring.epoch:
-            self._held_back.append(message)
-        elif home == engine:
-            process.loop.call_soon_threadsafe(self._scheduler_post, message)
-        else:
-            self._links[home, engine].send("scheduler", self._scheduler_post, message)
+    # -- executor and engine, and how they get lost ------------------------------------------------------------------
 
-    def _send_held_back(self) -> None:
-        held_back, self._held_back = self._held_back, []
-        for late in held_back:
-            self._send_late(late)
+    def _send_from_executor(self, message: Message) -> None:
+        if isinstance(message, StepExecuted) and not self._engine_is_down and message.epoch == self._ring.epoch:
+            if self._loses_result:
+                self._loses_result = False
+                self._ring.faulty_epochs[message.epoch] = None
+                self._device.notice("it does not answer")
+                return
+            if self._garble_way >= 0 and message.request_ids:
+                self._ring.faulty_epochs[message.epoch] = None
+                if self._garble_way > 0:  # a row may well be missing, if its request has ended
+                    self._ring.garbled[message.epoch, message.step_id] = None
+                self._device.num_deaths += 1  # or as good as that
+                message = garble(message, self._garble_way, self.scenario.vocab)
+                self._garble_way = -1
+        self._send_as_executor(message)
+
+    def _cut_off(self, fault: Fault) -> None:
+        """Executor and engine do not hear each other; who watches the executor gives it up, which it cannot know."""
+        if not self._has_engine_process:
+            return
+        until_ns = self._agenda.now_ns + fault.duration_ns
+        executor, engine = self._places["executor"], self._places["scheduler"]
+        if fault.kind == "partition":
+            for (sender, receiver), link in self._links.items():
+                if executor in {sender, receiver} and self._places["supervisor"] not in {sender, receiver}:
+                    link.clogged_until_ns = until_ns
+            self._device.notice("no word from it")
+            return
+        self._ring.is_link_lossy = True
+        self._links[executor, engine].lost_until_ns = until_ns
+        # An executor that is started meanwhile is not heard either.
+        self._agenda.add(until_ns, 0, partial(self._device.notice, "no word from it"))
+
+    def _lose_sent(self) -> None:
+        """The executor is killed; a thread's words are heard all the same, a process's perhaps not."""
+        if self._has_engine_process:
+            self._links[self._places["executor"], self._places["scheduler"]].lose_sent()
+
+    @property
+    def _engine_places(self) -> dict[str, None]:
+        return {self._places["scheduler"]: None, self._places["kv_allocator"]: None}
+
+    def _lose_engine(self) -> None:
+        """Scheduler and allocator die."""
+        if not self._has_engine_process or self._engine_is_down:
+            return
+        self._engine_is_down = True
+        self._device.num_deaths += 1  # its KV is worth nothing any more
+        self._agenda.add(self._agenda.now_ns, 0, self._lose_last_words)
+        notice_ns = int(self._notice_random() * self.scenario.notice_ns)
+        self._agenda.add(self._agenda.now_ns + notice_ns, 0, self._replace_engine)
+
+    def _lose_last_words(self) -> None:
+        """Of what scheduler and allocator said last, what they were just saying included, not everything arrives."""
+        for (sender, _), link in self._links.items():
+            if sender in self._engine_places:
+                link.lose_sent()
+
+    def _replace_engine(self) -> None:
+        """A new engine takes up every live request, under an epoch that the executor begins with it."""
+        if self._is_broken:
+            return
+        now_ns = self._clock.now_ns()
+        answers = self._supervisor.handle(ExecutorFailed(self._supervisor.epoch, "the engine was lost"), now_ns)
+        epoch = next((answer.epoch for answer in answers if isinstance(answer, StartExecutor)), None)
+        if epoch is None:
+            return  # it has given up
+        # Whatever the dead one said or would have heard and is still under way: its links are gone.
+        edge, engine_places = self._places["frontend"], self._engine_places
+        for (sender, receiver), link in self._links.items():
+            if (receiver in engine_places and sender != self._places["executor"]) or (
+                sender in engine_places and receiver in {edge, *engine_places}
+            ):
+                link.lose_sent(0)
+        for name in engine_places:
+            for box in self._processes[name].mailboxes.values():
+                box.lose_all()
+        self._ring = self._excuses.ring = RingWatch(self.scenario, epoch, self._ring)
+        self._engine_is_down = False
+        tell = self._processes[edge].runtime.send
+        for answer in answers:
+            tell("supervisor", answer)
+        for message in self._ledger.handle(EngineLost(epoch, "killed"), now_ns):
+            tell("detokenizer" if isinstance(message, StopMatched) else "tokenizer", message)
+        if self._ring.is_to_drain:
+            tell("frontend", Drain())
+
+    def _hear_engine(self, post: Callable[[Message], None], message: Message) -> None:
+        """What the scheduler says passes the ledger before the detokenizer hears it."""
+        for heard in self._note_in_ledger(message):
+            post(heard)
+
+    def _note_in_ledger(self, message: Message) -> Iterable[Message]:
+        if not self._has_engine_process:
+            return (message,)
+        return self._ledger.handle(message, self._clock.now_ns())  # type: ignore[arg-type]  # what its routes say
+
+    def _handle_scheduler(self, message: Message, now_ns: int) -> Iterable[Message]:
+        if self._engine_is_down:
+            return ()
+        answers = self._ring.handle_scheduler(message, now_ns)
+        if self._dies_at_an_end:
+            for index, answer in enumerate(answers):
+                if isinstance(answer, RequestEnded):
+                    self._dies_at_an_end = False
+                    self._lose_engine()
+                    return answers[:index]
+        return answers
+
+    def _handle_allocator(self, message: Message, now_ns: int) -> Iterable[Message]:
+        return () if self._engine_is_down else self._ring.handle_allocator(message, now_ns)
+
+    def _handle_detokenizer(self, message: Message, now_ns: int) -> Iterable[Message]:
+        answers: list[Message] = []
+        for answer in self._detokenizer.handle(message, now_ns):  # type: ignore[arg-type]  # hears what its routes say
+            if isinstance(answer, StopMatched):
+                answers.extend(self._note_in_ledger(answer))
+            else:
+                answers.append(answer)
+        return answers
 
     # -- watching -----------------------------------------------------------------------------------------------------
 
@@ -259,16 +374,23 @@ class World:
 
     def _handle_tokenizer(self, message: Message, now_ns: int) -> Iterable[Message]:
         if isinstance(message, CancelRequest):
-            return (message,)
+            return self._note_in_ledger(message)
         assert isinstance(message, SubmitPrompt), message
-        answers = self._tokenizer.handle(message, now_ns)
+        answers: list[Message] = []
         config = self.scenario.scheduler
-        for answer in answers:
-            if isinstance(answer, SubmitRequest):
+        for answer in self._tokenizer.handle(message, now_ns):
+            if not isinstance(answer, SubmitRequest):
+                answers.append(answer)
+            else:
+                answers.extend(self._note_in_ledger(answer))
                 request_id = answer.request_id
                 client = self._front_end.streams[request_id].client
                 self._oracles[request_id] = Oracle(
-                    answer, config.max_sequence_len, self.scenario.vocab, is_poison=client.is_poison
+                    answer,
+                    config.max_sequence_len,
+                    self.scenario.vocab,
+                    is_poison=client.is_poison,
+                    is_poison_in_company=client.is_poison_in_company,
                 )
         return answers
 
@@ -289,7 +411,10 @@ class World:
     def _on_failure(self, address: Address, error: Exception) -> None:
         if isinstance(error, _InjectedError):
             self._is_defect_told = True
-            self._break(str(error))
+            if self._has_engine_process and address in {"scheduler", "kv_allocator"}:
+                self._lose_engine()  # its process ends
+            else:
+                self._break(str(error))
         else:
             self._violation = self._violation or as_violation(address, error)
 
@@ -339,11 +464,18 @@ class World:
             agenda.add(client.at_ns, 0, partial(self._front_end.submit, number, client))
         for fault in scenario.faults:
             agenda.add(fault.at_ns, 0, partial(self._inject, fault))
-        agenda.add(HEALED_NS, 0, self._device.heal)
+        agenda.add(HEALED_NS, 0, self._heal)
         agenda.add(TICK_NS, 0, self._tick)
 
+    def _heal(self) -> None:
+        """What was to go wrong next goes well."""
+        self._device.heal()
+        self._garble_way = -1
+        self._loses_result = False
+        self._dies_at_an_end = False
+
     def _tick(self) -> None:
-        if self._front_end.num_live_with_deadline:
+        if self._front_end.num_live_with_deadline and not self._engine_is_down:
             self._front_end.check_deadlines()
             self._scheduler_mailbox.wake()
         if self._front_end.num_live_with_deadline or self._agenda.now_ns < HEALED_NS:
@@ -358,6 +490,16 @@ class World:
                 self._device.hang(fault.duration_ns)
             case "fail_row":
                 self._device.fail_row()
+            case "engine_lost" if fault.choice < 0.5:
+                self._lose_engine()
+            case "engine_lost":
+                self._dies_at_an_end = self._has_engine_process
+            case "garble":
+                self._garble_way = int(fault.choice * NUM_WAYS)
+            case "lose_result":
+                self._loses_result = True
+            case "partition" | "lose_results":
+                self._cut_off(fault)
             case "clock_jump":
                 self._clock.jumped_ns += fault.duration_ns
             case "clog":
@@ -396,6 +538,7 @@ class World:
         check_nothing_left(
             {
                 "rows on the executor": len(self._device.model.rows),
+                "recipes in the ledger": self._ledger.num_live,
                 "streams of the detokenizer": self._detokenizer.num_streams,
             }
         )

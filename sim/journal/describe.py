@@ -75,7 +75,7 @@ def _field(name: str, value: object) -> str:
 
 
 def _rows(request_ids: tuple[int, ...], num_tokens: tuple[int, ...]) -> str:
-    rows = [str(r) if n == 1 else f"{r} x {n}" for r, n in zip(request_ids, num_tokens, strict=True)]
+    rows = [str(r) if n == 1 else f"{r} x {n}" for r, n in zip(request_ids, num_tokens, strict=False)]
     return f"{len(rows)} rows, {sum(num_tokens)} tokens: {_items(rows)}"
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from ...actors.journal.core import JournalHeader
+from ...actors.journal.core import JournalHeader, decisions_of
 from ...messages.base import Message
 from ...messages.kv import MatchPrefix
 from ...messages.request import RequestEnded, SubmitRequest
@@ -92,7 +92,7 @@ class _Lanes:
             if played.difference or (played.raised and not entry.raised):
                 self.trouble = f"replayed, the {played.core.replace('_', ' ')} decides otherwise from here on"
                 return
-            for answer in played.answers:
+            for answer in decisions_of(played.message, played.answers):
                 yield _Item(played.core, "said", answer, entry.frame, step, time_s)
 
     def next(self) -> _Item | None:

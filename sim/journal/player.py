@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -18,6 +19,7 @@ from ...actors.journal.core import (
     Cancelled,
     DecisionChecksum,
     Executed,
+    ExecutedFaulty,
     ExecutedLate,
     JournalHeader,
     Lost,
@@ -25,18 +27,20 @@ from ...actors.journal.core import (
     SchedulerTakes,
     Stopped,
     Submitted,
+    SubmittedAgain,
     Unheard,
+    decisions_of,
     encode_check,
 )
 from ...actors.kv_allocator.core import AllocatorInbox, KVAllocatorCore
-from ...actors.scheduler.core import SchedulerCore, SchedulerInbox
+from ...actors.scheduler.core import Quarantine, SchedulerCore, SchedulerInbox
 from ...messages.base import Message
 from ...messages.errors import InvalidJournalError
 from ...messages.ids import Epoch, RequestId, StepId
 from ...messages.kv import ResetPrefixCache
 from ...messages.request import CancelRequest, RequestEnded, StopMatched, SubmitRequest
 from ...messages.step import ExecuteStep, PlanDue, PlanStep, StepExecuted
-from ...messages.system import Drain, ExecutorLost
+from ...messages.system import Drain, ExecutorFailed, ExecutorLost
 from .reader import Entry, submitted_tokens
 
 CoreName = Literal["scheduler", "kv_allocator"]
@@ -49,6 +53,21 @@ _PLAN_DUE = PlanDue()
 
 class CannotHappenError(Exception):
     """The journal tells of something that the cores, as they decide now, make impossible."""
+
+
+class _RecordedQuarantine(Quarantine):
+    """Finds the requests that were found: a journal does not have what they are recognised by.
+
+    Attributes:
+        is_found: the request that is submitted next.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_found = False
+
+    def holds(self, submit: SubmitRequest, now_ns: int) -> bool:
+        return self.is_found
 
 
 class Played(msgspec.Struct, frozen=True):
@@ -78,7 +97,11 @@ class Player:
 
     def __init__(self, header: JournalHeader) -> None:
         self._header = header
-        self.scheduler = SchedulerCore(header.scheduler, header.scheduler_epoch)
+        config = header.scheduler
+        if not header.has_tokens:  # what stands for tokens is of any size
+            config = msgspec.structs.replace(config, vocab_size=0)
+        self._quarantine = _RecordedQuarantine()
+        self.scheduler = SchedulerCore(config, header.scheduler_epoch, quarantine=self._quarantine)
         self.allocator = KVAllocatorCore(header.allocator, header.allocator_epoch)
         self._checksum = DecisionChecksum(has_tokens=header.has_tokens)
         self._to_allocator = Unheard()
@@ -112,12 +135,17 @@ class Player:
                 raised = f"{raised}: {error}".rstrip(": ")
                 return Played(core, message, answers, raised, self._recorded(entry))
         difference = self._recorded(entry) if raised != entry.raised else ""
-        if answers:
-            if encode_check(self._checksum.add(answers)) != entry.check:
+        decisions = decisions_of(message, answers)
+        if decisions:
+            if encode_check(self._checksum.add(decisions)) != entry.check:
                 difference = self._recorded(entry)
-            self._carry(core, answers)
+            self._carry(core, decisions)
         elif entry.check:
             difference = self._recorded(entry)
+        if not raised and type(message) is StepExecuted:
+            was_accepted = isinstance(entry.record, Executed)
+            if was_accepted != (len(decisions) < len(answers)):
+                difference = "accepted the results" if was_accepted else "did not accept the results"
         return Played(core, message, answers, raised, difference)
 
     @staticmethod
@@ -126,7 +154,7 @@ class Player:
             return f"raised {entry.raised}"
         return "answered something else" if entry.check else "answered nothing"
 
-    def _carry(self, core: CoreName, answers: tuple[Message, ...]) -> None:
+    def _carry(self, core: CoreName, answers: Sequence[Message]) -> None:
         for answer in answers:
             if core == "kv_allocator":
                 if type(answer) is not ExecuteStep:
@@ -134,6 +162,8 @@ class Player:
                 continue
             if isinstance(answer, RequestEnded):
                 self._num_live_tokens -= self._num_tokens.pop(answer.request_id, 0)
+                continue
+            if isinstance(answer, ExecutorFailed):
                 continue
             if isinstance(answer, PlanStep):
                 self.steps.append(answer.step_id)
@@ -154,6 +184,12 @@ class Player:
             case ExecutedLate():
                 token_ids = (0,) * len(record.request_ids)
                 return "scheduler", StepExecuted(record.epoch, record.step_id, record.request_ids, token_ids)
+            case ExecutedFaulty():
+                if not self.steps:
+                    raise CannotHappenError(f"results are refused ({record.why}), but no step is in flight")
+                # Some that cannot be, in place of those.
+                failed = ((RequestId(-1), record.why),)
+                return "scheduler", StepExecuted(self.epoch, self.steps[0], (), (), failed=failed)
             case Cancelled():
                 return "scheduler", CancelRequest(record.request_id)
             case Stopped():
@@ -205,10 +241,19 @@ class Player:
             if self._num_live_tokens > MAX_LIVE_TOKENS:
                 raise InvalidJournalError(f"frame {entry.frame}: requests hold more than {MAX_LIVE_TOKENS} tokens")
         arrival_ns = entry.now_ns - record.age_ns
+        is_taken_up_again = False
+        params = record.params
+        self._quarantine.is_found = False
+        if isinstance(record, SubmittedAgain):
+            is_taken_up_again = record.is_taken_up_again
+            self._quarantine.is_found = record.is_quarantined
+            if record.is_stopped and not self._header.has_tokens:
+                last = int.from_bytes(tokens[-4:], "little", signed=True)
+                params = msgspec.structs.replace(params, stop_token_ids=(last,))
         return SubmitRequest(
             request_id=record.request_id,
             prompt_token_ids=tokens[: 4 * num_prompt],
-            params=record.params,
+            params=params,
             eos_token_ids=record.eos_token_ids,
             arrival_ns=arrival_ns,
             priority=record.priority,
@@ -216,6 +261,7 @@ class Player:
             fork_of=record.fork_of,
             deadline_ns=record.timeout_ns and arrival_ns + record.timeout_ns,
             output_token_ids=tokens[4 * num_prompt :],
+            is_taken_up_again=is_taken_up_again,
         )
 
     def _executed(self, record: Executed, entry: Entry) -> StepExecuted:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ...actors.journal.core import Executed, Lost
+from ...actors.journal.core import Executed, Lost, decisions_of
 from ...actors.scheduler.explain import is_open, request_states, why_waiting
 from ...messages.errors import InvalidJournalError
 from ...messages.ids import RequestId
@@ -105,7 +105,7 @@ class Replay:
                 recorded = played.difference
                 if played.core == "scheduler":
                     recorded += _look_ahead(entries, num_in_flight, step)
-                said = tuple(describe(answer) for answer in played.answers)
+                said = tuple(describe(answer) for answer in decisions_of(played.message, played.answers))
                 if played.raised:
                     said = (f"raised {played.raised}",)
                 self._diverge(entry, step, played.core, heard=describe(played.message), said=said, recorded=recorded)
@@ -135,8 +135,9 @@ class Replay:
                 self._deadlines[message.request_id] = message.deadline_ns
             if self._waiting is not None and message.request_id == self._waiting.request_id:
                 self._waiting.was_submitted = True
-        self._num_decisions += bool(played.answers)
-        for answer in played.answers:
+        decisions = decisions_of(message, played.answers)
+        self._num_decisions += bool(decisions)
+        for answer in decisions:
             self._counts[type(answer)] += 1
             if isinstance(answer, RequestEnded):
                 self._end(answer, is_cancel=isinstance(message, CancelRequest))

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from ...actors.kv_allocator.sizing import kv_row_bytes
 from ...messages.errors import InvalidConfigError, ModelNotFoundError, UnsupportedModelError
 
 BITS: dict[str, int] = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8, "int8": 8, "int4": 4}
@@ -138,7 +139,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     def kv_bytes_per_token(self, tp: int = 1) -> int:
         """KV cache that a token takes on each GPU of a tensor-parallel group, all layers."""
         heads = self.kv_heads_per_rank(tp)
-        return 2 * self.num_layers * heads * self.head_dim * BITS[self.kv_dtype] // 8
+        return 2 * self.num_layers * heads * kv_row_bytes(self.head_dim, self.kv_dtype, BITS[self.kv_dtype])
 
     def with_dtype(self, dtype: str, kv_dtype: str | None = None) -> ModelShape:
         """The same model in another precision; KV in the weights' where those are floats of 16 bits or more.

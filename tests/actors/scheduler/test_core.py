@@ -473,7 +473,7 @@ def test_a_request_that_kills_the_executor_is_found_and_the_others_finish(poison
         if not ring.step_randomly():
             break
     ring.check_quiet()
-    assert ring.ended[RequestId(poison)].error_code == "executor_lost"
+    assert ring.ended[RequestId(poison)].error_code == "request_quarantined"
     assert {ended.reason for request_id, ended in ring.ended.items() if request_id != poison} == {"length"}
     assert num_losses <= 8
 

@@ -62,7 +62,7 @@ def test_a_failure_is_shrunk_and_tells_how_to_run_it_again() -> None:
 
 
 def test_a_report_of_what_never_ends_says_who_waits_for_whom() -> None:
-    text = run_python(FAILING, "after a loss, requests that were matching are forgotten")
+    text = run_python(FAILING, "after a loss, old tokens are waited for")
     assert "who waits for whom:" in text
     assert "waits for the scheduler" in text
 

@@ -5,18 +5,23 @@ from typing import Any
 
 import msgspec
 import pytest
-from core_ring import CoreRing, submit
+from core_ring import STOP_TOKEN, CoreRing, submit
 from journaled_ring import CONFIG, entries_of, header_of, record_ring
 from journaled_run import run_live
 
-from octavo.actors.journal.checksum import DecisionChecksum
+from octavo.actors.journal.checksum import DecisionChecksum, decisions_of
 from octavo.actors.kv_allocator.core import KVAllocatorCore
 from octavo.actors.scheduler import preemption
 from octavo.actors.scheduler.config import SchedulerConfig
 from octavo.actors.scheduler.core import SchedulerCore
+from octavo.messages.base import Message
 from octavo.messages.errors import InvalidJournalError
+from octavo.messages.ids import Epoch, RequestId
+from octavo.messages.kv import PrefixMatched
 from octavo.messages.request import RequestEnded
-from octavo.messages.step import PlanDue, PlanStep
+from octavo.messages.step import PlanDue, PlanStep, StepExecuted
+from octavo.messages.system import Drain, ExecutorLost
+from octavo.sim.journal.diff import diff
 from octavo.sim.journal.player import Player
 from octavo.sim.journal.reader import JournalReader
 from octavo.sim.journal.recorder import SimJournal
@@ -30,7 +35,9 @@ def replayed_decisions(path: Path, checksum: DecisionChecksum) -> list[tuple[str
         found = []
         for entry in reader.entries():
             played = player.play(entry)
-            found += [(played.core, checksum.decision(answer)) for answer in played.answers]
+            found += [
+                (played.core, checksum.decision(answer)) for answer in decisions_of(played.message, played.answers)
+            ]
     return found
 
 
@@ -281,3 +288,62 @@ def make_ring(config: SchedulerConfig, journal: SimJournal) -> Any:
     ring.scheduler.handle = journal.wrap_scheduler(ring.scheduler.handle)  # type: ignore[method-assign]
     ring.allocator.handle = journal.wrap_allocator(ring.allocator.handle)  # type: ignore[method-assign]
     return ring
+
+
+# -- what hangs on tokens that a journal does not have ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_tokens", [False, True])
+def test_faulty_results_quarantine_and_requests_taken_up_again_are_decided_the_same(
+    has_tokens: bool, tmp_path: Path
+) -> None:
+    config = SchedulerConfig(num_blocks=32, block_size=4, max_model_len=32, max_executor_losses=0, vocab_size=50)
+    path = tmp_path / "j"
+    said: list[Message] = []
+    with path.open("wb") as file:
+        journal = SimJournal(file, header_of(config, has_tokens=has_tokens))
+        handle = journal.wrap_scheduler(SchedulerCore(config).handle)
+
+        def tell(message: Message) -> list[Message]:
+            answers = handle(message, 1)
+            said.extend(answers)
+            return answers
+
+        def plan(epoch: int, request_id: int) -> PlanStep:
+            tell(PlanDue())
+            tell(PrefixMatched(Epoch(epoch), RequestId(request_id), 0, 0))
+            return tell(PlanDue())[0]
+
+        tell(submit(1, [1, 2, 3, 4, 5]))
+        first = plan(0, 1)
+        tell(StepExecuted(first.epoch, first.step_id, first.request_ids, (7, 8)))
+        tell(StepExecuted(first.epoch, first.step_id, first.request_ids, (7,)))
+        tell(ExecutorLost(Epoch(1), "faulty"))  # with this bound, one loss convicts
+        tell(submit(2, [1, 2, 3, 4, 5]))
+        tell(submit(3, [1, 2, 3, 4, 6]))
+        second = plan(1, 3)
+        tell(StepExecuted(second.epoch, second.step_id, second.request_ids, (7,)))
+        tell(Drain())
+        tell(msgspec.structs.replace(submit(4, [1, 2], eos=True, output=(5, STOP_TOKEN)), is_taken_up_again=True))
+        tell(msgspec.structs.replace(submit(5, [1, 2], output=(5, 6)), is_taken_up_again=True))
+        tell(submit(6, [1, 2]))
+        journal.end()
+    ends = [
+        (message.request_id, message.reason, message.error_code)
+        for message in said
+        if isinstance(message, RequestEnded)
+    ]
+    assert ends == [
+        (1, "error", "request_quarantined"),
+        (2, "refused", "request_quarantined"),
+        (4, "stop", ""),
+        (6, "refused", "engine_closed"),
+    ]
+    kinds = [type(entry.record).__name__ for entry in entries_of(path)]
+    assert kinds.count("ExecutedFaulty") == 1
+    assert kinds.count("ExecutedLate") == 1
+    assert kinds.count("Executed") == 1
+    assert kinds.count("SubmittedAgain") == 3
+    report = replay(path)
+    assert report.is_identical, report.divergence
+    assert diff(path, path).is_same

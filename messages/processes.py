@@ -1,0 +1,113 @@
+"""Between the processes of one engine: what was loaded, who is where, how the engine does."""
+
+from __future__ import annotations
+
+from .base import Message
+from .ids import Epoch
+
+
+class ExecutorLoaded(Message, frozen=True):
+    """Executor -> edge 0: what it has loaded, before it is ready.
+
+    Attributes:
+        child, incarnation: which executor process.
+        vocab_size, max_model_len, num_blocks, kv_cache_bytes, dtype, load_seconds: of the model and the KV cache.
+    """
+
+    child: str
+    incarnation: int
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    kv_cache_bytes: int
+    dtype: str
+    load_seconds: float
+
+
+class LoadFailed(Message, frozen=True):
+    """Executor -> edge 0: it cannot load what it was told to; its process ends.
+
+    Attributes:
+        code, error: of the public error.
+    """
+
+    child: str
+    incarnation: int
+    code: str
+    error: str
+
+
+class SetUpEngine(Message, frozen=True):
+    """Edge 0 -> engine: what to schedule, known once the executor has loaded.
+
+    Attributes:
+        setup: an `EngineSetup`, msgpack.
+    """
+
+    setup: bytes
+
+
+class PeerStarted(Message, frozen=True):
+    """Edge 0 -> engine: a peer's new incarnation listens where its name and incarnation say."""
+
+    name: str
+    incarnation: int
+
+
+class PeerLeft(Message, frozen=True):
+    """Edge 0 -> engine: a peer is gone; what it waited for is to be cancelled."""
+
+    name: str
+    incarnation: int
+
+
+class EngineReport(Message, frozen=True):
+    """Engine -> edges, a few times a second: the accounts of scheduler and KV allocator.
+
+    Attributes:
+        step_age_ns: since the last step ended, while there is work; 0 while there is none.
+        Others: as in `SchedulerStats` and `AllocatorStats`; totals are of this incarnation.
+    """
+
+    incarnation: int
+    num_running: int
+    num_waiting: int
+    num_held_blocks: int
+    num_blocks: int
+    num_preemptions: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    prompt_tokens: int
+    generation_tokens: int
+    num_steps: int
+    num_steps_in_flight: int
+    num_dropped_messages: int
+    num_executor_losses: int
+    num_requeued: int = 0
+    num_quarantined: int = 0
+    step_age_ns: int = 0
+
+
+class EngineUp(Message, frozen=True):
+    """Edge 0 -> other edges: this incarnation of an engine takes requests; what the one before had is lost.
+
+    Attributes:
+        name, incarnation: of the engine.
+        epoch: that it began with.
+    """
+
+    name: str
+    incarnation: int
+    epoch: Epoch
+
+
+class EdgeStatus(Message, frozen=True):
+    """Edge 0 -> other edges: what the supervisor knows.
+
+    Attributes:
+        why_not_ready: empty if a request sent now would be served.
+        restarts: `(kind, number)` of each kind of child.
+    """
+
+    why_not_ready: str
+    restarts: tuple[tuple[str, int], ...] = ()
