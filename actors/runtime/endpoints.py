@@ -1,0 +1,94 @@
+"""Where a port may listen: private directories, and TCP with keys."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+import stat
+from pathlib import Path
+
+from ...messages.errors import InvalidConfigError
+
+MAX_PATH_BYTES = 107  # of a Unix socket on Linux
+
+
+def check_endpoint(endpoint: str, *, has_keys: bool, allow_plain_loopback: bool) -> None:
+    """Refuse an endpoint that anybody could reach.
+
+    Raises:
+        InvalidConfigError: neither `ipc://` nor `tcp://`; an abstract ipc name (it has no file mode); or TCP without
+            keys, unless it is loopback and that was asked for.
+    """
+    scheme, _, address = endpoint.partition("://")
+    if scheme == "ipc":
+        if not address.startswith("/"):
+            raise InvalidConfigError(f"{endpoint!r}: an ipc endpoint is an absolute path", field="endpoint")
+        if len(os.fsencode(address)) > MAX_PATH_BYTES:
+            raise InvalidConfigError(
+                f"{endpoint!r}: longer than the {MAX_PATH_BYTES} bytes of a Unix socket's path; choose a shorter "
+                "directory",
+                field="endpoint",
+            )
+        return
+    if scheme != "tcp":
+        raise InvalidConfigError(f"{endpoint!r}: an endpoint begins with ipc:// or tcp://", field="endpoint")
+    if has_keys:
+        return
+    if not _is_loopback(address.rpartition(":")[0]):
+        raise InvalidConfigError(
+            f"{endpoint!r} can be reached by other hosts: give it CURVE keys (`octavo keys` makes them)",
+            field="endpoint",
+        )
+    if not allow_plain_loopback:
+        raise InvalidConfigError(
+            f"{endpoint!r} without CURVE keys can be reached by every user of this host: use ipc://, give it keys "
+            "(`octavo keys` makes them), or ask for plain loopback",
+            field="endpoint",
+        )
+
+
+def claim_ipc_path(path: Path) -> None:
+    """Make sure that a socket can be bound at `path` without handing it to another user or taking somebody's.
+
+    A socket that nobody listens on any more is removed.
+
+    Raises:
+        InvalidConfigError: the directory is not ours alone (mode 0700), or something else is at the path already.
+    """
+    folder = path.parent
+    try:
+        status = folder.lstat()
+    except FileNotFoundError as error:
+        raise InvalidConfigError(f"{folder} does not exist: make it with mode 0700", field="endpoint") from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise InvalidConfigError(f"{folder} is no directory", field="endpoint")
+    if status.st_uid != os.geteuid():
+        raise InvalidConfigError(f"{folder} belongs to another user (uid {status.st_uid})", field="endpoint")
+    if status.st_mode & 0o077:
+        raise InvalidConfigError(
+            f"{folder} is open to others (mode {stat.S_IMODE(status.st_mode):04o}): chmod 0700 it", field="endpoint"
+        )
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise InvalidConfigError(f"{path} exists and is no socket: remove it, or choose another", field="endpoint")
+    if status.st_uid != os.geteuid():
+        raise InvalidConfigError(f"{path} is a socket of another user (uid {status.st_uid})", field="endpoint")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        code = probe.connect_ex(os.fspath(path))
+    if code != errno.ECONNREFUSED:  # EAGAIN: somebody listens, with a full backlog
+        raise InvalidConfigError(f"{path} is in use by a living process", field="endpoint")
+    path.unlink()
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # "*", an interface, a name: not certainly loopback
+        return False

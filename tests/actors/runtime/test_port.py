@@ -1,0 +1,563 @@
+"""Links between two ports: order, room, loss and return, versions and incarnations."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from port_tools import Pump, RawPeer, cancel, open_port, with_data
+
+from octavo.actors.runtime import envelope
+from octavo.actors.runtime.port import Port, role_of
+from octavo.actors.runtime.port_limits import PortLimits
+from octavo.messages.request import CancelRequest, StopMatched
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tmp_path.chmod(0o700)
+    return tmp_path
+
+
+class House:
+    """Opens ports and peers, and closes them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._opened: list[Port | RawPeer] = []
+
+    def port(self, name: str = "engine", incarnation: int = 1, **fields: object) -> tuple[Port, str]:
+        port = open_port(name, incarnation, **fields)  # type: ignore[arg-type]
+        self._opened.append(port)
+        return port, port.bind(f"ipc://{self.folder}/{name.replace(' ', '-')}.{incarnation}")
+
+    def raw(self, endpoint: str, **fields: object) -> RawPeer:
+        peer = RawPeer(endpoint, **fields)  # type: ignore[arg-type]
+        self._opened.append(peer)
+        return peer
+
+    def close(self) -> None:
+        for opened in self._opened:
+            opened.close()
+
+
+@pytest.fixture
+def house(folder: Path) -> Iterator[House]:
+    house = House(folder)
+    yield house
+    house.close()
+
+
+def test_messages_sent_before_the_welcome_arrive_in_order(house: House) -> None:
+    engine, endpoint = house.port()
+    edge, _ = house.port("edge 0")
+    edge.connect("engine", 1, endpoint)
+    assert all(edge.send("engine", cancel(number)) for number in range(5000))
+    pump = Pump(engine, edge)
+    pump.until(lambda: len(pump.numbers(engine)) == 5000)
+    assert pump.numbers(engine, "edge 0") == list(range(5000))
+    assert edge.is_up("engine")
+    assert not any(engine.counters.values()) and not any(edge.counters.values())
+
+
+def test_a_blocking_process_waits_for_messages(house: House) -> None:
+    engine, endpoint = house.port()
+    edge, _ = house.port("edge 0")
+    engine.receive()  # binding woke it
+    assert not engine.wait(0)
+    edge.connect("engine", 1, endpoint)
+    edge.send("engine", cancel(7))
+    received = []
+    while not received:
+        engine.wait(50)
+        received = engine.receive()
+        edge.receive()
+    assert received == [("edge 0", cancel(7))]
+
+
+def test_a_batch_cut_short_says_that_there_is_more(house: House) -> None:
+    engine, endpoint = house.port()
+    edge, _ = house.port("edge 0")
+    edge.connect("engine", 1, endpoint)
+    for number in range(50):
+        edge.send("engine", cancel(number))
+    pump = Pump(engine, edge)
+    pump.until(lambda: edge.is_up("engine"))
+    received: list[object] = list(pump.received["engine"])
+    while len(received) < 50:
+        assert engine.wait(20_000)
+        batch = engine.receive(max_messages=8)
+        assert len(batch) <= 8
+        if len(batch) == 8:
+            assert engine.has_more and engine.wait(0)
+        received += batch
+    assert len(received) == 50
+
+
+def test_a_role_is_a_name_without_its_number() -> None:
+    assert [role_of(name) for name in ("executor 3", "engine", "edge.12", "a-1")] == ["executor", "engine", "edge", "a"]
+
+
+def test_what_a_peer_may_not_send_is_dropped_and_counted(house: House) -> None:
+    engine, endpoint = house.port()
+    edge, _ = house.port("edge 0")
+    edge.connect("engine", 1, endpoint)
+    edge.send("engine", StopMatched(cancel(1).request_id))
+    edge.send("engine", cancel(2))
+    pump = Pump(engine, edge)
+    pump.until(lambda: pump.numbers(engine) == [2])
+    assert engine.counters["malformed"] == 1
+    assert len(pump.received["engine"]) == 1
+    assert ("edge 0", "malformed") in pump.events["engine"]
+
+
+def test_an_unknown_peer_is_refused_with_a_reason(house: House) -> None:
+    engine, endpoint = house.port()
+    other, _ = house.port("router 0")
+    other.connect("engine", 1, endpoint)
+    other.send("engine", cancel(1))
+    pump = Pump(engine, other)
+    pump.until(lambda: ("engine", "refused") in pump.events["router 0"])
+    assert not other.send("engine", cancel(2))
+    assert other.counters["full"] == 1
+    assert not pump.received["engine"]
+
+
+def test_sending_without_a_line_is_refused_and_counted(house: House) -> None:
+    engine, _ = house.port()
+    assert not engine.send("edge 0", cancel(1))
+    assert engine.counters["full"] == 1
+
+
+def test_two_builds_whose_messages_differ_refuse_each_other(house: House) -> None:
+    engine, endpoint = house.port()
+    edge, _ = house.port("edge 0", schema="0" * 32)
+    edge.connect("engine", 1, endpoint)
+    pump = Pump(engine, edge)
+    pump.until(lambda: ("engine", "refused") in pump.events["edge 0"])
+    assert engine.counters["refused_hello"] == 1
+
+
+@pytest.mark.parametrize("version", [0, 2, 65535])
+def test_hi_113_another_protocol_version_is_refused_at_hello_with_both_named(house: House, version: int) -> None:
+    engine, endpoint = house.port()
+    raw = house.raw(endpoint)
+    pump = Pump(engine)
+    hello = envelope.seal(envelope.HELLO, 1, 0, b"whatever that version says")
+    raw.socket.send(with_data(version, hello))
+    _, body = raw.await_answer(pump, envelope.REFUSE)
+    refuse = envelope.decode_refuse(body)
+    assert refuse.code == "version"
+    assert f"version {envelope.PROTOCOL_VERSION}" in refuse.why and f"version {version}" in refuse.why
+
+
+def test_hi_113_another_protocol_version_in_the_middle_of_a_session_is_dropped(house: House) -> None:
+    engine, endpoint = house.port()
+    raw = house.raw(endpoint)
+    pump = Pump(engine)
+    raw.greet(pump)
+    raw.socket.send(with_data(2, raw.frame(1, cancel(1))))
+    raw.say(1, cancel(2))
+    pump.until(lambda: pump.numbers(engine) == [2])
+    assert engine.counters["version"] == 1
+
+
+def test_hi_114_a_replayed_message_is_ignored_and_counted(house: House) -> None:
+    engine, endpoint = house.port()
+    raw = house.raw(endpoint)
+    pump = Pump(engine)
+    raw.greet(pump)
+    for sequence in (1, 2, 1, 2, 2, 3):
+        raw.say(sequence, cancel(sequence))
+    pump.until(lambda: pump.numbers(engine) == [1, 2, 3])
+    assert engine.counters["repeated"] == 3
+
+
+def test_hi_114_a_replayed_hello_takes_nobodys_place(house: House) -> None:
+    engine, endpoint = house.port()
+    raw, thief = house.raw(endpoint), house.raw(endpoint)
+    pump = Pump(engine)
+    raw.greet(pump)
+    thief.hello()  # the very same bytes on another connection
+    _, body = thief.await_answer(pump, envelope.REFUSE)
+    assert envelope.decode_refuse(body).code == "repeated"
+    thief.say(1, cancel(666))
+    raw.say(1, cancel(1))
+    pump.until(lambda: pump.numbers(engine) == [1] and engine.counters["foreign"] == 1)
+
+
+def test_hi_115_messages_of_a_dead_incarnation_are_ignored(house: House) -> None:
+    engine, endpoint = house.port()
+    old = house.raw(endpoint)
+    pump = Pump(engine)
+    old.greet(pump)
+    old.say(1, cancel(1))
+    pump.until(lambda: pump.numbers(engine) == [1])
+    new = house.raw(endpoint, incarnation=2)
+    new.greet(pump)
+    old.say(2, cancel(2))
+    new.say(1, cancel(3))
+    pump.until(lambda: pump.numbers(engine) == [1, 3] and engine.counters["stale_incarnation"] == 1)
+    _, body = old.await_answer(pump, envelope.REFUSE)
+    assert envelope.decode_refuse(body).code == "stale"
+    old.hello()
+    pump.until(lambda: engine.counters["stale_incarnation"] == 2)
+    assert pump.numbers(engine) == [1, 3]
+
+
+def test_hi_115_a_replacement_that_is_announced_silences_the_old_one_before_it_speaks(house: House) -> None:
+    engine, endpoint = house.port()
+    old = house.raw(endpoint)
+    pump = Pump(engine)
+    old.greet(pump)
+    engine.expect("edge 0", 2)
+    old.say(1, cancel(1))
+    pump.until(lambda: engine.counters["stale_incarnation"] == 1)
+    assert not pump.numbers(engine)
+
+
+def test_hi_115_a_message_that_names_another_incarnation_than_its_link_is_dropped(house: House) -> None:
+    engine, endpoint = house.port()
+    raw = house.raw(endpoint)
+    pump = Pump(engine)
+    raw.greet(pump)
+    raw.say(1, cancel(1), incarnation=9)
+    raw.say(1, cancel(2))
+    pump.until(lambda: pump.numbers(engine) == [2])
+    assert engine.counters["stale_incarnation"] == 1
+
+
+def test_hi_115_what_waited_for_a_dead_peer_does_not_reach_its_successor(house: House) -> None:
+    engine, endpoint = house.port()
+    edge, _ = house.port("edge 0")
+    edge.connect("engine", 1, endpoint)
+    pump = Pump(engine, edge)
+    pump.until(lambda: edge.is_up("engine"))
+    engine.close()
+    for number in range(10):
+        edge.send("engine", cancel(number))
+    successor = open_port("engine", 2)
+    successor.bind(endpoint)  # even on the very same path
+    try:
+        after = Pump(successor, edge)
+        after.until(lambda: ("engine", "refused") in after.events["edge 0"])
+        assert not after.received["engine"]
+        edge.connect("engine", 2, endpoint)
+        edge.send("engine", cancel(99))
+        after.until(lambda: after.numbers(successor) == [99])
+    finally:
+        successor.close()
+
+
+def test_hi_116_a_gap_breaks_the_link_until_the_sender_goes_on_from_there(house: House) -> None:
+    engine, endpoint = house.port()
+    raw = house.raw(endpoint)
+    pump = Pump(engine)
+    raw.greet(pump)
+    raw.say(1, cancel(1))
+    raw.say(3, cancel(3))
+    raw.say(4, cancel(4))
+    sequence, _ = raw.await_answer(pump, envelope.RESET)
+    assert sequence == 2
+    assert engine.counters["gap"] == 1
+    assert pump.numbers(engine) == [1]
+    assert ("edge 0", "gap") in pump.events["engine"]
+    for number in range(raw.greet(pump), 6):
+        raw.say(number, cancel(number))
+    pump.until(lambda: pump.numbers(engine) == [1, 2, 3, 4, 5])
+    assert engine.counters["reconnected"] == 1
+
+
+def test_hi_116_a_port_that_is_told_of_a_gap_loses_and_repeats_nothing(house: House) -> None:
+    engine, endpoint = house.port()
+    edge, _ = house.port("edge 0")
+    edge.connect("engine", 1, endpoint)
+    pump = Pump(engine, edge)
+    pump.until(lambda: edge.is_up("engine"))
+    for number in range(2000):
+        if number % 100 == 50:  # a message that vanishes on its way
+            edge._outgoing["engine"].dealer.send(b"damaged in transit")
+            link = engine._door._incoming["edge 0"]
+            engine._door._break(engine._door.router, link)  # type: ignore[arg-type]
+        edge.send("engine", cancel(number))
+        if number % 10 == 0:
+            pump.turn(0)
+    pump.until(lambda: len(pump.numbers(engine)) >= 2000)
+    assert pump.numbers(engine) == list(range(2000))
+    assert edge.counters["resent"] > 0
+
+
+def test_hi_116_a_torn_connection_loses_and_repeats_nothing(house: House, folder: Path) -> None:
+    """The receiver's socket goes and comes back under the same process, as a network does."""
+    engine, endpoint = house.port()
+    edge, _ = house.port("edge 0", limits=PortLimits(window=64))
+    edge.connect("engine", 1, endpoint)
+    pump = Pump(engine, edge)
+    pump.until(lambda: edge.is_up("engine"))
+    sent = 0
+    for _ in range(3):
+        pump.until(lambda: edge.is_up("engine"))
+        for _ in range(500):
+            edge.send("engine", cancel(sent))
+            sent += 1
+        pump.turn(0)
+        router = engine._door.router
+        assert router is not None
+        engine._unwatch(router)
+        router.close(0)  # whatever lay in it is lost
+        engine._door.router = None
+        engine._door.has_more = engine._door._is_discarding = False
+        edge.send("engine", cancel(sent))
+        sent += 1
+        pump.until(lambda: ("engine", "lost") in pump.events["edge 0"])
+        pump.events["edge 0"].clear()
+        engine.bind(endpoint)
+    pump.until(lambda: len(pump.numbers(engine)) >= sent)
+    assert pump.numbers(engine) == list(range(sent))
+    assert engine.counters["reconnected"] == 3
+
+
+def test_hi_117_a_second_peer_of_the_same_name_is_refused_and_the_first_stays(house: House) -> None:
+    engine, endpoint = house.port()
+    first, second = house.raw(endpoint), house.raw(endpoint)
+    second.session = b"another process!"
+    second.attempt = 5
+    pump = Pump(engine)
+    first.greet(pump)
+    second.hello()
+    _, body = second.await_answer(pump, envelope.REFUSE)
+    assert envelope.decode_refuse(body).code == "taken"
+    second.say(1, cancel(666))
+    first.say(1, cancel(1))
+    pump.until(lambda: pump.numbers(engine) == [1] and engine.counters["foreign"] == 1)
+
+
+def test_hi_117_the_same_routing_id_does_not_displace_the_first(house: House) -> None:
+    import zmq
+
+    engine, endpoint = house.port()
+    first = house.raw("ipc:///dev/null/unused")
+    second = house.raw("ipc:///dev/null/unused")
+    for peer in (first, second):
+        peer.socket.close(0)
+        peer.socket = peer._context.socket(zmq.DEALER)
+        peer.socket.set(zmq.ROUTING_ID, b"edge 0")
+        peer.socket.connect(endpoint)
+        if peer is first:
+            pump = Pump(engine)
+            first.greet(pump)
+    second.say(1, cancel(666))
+    for number in range(1, 50):
+        first.say(number, cancel(number))
+    pump.until(lambda: len(pump.numbers(engine)) == 49)
+    assert pump.numbers(engine) == list(range(1, 50))
+
+
+def test_hi_119_a_peer_that_never_reads_is_shed_and_the_others_are_served(house: House) -> None:
+    limits = PortLimits(window=32, max_queued=100)
+    deaf, deaf_at = house.port("executor 0", peers=("engine",))
+    good, good_at = house.port("executor 1", peers=("engine",))
+    engine, _ = house.port(limits=limits)
+    engine.connect("executor 0", 1, deaf_at)
+    engine.connect("executor 1", 1, good_at)
+    pump = Pump(good, engine)  # nobody ever looks at `deaf`
+    for number in range(1000):
+        engine.send("executor 0", cancel(number))
+        assert engine.send("executor 1", cancel(number))
+        if number % 20 == 0:
+            pump.until(lambda: engine.num_queued("executor 1") < 60)
+    pump.until(lambda: len(pump.numbers(good)) == 1000)
+    assert engine.num_queued("executor 0") == 100
+    assert engine.counters["full"] == 900
+    # Nothing of what was accepted is lost once it reads after all.
+    both = Pump(deaf, engine)
+    both.until(lambda: len(both.numbers(deaf)) == 100)
+    assert both.numbers(deaf) == list(range(100))
+
+
+def test_hi_119_the_bound_in_bytes_holds_too(house: House) -> None:
+    engine, endpoint = house.port()
+    edge, _ = house.port("edge 0", limits=PortLimits(max_queued_bytes=1000))
+    edge.connect("engine", 1, endpoint)
+    accepted = sum(edge.send("engine", cancel(10**9)) for _ in range(100))
+    assert 0 < accepted < 100
+    pump = Pump(engine, edge)
+    pump.until(lambda: len(pump.numbers(engine)) == accepted)
+
+
+class SteppedClock:
+    """Stands in for the port's `time`."""
+
+    def __init__(self) -> None:
+        self.now_ns = 10**12
+
+    def monotonic_ns(self) -> int:
+        return self.now_ns
+
+
+def test_hi_120_a_flood_of_valid_messages_is_taken_at_the_rate_of_the_limits(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SteppedClock()
+    monkeypatch.setattr("octavo.actors.runtime.port.time", clock)
+    limits = PortLimits(window=100, max_messages_per_s=1000, burst_s=0.1)
+    engine, endpoint = house.port(limits=limits)
+    edge, _ = house.port("edge 0")
+    edge.connect("engine", 1, endpoint)
+    for number in range(3000):
+        edge.send("engine", cancel(number))
+    pump = Pump(engine, edge)
+    # The clock stands: a burst (100), and the window (100) that had been granted by then.
+    pump.until(lambda: engine.counters["held_back"] > 0 and edge.is_up("engine"))
+    for _ in range(50):
+        pump.turn(1)
+    at_first = len(pump.numbers(engine))
+    assert at_first <= 300
+    assert engine.delay_ms() is not None
+    for _ in range(1000):  # a second, by milliseconds
+        clock.now_ns += 1_000_000
+        pump.turn(1)
+    assert len(pump.numbers(engine)) <= at_first + 1000 + 200
+    assert len(pump.numbers(engine)) >= at_first + 500
+
+    def pass_time() -> bool:
+        clock.now_ns += 10**9
+        return len(pump.numbers(engine)) == 3000
+
+    pump.until(pass_time)
+    assert pump.numbers(engine) == list(range(3000))
+
+
+def test_hi_120_a_peer_that_sends_beyond_its_window_gains_nothing(house: House) -> None:
+    limits = PortLimits(window=16, max_messages_per_s=1, burst_s=0.001)
+    engine, endpoint = house.port(limits=limits)
+    raw = house.raw(endpoint)
+    pump = Pump(engine)
+    raw.greet(pump)
+    for number in range(1, 500):
+        raw.say(number, cancel(number))
+    pump.until(lambda: engine.counters["overrun"] > 0)
+    for _ in range(20):
+        pump.turn(1)
+    assert len(pump.numbers(engine)) == 16
+    assert ("edge 0", "overrun") in pump.events["engine"]
+
+
+STOPPED_PEER = """
+import sys
+from octavo.actors.runtime.port import Port
+from octavo.messages.ids import RequestId
+from octavo.messages.request import CancelRequest
+port = Port("edge 0", 1, allowed={"engine": [CancelRequest]}, schema="of the test")
+port.connect("engine", 1, sys.argv[1])
+number = 0
+refused = False
+while not refused:
+    port.wait(10)
+    port.receive()
+    if port.is_up("engine"):
+        number += 1
+        port.send("engine", CancelRequest(RequestId(number)))
+    refused = any(event.what == "refused" for event in port.events)
+print("refused")
+"""
+
+
+def test_hi_123_a_stopped_peer_that_goes_on_after_its_replacement_is_stale(house: House) -> None:
+    limits = PortLimits(heartbeat_ms=50, heartbeat_timeout_ms=200)
+    engine, endpoint = house.port(limits=limits, schema="of the test")
+    pump = Pump(engine)
+    process = subprocess.Popen([sys.executable, "-c", STOPPED_PEER, endpoint], stdout=subprocess.PIPE, text=True)
+    try:
+        pump.until(lambda: len(pump.numbers(engine)) > 10)
+        os.kill(process.pid, signal.SIGSTOP)
+        engine.expect("edge 0", 2)
+        replacement = house.raw(endpoint, incarnation=2)
+        replacement.greet(pump, schema="of the test")
+        before = len(pump.numbers(engine))
+        replacement.say(1, cancel(10**6))
+        pump.until(lambda: len(pump.numbers(engine)) > before)
+        os.kill(process.pid, signal.SIGCONT)
+        pump.until(lambda: process.poll() is not None)  # it was told, and ended
+        assert process.stdout is not None and process.stdout.read() == "refused\n"
+        assert pump.numbers(engine)[before:] == [10**6]
+        assert engine.counters["stale_incarnation"] >= 1
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def test_hi_123_a_stopped_peer_is_lost_at_the_heartbeat_limit(house: House) -> None:
+    child = """
+import sys
+from octavo.actors.runtime.port import Port
+from octavo.messages.request import CancelRequest
+port = Port("engine", 1, allowed={"edge": [CancelRequest]}, schema="of the test")
+port.bind(sys.argv[1])
+while True:
+    port.wait(-1)
+    port.receive()
+"""
+    endpoint = f"ipc://{house.folder}/stopped"
+    edge, _ = house.port("edge 0", limits=PortLimits(heartbeat_ms=50, heartbeat_timeout_ms=200), schema="of the test")
+    process = subprocess.Popen([sys.executable, "-c", child, endpoint])
+    try:
+        edge.connect("engine", 1, endpoint)
+        pump = Pump(edge)
+        pump.until(lambda: edge.is_up("engine"))
+        os.kill(process.pid, signal.SIGSTOP)
+        pump.until(lambda: ("engine", "lost") in pump.events["edge 0"])
+        assert not edge.is_up("engine")
+        os.kill(process.pid, signal.SIGCONT)
+        pump.until(lambda: edge.is_up("engine"))  # nobody replaced it: it may go on
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_line_that_is_closed_and_opened_again_goes_on_with_what_is_sent_from_then(house: House) -> None:
+    engine, endpoint = house.port()
+    edge, _ = house.port("edge 0")
+    edge.connect("engine", 1, endpoint)
+    pump = Pump(engine, edge)
+    edge.send("engine", cancel(1))
+    pump.until(lambda: pump.numbers(engine) == [1])
+    edge.disconnect("engine")
+    edge.disconnect("engine")
+    edge.connect("engine", 1, endpoint)
+    edge.send("engine", cancel(2))
+    pump.until(lambda: pump.numbers(engine) == [1, 2])
+
+
+def test_a_port_serves_no_more_peers_than_its_limit(house: House) -> None:
+    engine, endpoint = house.port(limits=PortLimits(max_peers=2))
+    pump = Pump(engine)
+    peers = [house.raw(endpoint, name=f"edge {number}") for number in range(3)]
+    for peer in peers[:2]:
+        peer.greet(pump)
+    peers[2].hello()
+    _, body = peers[2].await_answer(pump, envelope.REFUSE)
+    assert envelope.decode_refuse(body).code == "full"
+
+
+def test_closing_a_port_removes_its_socket(house: House) -> None:
+    engine, endpoint = house.port()
+    path = Path(endpoint.removeprefix("ipc://"))
+    assert path.is_socket() and path.stat().st_mode & 0o777 == 0o600
+    engine.close()
+    assert not path.exists()
+
+
+def test_only_what_was_asked_for_may_be_heard_even_from_a_known_peer() -> None:
+    port = Port("engine", 1, allowed={"edge": [CancelRequest], "edge 7": [StopMatched]})
+    try:
+        assert port._door._allowed["edge 7"] == (StopMatched,)
+    finally:
+        port.close()
