@@ -125,6 +125,14 @@ class InProcessRuntime:
         """Register an actor's inbox; every address of the routes needs one before the first message."""
         self._carriers[address] = carrier
 
+    def add_actor(
+        self, address: Address, handler: Handler, capacity: int, *, after_batch: Message | None = None
+    ) -> Mailbox:
+        """Give an actor a mailbox on this loop; the arguments are `Mailbox`'s."""
+        mailbox = Mailbox(address, handler, self, capacity=capacity, after_batch=after_batch)
+        self.add(address, mailbox)
+        return mailbox
+
     def connect(self) -> None:
         """Resolve the routes; raises `KeyError` for an address without a carrier."""
         for (sender, kind), receivers in self._routes.items():

@@ -36,9 +36,12 @@ def configure_logs(log_format: str) -> None:
         structlog.processors.TimeStamper(fmt="%H:%M:%S" if is_human else "iso", utc=not is_human),
     ]
     if is_human:
-        processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
+        formatter = structlog.dev.RichTracebackFormatter(show_locals=False)
+        processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=formatter))
     else:
-        processors += [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        # Without the variables of the frames: they hold prompts, keys and the environment.
+        transformer = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        processors += [structlog.processors.ExceptionRenderer(transformer), structlog.processors.JSONRenderer()]
     structlog.configure(
         processors=processors,
         logger_factory=StderrLogger,

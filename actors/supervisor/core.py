@@ -1,46 +1,163 @@
-"""Who is alive: epochs and the restart budget of the executor."""
+"""Who is alive: incarnations, epochs, deadlines and restart budgets."""
 
 from __future__ import annotations
 
 from collections import deque
+from typing import Literal
 
 import msgspec
 
 from ...messages.base import Message
 from ...messages.ids import Epoch
-from ...messages.system import ExecutorFailed, ExecutorLost, ExecutorReady, StartExecutor
+from ...messages.system import (
+    Beat,
+    EngineLost,
+    EngineReady,
+    ExecutorFailed,
+    ExecutorLost,
+    ExecutorReady,
+    KillProcess,
+    ProcessExited,
+    ProcessStarted,
+    StartExecutor,
+    StartProcess,
+    StopAll,
+    StopProcess,
+    SupervisorGaveUp,
+    Tick,
+)
+from .config import START_ORDER, TICK_NS, ChildConfig, ChildKind
+from .config import SupervisorConfig as SupervisorConfig  # noqa: PLC0414, others import it from here
+from .step_times import StepTimes
 
-SupervisorInbox = ExecutorReady | ExecutorFailed
+SupervisorInbox = ExecutorReady | ExecutorFailed | EngineReady | Beat | ProcessStarted | ProcessExited | Tick | StopAll
+SupervisorOutbox = (
+    StartExecutor | ExecutorLost | EngineLost | StartProcess | KillProcess | StopProcess | SupervisorGaveUp
+)
+
+_RESEND_NS = 500_000_000
+"""Between two `StartExecutor`s to an executor that still names an older epoch."""
 
 
-class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How many restarts are a repair, and how many are a defect.
+class RestartBudget:
+    """Restarts of one kind of child, of which so many within a period are a repair, and one more is a defect.
 
-    Attributes:
-        max_restarts: within `period_ns`; one more and the supervisor gives up.
-        period_ns: the window in which restarts are counted.
+    Source: Erlang/OTP design principles, supervisor behaviour, maximum restart intensity.
     """
 
-    max_restarts: int = 8
-    period_ns: int = 60_000_000_000
+    def __init__(self, max_restarts: int, period_ns: int) -> None:
+        self._max_restarts = max_restarts
+        self._period_ns = period_ns
+        self._restarts_ns: deque[int] = deque()
+        self.num_restarts = 0
+
+    def take(self, now_ns: int, *, is_proven: bool = False) -> bool:
+        """Take one restart, if there is one left; what had proved itself may be restarted if anything may."""
+        if is_proven and self._max_restarts:
+            self.num_restarts += 1
+            return True
+        while self._restarts_ns and now_ns - self._restarts_ns[0] > self._period_ns:
+            self._restarts_ns.popleft()
+        if len(self._restarts_ns) >= self._max_restarts:
+            return False
+        self._restarts_ns.append(now_ns)
+        self.num_restarts += 1
+        return True
+
+
+class _Child(msgspec.Struct):
+    """A child and what is known of its latest incarnation.
+
+    Attributes:
+        incarnation: 0 before the first start.
+        state: `absent` between an exit and the next start, `killed` and `stopping` until the exit that was asked for.
+        start_at_ns: when an absent child is started; -1 for never.
+        since_ns: of the latest start.
+        heard_ns: of the latest beat, or of readiness; -1 for never.
+        ready_ns: since when it has been ready; -1 if it is not.
+        progress, excused_ns: the latest progress, and for how long this process stood still since.
+        epoch: that it was started with.
+        why: the latest loss, for those who must hear of it once the next incarnation is ready.
+    """
+
+    config: ChildConfig
+    incarnation: int = 0
+    state: Literal["absent", "starting", "ready", "killed", "stopping"] = "absent"
+    start_at_ns: int = 0
+    since_ns: int = 0
+    heard_ns: int = -1
+    ready_ns: int = -1
+    progress: int = 0
+    excused_ns: int = 0
+    epoch: Epoch = Epoch(0)
+    why: str = ""
+
+    @property
+    def is_running(self) -> bool:
+        """Alive, and nobody has told it to end."""
+        return self.state in ("starting", "ready")
 
 
 class SupervisorCore:
-    """Restarts a failed executor under a new epoch, until its restart budget is spent.
+    """Replaces what died or hangs, under a new incarnation and epoch, until restarts are no repair any more.
 
-    Source: Erlang/OTP design principles, supervisor behaviour (`one_for_one`, intensity and period).
+    - The ranks of the executor group live and die together: one that dies leaves the others in a collective that never
+      ends, so they are killed. A single rank whose step raised begins again as it is, with the weights that it has
+      loaded; if it cannot, its process is replaced.
+    - An engine that dies is replaced, and the executors begin a new epoch, for whose steps the new engine stands. Once
+      it is ready, `EngineLost` has the live requests submitted to it again.
+    - An edge is replaced alone; the others keep their clients. A nursery takes its children with it: their exits are
+      seen one by one.
+
+    A child counts as lost, and its epoch as ended, from the moment that it is found dead or hung; the replacement
+    starts after the exit, so two incarnations never live at once. What an older incarnation or epoch says changes
+    nothing.
+
+    Source: Erlang/OTP design principles, supervisor behaviour (`one_for_all`, `one_for_one`, intensity and period).
     """
 
     def __init__(self, config: SupervisorConfig) -> None:
         self._config = config
         self._epoch = Epoch(0)
-        self._restarts_ns: deque[int] = deque()
         self._is_ready = False
         self._gave_up_because = ""
+        self._is_stopping = False
+        self._budgets: dict[ChildKind, RestartBudget] = {
+            kind: RestartBudget(
+                config.max_restarts if kind == "executor" else config.max_restarts_of_others, config.period_ns
+            )
+            for kind in START_ORDER
+        }
+        self._children = {
+            child.name: _Child(child) for kind in START_ORDER for child in config.children if child.kind == kind
+        }
+        self._ranks = [child for child in self._children.values() if child.config.kind == "executor"]
+        self._engine = next((child for child in self._children.values() if child.config.kind == "engine"), None)
+        self._num_unready: dict[str, int] = {}  # losses since the last time that it was ready, by `_streak_of`
+        self._edges_given_up = False
+        self._step_times = StepTimes(config.first_step_ns)
+        self._executor_told_ns = 0
+        self._latest_ns = -1
+        self._num_late_messages = 0
+        self._num_stalls = 0
+        self._out: list[Message] = []
+
+    # ---- what others read ----
+
+    @property
+    def epoch(self) -> Epoch:
+        """Of the steps that the executors take, or will once they are ready."""
+        return self._epoch
 
     @property
     def is_executor_ready(self) -> bool:
         return self._is_ready
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be served now."""
+        is_engine_ready = self._engine is None or self._engine.state == "ready"
+        return self._is_ready and is_engine_ready and not self._gave_up_because and not self._is_stopping
 
     @property
     def gave_up_because(self) -> str:
@@ -49,24 +166,293 @@ class SupervisorCore:
 
     @property
     def num_restarts(self) -> int:
-        return int(self._epoch)
+        """Of the executor."""
+        return self._budgets["executor"].num_restarts
+
+    @property
+    def restarts_by_kind(self) -> dict[ChildKind, int]:
+        """Of each kind of child."""
+        return {kind: budget.num_restarts for kind, budget in self._budgets.items()}
+
+    @property
+    def num_late_messages(self) -> int:
+        """Of older incarnations or epochs; they changed nothing."""
+        return self._num_late_messages
+
+    @property
+    def num_stalls(self) -> int:
+        """How often this process was found to have stood still."""
+        return self._num_stalls
+
+    @property
+    def wake_at_ns(self) -> int:
+        """When a child is due to start; a `Tick` then, not later, starts it. -1 if none is."""
+        absent = [child.start_at_ns for child in self._children.values() if child.state == "absent"]
+        return min((start_at_ns for start_at_ns in absent if start_at_ns >= 0), default=-1)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether `StopAll` is done: no child is left."""
+        return self._is_stopping and all(child.state == "absent" for child in self._children.values())
+
+    # ---- what is heard ----
 
     def handle(self, message: Message, now_ns: int) -> list[Message]:
-        """React to an executor's news; messages of an older epoch change nothing."""
-        if isinstance(message, ExecutorReady):
-            if message.epoch == self._epoch:
-                self._is_ready = True
-            return []
-        assert isinstance(message, ExecutorFailed), message
+        """React to news of a child, or of time: a `SupervisorInbox`, answered by `SupervisorOutbox`es."""
+        self._out = []
+        if self._children:
+            self._excuse_stall(now_ns)
+        match message:
+            case ExecutorReady():
+                self._handle_executor_ready(message, now_ns)
+            case ExecutorFailed():
+                self._handle_executor_failed(message, now_ns)
+            case EngineReady():
+                self._handle_engine_ready(message, now_ns)
+            case Beat():
+                self._handle_beat(message, now_ns)
+            case ProcessStarted():
+                self._handle_started(message, now_ns)
+            case ProcessExited():
+                self._handle_exited(message, now_ns)
+            case Tick():
+                self._find_hung(now_ns)
+            case StopAll():
+                self._stop_all(message)
+            case _:
+                raise AssertionError(message)
+        self._start_due(now_ns)
+        return self._out
+
+    def _handle_executor_ready(self, message: ExecutorReady, now_ns: int) -> None:
+        if message.epoch == self._epoch:
+            self._is_ready = True
+            for rank in self._ranks:
+                self._note_ready(rank, now_ns)
+        else:
+            self._num_late_messages += 1
+
+    def _handle_executor_failed(self, message: ExecutorFailed, now_ns: int) -> None:
         if message.epoch != self._epoch or self._gave_up_because:
-            return []
+            self._num_late_messages += 1
+            return
+        if self._is_stopping:
+            return
+        # One that cannot even begin an epoch needs more than a new epoch; and in a group, the peers of the one that
+        # raised wait for it in a collective.
+        is_hopeless = not self._is_ready or len(self._ranks) > 1
+        self._lose_executor(message.why, now_ns, is_hard=bool(self._ranks) and is_hopeless)
+
+    def _handle_engine_ready(self, message: EngineReady, now_ns: int) -> None:
+        engine = self._engine
+        if engine is None or message.incarnation != engine.incarnation or engine.state != "starting":
+            self._num_late_messages += 1
+            return
+        self._note_ready(engine, now_ns)
+        if engine.epoch != self._epoch:  # the executor was lost in the meantime, and nobody was there to hear of it
+            self._out.append(ExecutorLost(self._epoch, "it was lost while the engine started"))
+        if engine.incarnation > 1:
+            self._out.append(EngineLost(self._epoch, engine.why, engine.incarnation))
+
+    def _handle_beat(self, beat: Beat, now_ns: int) -> None:
+        child = self._current(beat.child, beat.incarnation)
+        if child is None or not child.is_running:
+            self._num_late_messages += 1
+            return
+        child.heard_ns = now_ns
+        if child.config.kind == "edge":
+            self._note_ready(child, now_ns)
+        if beat.progress != child.progress:
+            child.progress = beat.progress
+            child.excused_ns = 0
+        if child.config.kind != "executor":
+            return
+        if beat.longest_ns:
+            self._step_times.observe(beat.longest_tokens, beat.longest_ns, beat.progress)
+        busy_ns = beat.busy_ns - child.excused_ns
+        if child.state == "ready" and busy_ns > self._step_times.limit_ns(beat.busy_tokens, beat.progress):
+            self._lose(child, f"{child.config.name} hangs: a step has been running for {busy_ns / 1e9:.1f} s", now_ns)
+        elif beat.epoch < self._epoch and now_ns - self._executor_told_ns >= _RESEND_NS:
+            self._tell_executor(now_ns)
+
+    def _handle_started(self, message: ProcessStarted, now_ns: int) -> None:
+        child = self._current(message.child, message.incarnation)
+        if child is None or not child.is_running:
+            self._num_late_messages += 1
+        elif child.config.kind == "nursery":
+            self._note_ready(child, now_ns)
+
+    def _handle_exited(self, message: ProcessExited, now_ns: int) -> None:
+        child = self._current(message.child, message.incarnation)
+        if child is None or child.state == "absent":
+            self._num_late_messages += 1
+            return
+        was_running = child.is_running
+        child.state = "absent"
+        if was_running:
+            self._lose(child, f"{child.config.name} {message.why}", now_ns)
+
+    def _find_hung(self, now_ns: int) -> None:
+        for child in self._children.values():
+            if not child.is_running:
+                continue
+            silence_ns = now_ns - child.heard_ns if child.heard_ns >= 0 else 0
+            if child.state == "starting":
+                limit_ns = self._config.max_silence_at_start_ns
+                if now_ns - child.since_ns > self._config.max_start_ns:
+                    seconds = self._config.max_start_ns / 1e9
+                    self._lose(child, f"{child.config.name} was not ready within {seconds:.0f} s", now_ns)
+                    continue
+            else:
+                limit_ns = self._config.max_silence_ns
+            if silence_ns > limit_ns and child.config.kind != "nursery":  # which has no beats
+                self._lose(child, f"{child.config.name} hangs: no beat for {silence_ns / 1e9:.1f} s", now_ns)
+        # Alive, told of its epoch, and never ready for it: of no use either.
+        is_engine_ready = self._engine is None or self._engine.state == "ready"
+        if (
+            not self._is_ready
+            and is_engine_ready
+            and self._ranks
+            and all(rank.state == "ready" for rank in self._ranks)
+            and now_ns - self._executor_told_ns > self._config.max_silence_at_start_ns
+        ):
+            self._lose(self._ranks[0], f"the executor did not begin epoch {self._epoch}", now_ns)
+
+    def _excuse_stall(self, now_ns: int) -> None:
+        """Count no silence against the children while this process did not listen."""
+        stalled_ns = now_ns - self._latest_ns if self._latest_ns >= 0 else 0
+        self._latest_ns = now_ns
+        if stalled_ns <= TICK_NS + self._config.stall_ns:
+            return
+        self._num_stalls += 1
+        self._executor_told_ns += stalled_ns
+        for child in self._children.values():
+            child.excused_ns += stalled_ns
+            child.since_ns += stalled_ns
+            if child.heard_ns >= 0:
+                child.heard_ns = now_ns
+
+    def _stop_all(self, message: StopAll) -> None:
+        self._is_stopping = True
         self._is_ready = False
-        while self._restarts_ns and now_ns - self._restarts_ns[0] > self._config.period_ns:
-            self._restarts_ns.popleft()
-        if len(self._restarts_ns) >= self._config.max_restarts:
-            self._gave_up_because = message.why
-            return []
-        self._restarts_ns.append(now_ns)
+        for child in reversed(self._children.values()):
+            child.start_at_ns = -1
+            if child.is_running:
+                child.state = "stopping"
+                self._out.append(StopProcess(child.config.name, child.incarnation, message.grace_ns))
+
+    # ---- what follows ----
+
+    def _lose(self, child: _Child, why: str, now_ns: int) -> None:
+        """A running child is dead, or as good as that."""
+        if self._gave_up_because or self._is_stopping:
+            return
+        child.why = why
+        if child.config.kind == "executor":
+            self._lose_executor(why, now_ns, is_hard=True)
+            return
+        self._end(child, why)
+        if child.config.kind == "edge" and self._edges_given_up:
+            return
+        if not self._budgets[child.config.kind].take(now_ns, is_proven=self._is_proven(child, now_ns)):
+            self._give_up(child.config.kind, why)
+            return
+        if child is not self._engine:
+            self._schedule([child], now_ns)
+            return
+        self._is_ready = False
+        self._raise_epoch()
+        self._schedule([child], now_ns)
+        if len(self._ranks) > 1:
+            # It may have died between telling one rank of a step and telling the other, and the one waits for ever.
+            for rank in self._ranks:
+                self._end(rank, why)
+            self._schedule(self._ranks, now_ns)
+
+    def _lose_executor(self, why: str, now_ns: int, *, is_hard: bool) -> None:
+        self._is_ready = False
+        if is_hard:
+            for rank in self._ranks:
+                self._end(rank, why)
+        is_proven = all(self._is_proven(rank, now_ns) for rank in self._ranks) and bool(self._ranks)
+        if not self._budgets["executor"].take(now_ns, is_proven=is_proven):
+            self._give_up("executor", why)
+            return
+        self._raise_epoch()
+        if is_hard:
+            self._schedule(self._ranks, now_ns)
+        else:
+            # The executor hears of its new epoch first: the steps of that epoch come behind.
+            self._tell_executor(now_ns)
+        self._out.append(ExecutorLost(self._epoch, why))
+
+    def _is_proven(self, child: _Child, now_ns: int) -> bool:
+        """Whether this incarnation was of use for a while: its death is an accident, and no loop of restarts."""
+        return child.ready_ns >= 0 and child.progress > 0 and now_ns - child.ready_ns >= self._config.proven_ns
+
+    def _raise_epoch(self) -> None:
         self._epoch = Epoch(self._epoch + 1)
-        # The executor hears of its new epoch first: the steps of that epoch come behind.
-        return [StartExecutor(self._epoch), ExecutorLost(self._epoch, message.why)]
+
+    def _end(self, child: _Child, why: str) -> None:
+        """See to it that a child ends, if it has not."""
+        if child.is_running:
+            child.state = "killed"
+            self._out.append(KillProcess(child.config.name, child.incarnation, why))
+
+    def _give_up(self, kind: ChildKind, why: str) -> None:
+        if kind == "edge":  # the others go on: each of them serves whoever is connected to it
+            self._edges_given_up = True
+            self._out.append(SupervisorGaveUp(kind, why))
+            return
+        self._gave_up_because = why
+        self._is_ready = False
+        if not self._children:
+            return
+        for child in self._children.values():
+            child.start_at_ns = -1
+            if child.config.kind != "edge":  # it tells its clients
+                self._end(child, "the supervisor gave up")
+        self._out.append(SupervisorGaveUp(kind, why))
+
+    def _note_ready(self, child: _Child, now_ns: int) -> None:
+        if child.state == "starting":
+            child.state = "ready"
+            child.heard_ns = child.ready_ns = now_ns
+            self._num_unready.pop(_streak_of(child), None)
+
+    def _schedule(self, children: list[_Child], now_ns: int) -> None:
+        """Have children started once they are gone: at once the first time, later each time that it was of no use."""
+        streak = _streak_of(children[0])
+        num_unready = self._num_unready.get(streak, 0)
+        self._num_unready[streak] = num_unready + 1
+        backoff_ns = self._config.backoff_ns[min(num_unready, len(self._config.backoff_ns) - 1)]
+        for child in children:
+            child.start_at_ns = now_ns + backoff_ns
+
+    def _start_due(self, now_ns: int) -> None:
+        for child in self._children.values():
+            if child.state == "absent" and 0 <= child.start_at_ns <= now_ns:
+                child.incarnation += 1
+                child.state = "starting"
+                child.start_at_ns = -1
+                child.since_ns = now_ns
+                child.heard_ns = child.ready_ns = -1
+                child.progress = child.excused_ns = 0
+                child.epoch = self._epoch
+                engine = self._engine.incarnation if self._engine is not None else 0
+                self._out.append(StartProcess(child.config.name, child.incarnation, self._epoch, engine))
+                if child is self._engine and any(rank.is_running for rank in self._ranks):
+                    self._tell_executor(now_ns)
+
+    def _tell_executor(self, now_ns: int) -> None:
+        self._executor_told_ns = now_ns
+        self._out.append(StartExecutor(self._epoch, self._engine.incarnation if self._engine is not None else 0))
+
+    def _current(self, name: str, incarnation: int) -> _Child | None:
+        child = self._children.get(name)
+        return child if child is not None and child.incarnation == incarnation else None
+
+
+def _streak_of(child: _Child) -> str:
+    """Whose failures in a row are counted together: the ranks of the group are."""
+    return "executor" if child.config.kind == "executor" else child.config.name

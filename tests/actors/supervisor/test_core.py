@@ -1,8 +1,32 @@
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octavo.actors.supervisor.config import ChildConfig
 from octavo.actors.supervisor.core import SupervisorConfig, SupervisorCore
+from octavo.messages.base import Message
 from octavo.messages.ids import Epoch
-from octavo.messages.system import ExecutorFailed, ExecutorLost, ExecutorReady, StartExecutor
+from octavo.messages.system import (
+    Beat,
+    EngineLost,
+    EngineReady,
+    ExecutorFailed,
+    ExecutorLost,
+    ExecutorReady,
+    KillProcess,
+    ProcessExited,
+    ProcessStarted,
+    StartExecutor,
+    StartProcess,
+    StopAll,
+    StopProcess,
+    SupervisorGaveUp,
+    Tick,
+)
 
 
 def test_a_failed_executor_is_started_again_under_a_new_epoch() -> None:
@@ -32,3 +56,336 @@ def test_it_gives_up_when_restarts_are_no_repair_and_not_before() -> None:
     assert core.handle(ExecutorFailed(Epoch(2), "boom"), 105), "the first restart is out of the window"
     assert core.handle(ExecutorFailed(Epoch(3), "the end"), 106) == []
     assert core.gave_up_because == "the end"
+
+
+# ---- with processes ----
+
+MS = 1_000_000
+EXECUTOR, ENGINE = ChildConfig("executor 0", "executor"), ChildConfig("engine", "engine")
+SECOND_RANK, EDGE = ChildConfig("executor 1", "executor"), ChildConfig("edge 1", "edge")
+NURSERY = ChildConfig("nursery", "nursery")
+
+
+def core_of(*children: ChildConfig, is_ready: bool = True, **config: Any) -> SupervisorCore:
+    """A core whose children are started, and ready if asked for, at time 0."""
+    core = SupervisorCore(SupervisorConfig(children=children, **config))
+    core.handle(Tick(), 0)
+    if is_ready:
+        core.handle(EngineReady(1), 0)
+        core.handle(ExecutorReady(Epoch(0)), 0)
+        for child in children:
+            core.handle(ProcessStarted(child.name, 1, 100), 0)
+            core.handle(Beat(child.name, 1), 0)
+    return core
+
+
+def run_until(core: SupervisorCore, begin_ms: int, end_ms: int, *beating: Beat) -> list[Message]:
+    """Ticks, and before each tick these beats."""
+    said = []
+    for now_ms in range(begin_ms, end_ms, 100):
+        for beat in beating:
+            said += core.handle(beat, now_ms * MS)
+        said += core.handle(Tick(), now_ms * MS)
+    return said
+
+
+def test_children_start_in_order_and_the_executors_know_the_engine() -> None:
+    core = SupervisorCore(SupervisorConfig(children=(EDGE, EXECUTOR, SECOND_RANK, ENGINE, NURSERY)))
+    assert core.handle(Tick(), 0) == [
+        StartProcess("nursery", 1, Epoch(0), 0),
+        StartProcess("engine", 1, Epoch(0), 1),
+        StartProcess("executor 0", 1, Epoch(0), 1),
+        StartProcess("executor 1", 1, Epoch(0), 1),
+        StartProcess("edge 1", 1, Epoch(0), 1),
+    ]
+    assert not core.is_ready
+    assert core.handle(EngineReady(1), 1) == [], "the first engine has nothing to be told again"
+    assert core.handle(ExecutorReady(Epoch(0)), 1) == []
+    assert core.is_ready
+
+
+def test_an_executor_that_exits_is_replaced_at_once_under_a_new_epoch() -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    assert core.handle(ProcessExited("executor 0", 1, "was killed by SIGKILL"), 5) == [
+        ExecutorLost(Epoch(1), "executor 0 was killed by SIGKILL"),
+        StartProcess("executor 0", 2, Epoch(1), 1),
+    ]
+    assert not core.is_ready
+    core.handle(ExecutorReady(Epoch(1)), 6)
+    assert core.is_ready
+    assert core.restarts_by_kind == {"nursery": 0, "engine": 0, "executor": 1, "edge": 0}
+
+
+def test_one_rank_takes_the_group_with_it_and_each_starts_when_its_predecessor_is_gone() -> None:
+    core = core_of(EXECUTOR, SECOND_RANK)
+    why = "executor 1 exited with code 3"
+    assert core.handle(ProcessExited("executor 1", 1, "exited with code 3"), 5) == [
+        KillProcess("executor 0", 1, why),
+        ExecutorLost(Epoch(1), why),
+        StartProcess("executor 1", 2, Epoch(1)),
+    ]
+    assert core.handle(ProcessExited("executor 0", 1, "was killed by SIGKILL"), 6) == [
+        StartProcess("executor 0", 2, Epoch(1))
+    ], "no second epoch for the same loss"
+
+
+def test_a_step_that_raised_costs_a_single_rank_its_batch_and_a_group_its_processes() -> None:
+    core = core_of(EXECUTOR)
+    assert core.handle(ExecutorFailed(Epoch(0), "boom"), 5) == [
+        StartExecutor(Epoch(1)),
+        ExecutorLost(Epoch(1), "boom"),
+    ]
+    assert core.handle(ExecutorFailed(Epoch(1), "cannot even begin"), 6) == [
+        KillProcess("executor 0", 1, "cannot even begin"),
+        ExecutorLost(Epoch(2), "cannot even begin"),
+    ]
+    group = core_of(EXECUTOR, SECOND_RANK)
+    assert [type(said) for said in group.handle(ExecutorFailed(Epoch(0), "boom"), 5)] == [
+        KillProcess,
+        KillProcess,
+        ExecutorLost,
+    ], "the peer waits in a collective"
+
+
+def test_an_engine_that_exits_is_replaced_and_the_ledger_hears_of_it_once_the_new_one_listens() -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    assert core.handle(ProcessExited("engine", 1, "was killed by SIGKILL"), 5) == [
+        StartProcess("engine", 2, Epoch(1), 2),
+        StartExecutor(Epoch(1), 2),
+    ]
+    core.handle(ExecutorReady(Epoch(1)), 6)
+    assert not core.is_ready
+    assert core.handle(EngineReady(1), 7) == []
+    assert core.handle(EngineReady(2), 8) == [EngineLost(Epoch(1), "engine was killed by SIGKILL", 2)]
+    assert core.is_ready
+    assert core.num_late_messages == 1
+
+
+def test_an_engine_hears_of_an_executor_that_was_lost_while_it_started() -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    core.handle(ProcessExited("engine", 1, "died"), 5)
+    core.handle(ProcessExited("executor 0", 1, "died"), 6)
+    said = core.handle(EngineReady(2), 7)
+    assert said == [
+        ExecutorLost(Epoch(2), "it was lost while the engine started"),
+        EngineLost(Epoch(2), "engine died", 2),
+    ]
+
+
+def test_an_executor_that_missed_its_new_epoch_is_told_again_but_not_at_each_beat() -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    core.handle(ProcessExited("engine", 1, "died"), 0)
+    said = run_until(core, 100, 1100, Beat("executor 0", 1, epoch=Epoch(0)))
+    assert said == [StartExecutor(Epoch(1), 2)] * 2
+    assert run_until(core, 1100, 2100, Beat("executor 0", 1, epoch=Epoch(1))) == []
+
+
+@pytest.mark.parametrize("child", [ENGINE, EXECUTOR])
+def test_a_child_without_a_beat_for_a_second_and_a_half_is_killed_and_its_epoch_ends_before_it_does(
+    child: ChildConfig,
+) -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    other = Beat("executor 0" if child is ENGINE else "engine", 1)
+    assert run_until(core, 100, 1600, other) == []
+    said = run_until(core, 1600, 1700, other)
+    assert said[0] == KillProcess(child.name, 1, f"{child.name} hangs: no beat for 1.6 s")
+    assert core.epoch == 1
+    assert not core.is_ready
+    assert not any(isinstance(message, StartProcess) for message in said), "it still lives"
+    answers = core.handle(ProcessExited(child.name, 1, "was killed by SIGKILL"), 1650 * MS)
+    assert answers[0] == StartProcess(child.name, 2, Epoch(1), 2 if child is ENGINE else 1)
+
+
+def test_a_step_that_hangs_is_found_though_beats_go_on_and_a_slow_one_is_not_taken_for_it() -> None:
+    core = core_of(EXECUTOR)
+    for progress in range(20, 40):
+        core.handle(Beat("executor 0", 1, progress, longest_ns=100 * MS, longest_tokens=8), progress)
+    slow = Beat("executor 0", 1, 40, busy_ns=1999 * MS, busy_tokens=8)
+    assert core.handle(slow, 2000 * MS) == []
+    large = Beat("executor 0", 1, 41, busy_ns=30_000 * MS, busy_tokens=512)
+    assert core.handle(large, 2100 * MS) == [], "64 times the tokens, 30 s of at least 65"
+    hung = Beat("executor 0", 1, 42, busy_ns=2001 * MS, busy_tokens=8)
+    assert core.handle(hung, 2200 * MS)[0] == KillProcess(
+        "executor 0", 1, "executor 0 hangs: a step has been running for 2.0 s"
+    )
+
+
+def test_nobody_is_killed_for_the_silence_of_a_time_in_which_the_supervisor_itself_stood_still() -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    run_until(core, 100, 1000, Beat("engine", 1), Beat("executor 0", 1, 20, longest_ns=MS, longest_tokens=1))
+    assert core.handle(Beat("executor 0", 1, 20, busy_ns=30_100 * MS, busy_tokens=1), 31_000 * MS) == []
+    assert core.handle(Tick(), 31_000 * MS) == []
+    assert core.num_stalls == 1
+    assert run_until(core, 31_100, 32_500) == [], "a whole grace period"
+    assert any(isinstance(message, KillProcess) for message in run_until(core, 32_500, 32_700))
+
+
+def test_a_child_that_is_loading_has_longer_and_not_for_ever() -> None:
+    core = core_of(EXECUTOR, is_ready=False, max_start_ns=60_000 * MS)
+    assert run_until(core, 100, 25_000) == [], "it has not beaten yet: it imports"
+    core.handle(Beat("executor 0", 1), 25_000 * MS)
+    assert run_until(core, 25_100, 54_900) == []
+    assert isinstance(run_until(core, 55_000, 55_200)[0], KillProcess)
+    beating = core_of(EXECUTOR, is_ready=False, max_start_ns=60_000 * MS)
+    said = run_until(beating, 100, 60_300, Beat("executor 0", 1))
+    assert said[0] == KillProcess("executor 0", 1, "executor 0 was not ready within 60 s")
+
+
+def test_an_executor_that_never_begins_its_epoch_is_replaced() -> None:
+    core = core_of(EXECUTOR)
+    core.handle(ExecutorFailed(Epoch(0), "boom"), 0)
+    said = run_until(core, 100, 30_300, Beat("executor 0", 1, epoch=Epoch(1)))
+    assert said[0] == KillProcess("executor 0", 1, "the executor did not begin epoch 1")
+
+
+def test_restarts_without_success_back_off_and_success_resets_that() -> None:
+    core = core_of(EXECUTOR)
+    now_ns, delays_ms = 0, []
+    for incarnation in range(1, 6):
+        said = core.handle(ProcessExited("executor 0", incarnation, "exited with code 1"), now_ns)
+        delay_ns = core.wake_at_ns - now_ns if core.wake_at_ns >= 0 else 0
+        delays_ms.append(delay_ns // MS)
+        if delay_ns:
+            now_ns += delay_ns
+            assert core.handle(Tick(), now_ns - 1) == []
+            said = core.handle(Tick(), now_ns)
+        assert StartProcess("executor 0", incarnation + 1, core.epoch) in said
+    assert delays_ms == [0, 100, 500, 2000, 2000]
+    core.handle(ExecutorReady(core.epoch), now_ns)
+    assert StartProcess("executor 0", 7, Epoch(6)) in core.handle(ProcessExited("executor 0", 6, "exited"), now_ns)
+
+
+def test_giving_up_ends_the_others_and_tells_why_and_starts_nothing_any_more() -> None:
+    core = core_of(ENGINE, EXECUTOR, EDGE, max_restarts=1)
+    core.handle(ProcessExited("executor 0", 1, "died"), 0)
+    assert core.handle(ProcessExited("executor 0", 2, "died again"), 1) == [
+        KillProcess("engine", 1, "the supervisor gave up"),
+        SupervisorGaveUp("executor", "executor 0 died again"),
+    ], "the edge lives on: it has to tell its clients"
+    assert core.gave_up_because == "executor 0 died again"
+    core.handle(ProcessExited("engine", 1, "was killed by SIGKILL"), 2)
+    assert run_until(core, 1, 10_000, Beat("edge 1", 1)) == []
+    assert not core.is_ready
+
+
+def test_an_edge_is_replaced_alone_and_given_up_alone() -> None:
+    core = core_of(ENGINE, EXECUTOR, EDGE, max_restarts_of_others=1)
+    assert core.handle(ProcessExited("edge 1", 1, "died"), 0) == [StartProcess("edge 1", 2, Epoch(0), 1)]
+    assert core.handle(ProcessExited("edge 1", 2, "died"), 1) == [SupervisorGaveUp("edge", "edge 1 died")]
+    assert core.is_ready
+    assert core.gave_up_because == ""
+
+
+def test_stopping_asks_in_reverse_order_and_nothing_is_started_again() -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    assert core.handle(StopAll(7), 1) == [StopProcess("executor 0", 1, 7), StopProcess("engine", 1, 7)]
+    assert core.handle(ProcessExited("executor 0", 1, "exited with code 0"), 2) == []
+    assert not core.is_stopped
+    assert core.handle(ProcessExited("engine", 1, "exited with code 0"), 3) == []
+    assert core.is_stopped
+    assert core.restarts_by_kind["executor"] == 0
+
+
+@pytest.mark.parametrize(
+    ("children", "said"),
+    [((EDGE, EDGE), "unique"), ((ENGINE, ChildConfig("engine 2", "engine")), "one engine")],
+)
+def test_children_that_cannot_be_told_apart_are_refused(children: tuple[ChildConfig, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        SupervisorConfig(children=children)
+
+
+class World:
+    """Processes that do what a script says, and whether the supervisor keeps its promises meanwhile."""
+
+    def __init__(self, config: SupervisorConfig) -> None:
+        self.core = SupervisorCore(config)
+        self.now_ns = 0
+        self.alive: dict[str, int] = {}
+        self.latest: dict[str, int] = {}
+        self.epoch = Epoch(0)
+        self.has_given_up = False
+        self.hear(Tick())
+
+    def hear(self, message: Message) -> None:
+        gave_up_before = bool(self.core.gave_up_because)
+        epoch_before = self.core.epoch
+        for said in self.core.handle(message, self.now_ns):
+            if isinstance(said, StartProcess):
+                assert not gave_up_before, "nothing starts after giving up"
+                assert said.child not in self.alive, "two incarnations are never alive at once"
+                assert said.incarnation > self.latest.get(said.child, 0)
+                self.alive[said.child] = self.latest[said.child] = said.incarnation
+                assert said.epoch == self.core.epoch
+            elif isinstance(said, KillProcess):
+                assert self.alive.get(said.child) == said.incarnation, "only what lives is killed"
+            elif isinstance(said, ExecutorLost | StartExecutor | EngineLost):
+                assert said.epoch >= self.epoch
+                self.epoch = said.epoch
+        assert epoch_before <= self.core.epoch <= epoch_before + 1
+
+    def exit(self, child: str) -> None:
+        if (incarnation := self.alive.pop(child, 0)) != 0:
+            self.hear(ProcessExited(child, incarnation, "exited"))
+
+    def settle(self) -> None:
+        """Let whatever was killed die, and time go by: every exit has been answered."""
+        for _ in range(30):
+            for child, incarnation in list(self.alive.items()):
+                if self.core._children[child].state == "killed":
+                    self.exit(child)
+                else:
+                    self.hear(Beat(child, incarnation, epoch=self.core.epoch))
+                    self.hear(ExecutorReady(self.core.epoch) if child != "engine" else EngineReady(incarnation))
+            self.now_ns += 100 * MS
+            self.hear(Tick())
+
+
+names = st.sampled_from(["nursery", "engine", "executor 0", "executor 1", "edge 1"])
+actions = st.one_of(
+    st.tuples(st.just("exit"), names),
+    st.tuples(st.just("late exit"), names, st.integers(1, 3)),
+    st.tuples(st.just("beat"), names, st.integers(0, 2), st.integers(0, 200_000)),
+    st.tuples(st.just("executor ready"), st.integers(0, 2)),
+    st.tuples(st.just("executor failed"), st.integers(0, 2)),
+    st.tuples(st.just("engine ready"), st.integers(0, 2)),
+    st.tuples(st.just("wait"), st.integers(1, 2500)),
+)
+
+
+@given(st.lists(actions, max_size=80), st.integers(0, 6), st.integers(0, 3))
+def test_no_order_of_exits_beats_and_late_messages_breaks_the_supervisors_promises(
+    script: list[tuple[Any, ...]], max_restarts: int, max_restarts_of_others: int
+) -> None:
+    world = World(
+        SupervisorConfig(
+            children=(NURSERY, ENGINE, EXECUTOR, SECOND_RANK, EDGE),
+            max_restarts=max_restarts,
+            max_restarts_of_others=max_restarts_of_others,
+        )
+    )
+    for action in script:
+        match action:
+            case ("exit", name):
+                world.exit(name)
+            case ("late exit", name, age):
+                before = world.core.epoch
+                world.hear(ProcessExited(name, world.latest[name] - age, "exited"))
+                assert world.core.epoch == before
+            case ("beat", name, age, busy_ms):
+                world.hear(Beat(name, world.latest[name] - age, busy_ns=busy_ms * MS))
+            case ("executor ready", age):
+                world.hear(ExecutorReady(Epoch(world.core.epoch - age)))
+            case ("executor failed", age):
+                world.hear(ExecutorFailed(Epoch(world.core.epoch - age), "boom"))
+            case ("engine ready", age):
+                world.hear(EngineReady(world.latest["engine"] - age))
+            case ("wait", ms):
+                world.now_ns += ms * MS
+                world.hear(Tick())
+    world.settle()
+    if world.core.gave_up_because:
+        assert set(world.alive) <= {"edge 1"}
+    else:
+        assert set(world.alive) >= {"nursery", "engine", "executor 0", "executor 1"}
+        assert world.core.is_ready

@@ -1,0 +1,138 @@
+"""The directory of this process's UNIX sockets: nobody else's, gone afterwards, and never an older process's."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+from pathlib import Path
+
+from ...messages.errors import OctavoError
+
+MAX_SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103
+"""What `sockaddr_un.sun_path` holds, less the zero at its end."""
+
+_NAME = re.compile(r"[1-9][0-9]*-[0-9a-f]{8}")
+
+
+class RunDirError(OctavoError):
+    """There is no place for sockets that is safe, or short enough."""
+
+    code = "run_dir"
+
+
+class RunDir:
+    """A directory `octavo-<uid>/<pid>-<random>`, mode 0700, that lives as long as this process.
+
+    Its owner holds a lock in it, which the kernel drops when the owner dies: what can be locked by another is stale,
+    and is swept by the next start. (A pid would not tell: containers may share the directory and count processes
+    separately.)
+
+    Args:
+        base: the directory to put it under; None is `$XDG_RUNTIME_DIR`, else the directory for temporary files.
+
+    Raises:
+        RunDirError: `octavo-<uid>` is somebody else's or a link, or nothing can be written there.
+    """
+
+    def __init__(self, base: Path | None = None) -> None:
+        home = (_default_base() if base is None else base) / f"octavo-{os.getuid()}"
+        home_fd = _open_home(home)
+        try:
+            fcntl.flock(home_fd, fcntl.LOCK_EX)  # between making a directory and locking it, nobody sweeps
+            _sweep(home)
+            self.path = home / f"{os.getpid()}-{secrets.token_hex(4)}"
+            self.path.mkdir(mode=0o700)
+            self._lock_fd = _open_lock(self.path)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunDirError(f"no directory for sockets can be made in {home}: {error.strerror}: {_ADVICE}") from error
+        finally:
+            os.close(home_fd)
+        self._owner_pid = os.getpid()
+        atexit.register(self.remove)
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def socket_path(self, name: str) -> Path:
+        """Where the socket `name` belongs.
+
+        Raises:
+            RunDirError: the path is longer than a UNIX socket's may be.
+        """
+        path = self.path / name
+        num_bytes = len(os.fsencode(path))
+        if num_bytes > MAX_SOCKET_PATH_BYTES:
+            raise RunDirError(
+                f"the socket {path} has a path of {num_bytes} bytes, at most {MAX_SOCKET_PATH_BYTES} are possible: "
+                f"{_ADVICE}"
+            )
+        return path
+
+    def remove(self) -> None:
+        """Remove the directory and what is in it. Safe to call twice; a forked child removes nothing."""
+        if self._owner_pid != os.getpid():
+            return
+        self._owner_pid = 0
+        atexit.unregister(self.remove)
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock_fd)
+        with contextlib.suppress(OSError):  # another octavo of this user lives there
+            self.path.parent.rmdir()
+
+
+_ADVICE = "set XDG_RUNTIME_DIR or TMPDIR to a short path of a directory that is yours"
+
+
+def _default_base() -> Path:
+    runtime_dir = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime_dir and Path(runtime_dir).is_absolute() and os.access(runtime_dir, os.W_OK | os.X_OK):
+        return Path(runtime_dir)
+    return Path(tempfile.gettempdir())
+
+
+def _open_home(home: Path) -> int:
+    """Make `octavo-<uid>`, or find that it is ours alone."""
+    try:
+        with contextlib.suppress(FileExistsError):
+            home.mkdir(mode=0o700)
+        fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        found = "is a link or not a directory" if home.is_symlink() or home.exists() else "cannot be made"
+        raise RunDirError(f"{home} {found} ({error.strerror}): remove it, or {_ADVICE}") from error
+    status = os.fstat(fd)
+    if status.st_uid != os.getuid():
+        os.close(fd)
+        raise RunDirError(f"{home} belongs to user {status.st_uid}, who could read what is said there: {_ADVICE}")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        os.fchmod(fd, 0o700)
+    return fd
+
+
+def _open_lock(path: Path) -> int:
+    return os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _sweep(home: Path) -> None:
+    """Remove the directories of the dead."""
+    for path in sorted(home.iterdir()):
+        if not _NAME.fullmatch(path.name) or path.is_symlink():
+            continue
+        with contextlib.suppress(OSError):  # alive, or half removed by its owner: not ours to judge
+            lock_fd = _open_lock(path)
+            try:
+                fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock_fd)

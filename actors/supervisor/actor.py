@@ -1,0 +1,220 @@
+"""Carries out what the supervisor decides: starts, kills and watches processes, and tells it of them and of time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Coroutine, Sequence
+
+import structlog
+
+from ...messages.base import Message
+from ...messages.system import (
+    KillProcess,
+    ProcessExited,
+    ProcessStarted,
+    StartProcess,
+    StopAll,
+    StopProcess,
+    SupervisorGaveUp,
+    Tick,
+)
+from ..runtime.clock import Clock, MonotonicClock
+from ..runtime.processes import ChildProcess, Nursery, ProcessSpec, ProcessStartError
+from .config import TICK_NS, ChildKind, SupervisorConfig
+from .core import SupervisorCore
+
+log = structlog.get_logger("octavo.supervisor")
+
+_KILL_S = 10.0
+"""After the grace, for SIGKILL to be obeyed."""
+
+
+class Supervisor:
+    """A `SupervisorCore` with real processes, on the running loop.
+
+    Args:
+        config: with the children to keep alive; a child of kind `nursery` is the nursery that the others are forked by.
+        make_spec: what a child is started as. Called in the order of the core's messages, so it is also where to
+            connect to the new incarnation.
+        send: where what the core says to other actors goes (`StartExecutor`, `ExecutorLost`, `EngineLost`,
+            `SupervisorGaveUp`).
+        modules: imported by the nursery, so that the children need not.
+        clock: monotonic.
+    """
+
+    def __init__(
+        self,
+        config: SupervisorConfig,
+        *,
+        make_spec: Callable[[StartProcess], ProcessSpec],
+        send: Callable[[Message], None],
+        modules: Sequence[str] = (),
+        clock: Clock | None = None,
+    ) -> None:
+        self.core = SupervisorCore(config)
+        self.nursery = Nursery(modules, self._on_nursery_lost)
+        self._kinds: dict[str, ChildKind] = {child.name: child.kind for child in config.children}
+        self._make_spec = make_spec
+        self._send = send
+        self._clock = clock or MonotonicClock()
+        self._processes: dict[str, ChildProcess] = {}
+        self._doomed: dict[str, int] = {}  # child -> incarnation that is to die as soon as it is there
+        self._nursery_incarnation = 0
+        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._ticker: asyncio.TimerHandle | None = None
+        self._waker: asyncio.TimerHandle | None = None
+        self._stopped = asyncio.Event()
+
+    def process(self, child: str) -> ChildProcess | None:
+        """The running process of a child; None between two incarnations."""
+        return self._processes.get(child)
+
+    async def start(self) -> None:
+        """Start the nursery, then, without waiting for them, the children.
+
+        Raises:
+            ProcessStartError: the nursery cannot be started; what it lacks, it will lack at the next start as well.
+        """
+        await self.nursery.start()
+        self._tick()
+
+    def handle(self, message: Message) -> None:
+        """Take a message for the supervisor, from another actor or a child."""
+        for answer in self.core.handle(message, self._clock.now_ns()):
+            self._obey(answer)
+        self._arm_waker()
+        if self.core.is_stopped:
+            self._stopped.set()
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """End every child, politely for `grace_s` seconds, and the nursery. Safe to call twice."""
+        if not self.core.is_stopped:
+            self.handle(StopAll(int(grace_s * 1e9)))
+            # Those that run have a grace and then SIGKILL, those about to start are killed when they are there.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopped.wait(), grace_s + _KILL_S)
+        for timer in (self._ticker, self._waker):
+            if timer is not None:
+                timer.cancel()
+        self._ticker = self._waker = None
+        await self.nursery.close()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=_KILL_S)
+
+    def _obey(self, message: Message) -> None:
+        if isinstance(message, StartProcess):
+            self._start(message)
+        elif isinstance(message, KillProcess):
+            log.warning("process.killed", child=message.child, incarnation=message.incarnation, why=message.why)
+            self._kill(message)
+        elif isinstance(message, StopProcess):
+            self._stop(message)
+        else:
+            if isinstance(message, SupervisorGaveUp):
+                log.error("supervisor.gave_up", kind=message.kind, why=message.why)
+            self._send(message)
+
+    def _start(self, message: StartProcess) -> None:
+        if self._kinds[message.child] == "nursery":
+            self._nursery_incarnation = message.incarnation
+            self._run(self._start_nursery(message))
+            return
+        try:
+            spec = self._make_spec(message)
+        except Exception as error:  # whatever it is: a child that cannot be described cannot be started
+            log.exception("process.not_described", child=message.child)
+            exited = ProcessExited(message.child, message.incarnation, f"{type(error).__name__}: {error}")
+            asyncio.get_running_loop().call_soon(self.handle, exited)
+        else:
+            self._run(self._spawn(message, spec))
+
+    async def _spawn(self, message: StartProcess, spec: ProcessSpec) -> None:
+        try:
+            process = await self.nursery.spawn(spec)
+        except ProcessStartError as error:
+            self._doomed.pop(message.child, None)
+            log.error("process.not_started", child=message.child, incarnation=message.incarnation, why=str(error))
+            self.handle(ProcessExited(message.child, message.incarnation, str(error)))
+            return
+        self._processes[message.child] = process
+        log.info("process.started", child=message.child, incarnation=message.incarnation, pid=process.pid)
+        if self._doomed.pop(message.child, 0) == message.incarnation:
+            process.kill()
+        self.handle(ProcessStarted(message.child, message.incarnation, process.pid))
+        ended = await process.wait()
+        del self._processes[message.child]
+        log.info("process.exited", child=message.child, incarnation=message.incarnation, why=ended.why)
+        self.handle(ProcessExited(message.child, message.incarnation, ended.why))
+
+    async def _start_nursery(self, message: StartProcess) -> None:
+        try:
+            await self.nursery.start()
+        except ProcessStartError as error:
+            self.handle(ProcessExited(message.child, message.incarnation, str(error)))
+        else:
+            self.handle(ProcessStarted(message.child, message.incarnation, self.nursery.pid))
+
+    def _kill(self, message: KillProcess) -> None:
+        if self._kinds[message.child] == "nursery":
+            self._end_nursery()
+        elif (process := self._processes.get(message.child)) is not None:
+            process.kill()
+        else:
+            self._doomed[message.child] = message.incarnation
+
+    def _stop(self, message: StopProcess) -> None:
+        if self._kinds[message.child] == "nursery":
+            self._run(self._close_nursery(message))
+        elif (process := self._processes.get(message.child)) is not None:
+            self._run(_stop_process(process, message.grace_ns / 1e9))
+        else:
+            self._doomed[message.child] = message.incarnation
+
+    async def _close_nursery(self, message: StopProcess) -> None:
+        """End the nursery once its children have ended, whom it would take with it."""
+        for process in list(self._processes.values()):
+            await process.wait()  # each was told to end, and is killed if it does not
+        await self.nursery.close()
+        self.handle(ProcessExited(message.child, message.incarnation, "was stopped"))
+
+    def _end_nursery(self) -> None:
+        if self.nursery.pid:
+            os.kill(self.nursery.pid, signal.SIGKILL)
+
+    def _on_nursery_lost(self) -> None:
+        log.error("nursery.lost")
+        for child, kind in self._kinds.items():
+            if kind == "nursery":
+                self.handle(ProcessExited(child, self._nursery_incarnation, "died"))
+
+    def _run(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks[task] = None  # the loop itself holds tasks weakly
+        task.add_done_callback(self._on_done)
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        del self._tasks[task]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "the supervisor's carrier failed", "exception": error, "task": task}
+            )
+
+    def _tick(self) -> None:
+        self._ticker = asyncio.get_running_loop().call_later(TICK_NS / 1e9, self._tick)
+        self.handle(Tick())
+
+    def _arm_waker(self) -> None:
+        """Tick also when a child is due, not up to a tick later."""
+        if self._waker is not None:
+            self._waker.cancel()
+            self._waker = None
+        if (wake_at_ns := self.core.wake_at_ns) >= 0 and self._ticker is not None:
+            delay_s = max(0, wake_at_ns - self._clock.now_ns()) / 1e9
+            self._waker = asyncio.get_running_loop().call_later(delay_s, self.handle, Tick())
+
+
+async def _stop_process(process: ChildProcess, grace_s: float) -> None:
+    await process.stop(grace_s)

@@ -1,0 +1,220 @@
+"""The supervisor with real processes: killed, stopped, orphaned."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from supervised_children import Birth, decode_news, is_running
+
+from octavo.actors.runtime.processes import ProcessSpec
+from octavo.actors.supervisor.actor import Supervisor
+from octavo.actors.supervisor.config import ChildConfig, SupervisorConfig
+from octavo.messages.base import Message
+from octavo.messages.system import EngineLost, ExecutorLost, StartExecutor, StartProcess, SupervisorGaveUp
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+DEADLINE_S = 120
+CHILDREN = (
+    ChildConfig("nursery", "nursery"),
+    ChildConfig("engine", "engine"),
+    ChildConfig("executor 0", "executor"),
+    ChildConfig("executor 1", "executor"),
+)
+
+
+class Stage:
+    """A supervisor, its children, and what it says."""
+
+    def __init__(self, path: Path, target: str = "beat_for_ever", **config: object) -> None:
+        self.said: list[Message] = []
+        self._path = str(path / "news")
+        self._target = target
+        self._news = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._news.setblocking(False)
+        self._news.bind(self._path)
+        self._changed = asyncio.Event()
+        self.supervisor = Supervisor(
+            # A busy machine's children are silent now and then; only who was stopped is to be killed for it.
+            SupervisorConfig(**{"children": CHILDREN, "max_silence_ns": 60_000_000_000, **config}),
+            make_spec=self._make_spec,
+            send=self.said.append,
+        )
+
+    async def __aenter__(self) -> Stage:
+        asyncio.get_running_loop().add_reader(self._news, self._read)
+        await self.supervisor.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.supervisor.stop(grace_s=DEADLINE_S)
+        asyncio.get_running_loop().remove_reader(self._news)
+        self._news.close()
+
+    def _make_spec(self, start: StartProcess) -> ProcessSpec:
+        return ProcessSpec(
+            title=start.child,
+            target=f"supervised_children:{self._target}",
+            arguments=msgspec.msgpack.encode(Birth(self._path, start)),
+            incarnation=start.incarnation,
+        )
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self.supervisor.handle(decode_news(self._news.recv(1 << 16)))
+                self._changed.set()
+        except BlockingIOError:
+            pass
+
+    async def until(self, is_reached: Callable[[], bool]) -> None:
+        """Wait for news until something holds."""
+        while not is_reached():
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def until_ready(self, **incarnations: int) -> None:
+        """Wait until requests would be served, by these incarnations at least."""
+        await self.until(
+            lambda: (
+                self.supervisor.core.is_ready
+                and all(self.incarnation(name.replace("_", " ")) >= least for name, least in incarnations.items())
+            )
+        )
+
+    def incarnation(self, child: str) -> int:
+        process = self.supervisor.process(child)
+        return 0 if process is None else process.incarnation
+
+    def pid(self, child: str) -> int:
+        process = self.supervisor.process(child)
+        assert process is not None
+        return process.pid
+
+
+def on_stage(path: Path, test: Callable[[Stage], Awaitable[None]], **config: object) -> None:
+    async def run() -> None:
+        async with asyncio.timeout(DEADLINE_S), Stage(path, **config) as stage:
+            await test(stage)
+
+    asyncio.run(run())
+
+
+def test_a_killed_rank_has_the_whole_group_replaced_and_the_engine_lives_on(tmp_path: Path) -> None:
+    async def test(stage: Stage) -> None:
+        await stage.until_ready(executor_0=1, executor_1=1)
+        os.kill(stage.pid("executor 1"), signal.SIGKILL)
+        await stage.until_ready(executor_0=2, executor_1=2)
+        assert stage.incarnation("engine") == 1
+        assert stage.said == [ExecutorLost(stage.supervisor.core.epoch, "executor 1 was killed by SIGKILL")]
+
+    on_stage(tmp_path, test)
+
+
+def test_a_killed_engine_is_replaced_and_everybody_hears_of_it(tmp_path: Path) -> None:
+    async def test(stage: Stage) -> None:
+        await stage.until_ready(engine=1, executor_0=1)
+        os.kill(stage.pid("engine"), signal.SIGKILL)
+        await stage.until(lambda: any(isinstance(message, EngineLost) for message in stage.said))
+        epoch = stage.supervisor.core.epoch
+        assert epoch == 1
+        assert StartExecutor(epoch, engine=2) in stage.said
+        assert EngineLost(epoch, "engine was killed by SIGKILL", 2) in stage.said
+        assert stage.incarnation("executor 0") == 1, "it keeps its weights"
+
+    on_stage(tmp_path, test)
+
+
+@pytest.mark.parametrize("child", ["engine", "executor 0"])
+def test_a_stopped_child_is_killed_and_replaced(tmp_path: Path, child: str) -> None:
+    async def test(stage: Stage) -> None:
+        await stage.until_ready(engine=1, executor_0=1)
+        pid = stage.pid(child)
+        os.kill(pid, signal.SIGSTOP)
+        await stage.until(lambda: stage.incarnation(child) >= 2)
+        assert not is_running(pid)
+
+    on_stage(tmp_path, test, max_silence_ns=SupervisorConfig().max_silence_ns)
+
+
+def test_a_killed_nursery_is_replaced_with_all_its_children(tmp_path: Path) -> None:
+    async def test(stage: Stage) -> None:
+        await stage.until_ready(engine=1, executor_0=1, executor_1=1)
+        nursery, old = stage.supervisor.nursery.pid, [stage.pid(child.name) for child in CHILDREN[1:]]
+        os.kill(nursery, signal.SIGKILL)
+        # Killed with the nursery or, should the news of a peer's end come first, by the supervisor.
+        await stage.until(lambda: all(stage.incarnation(child.name) >= 2 for child in CHILDREN[1:]))
+        assert stage.supervisor.nursery.pid not in (0, nursery)
+        assert not any(is_running(pid) for pid in old)
+        assert stage.supervisor.core.restarts_by_kind["nursery"] == 1
+
+    on_stage(tmp_path, test)
+
+
+def test_children_that_cannot_start_are_given_up_with_the_reason(tmp_path: Path) -> None:
+    async def test(stage: Stage) -> None:
+        while not stage.said or not isinstance(stage.said[-1], SupervisorGaveUp):
+            await asyncio.sleep(0.01)
+        assert stage.said[-1].why.endswith("exited with code 1")
+        assert not stage.supervisor.core.is_ready
+
+    on_stage(
+        tmp_path, test, target="fail", backoff_ns=(0, 1_000_000), max_restarts=3, children=(CHILDREN[0], CHILDREN[2])
+    )
+
+
+def test_a_child_that_cannot_be_described_is_given_up_with_the_reason(tmp_path: Path) -> None:
+    async def run() -> None:
+        def make_spec(_: StartProcess) -> ProcessSpec:
+            raise KeyError("no such rank")
+
+        gave_up = asyncio.Event()
+        supervisor = Supervisor(
+            SupervisorConfig(children=CHILDREN[1:2], max_restarts_of_others=1),
+            make_spec=make_spec,
+            send=lambda _: gave_up.set(),
+        )
+        async with asyncio.timeout(DEADLINE_S):
+            await supervisor.start()
+            await gave_up.wait()
+            assert "no such rank" in supervisor.core.gave_up_because
+            await supervisor.stop()
+
+    asyncio.run(run())
+
+
+def test_stopping_ends_everybody_and_leaves_no_descriptor(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            before = len(list(Path("/proc/self/fd").iterdir()))
+            stage = Stage(tmp_path)
+            async with stage:
+                await stage.until_ready(engine=1, executor_0=1, executor_1=1)
+                pids = [stage.supervisor.nursery.pid, *(stage.pid(child.name) for child in CHILDREN[1:])]
+            assert stage.supervisor.core.is_stopped
+            assert not any(is_running(pid) for pid in pids)
+            assert len(list(Path("/proc/self/fd").iterdir())) == before
+            await stage.supervisor.stop()
+
+    asyncio.run(run())
+
+
+def test_stopping_while_children_are_being_started_leaves_none(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            stage = Stage(tmp_path)
+            async with stage:
+                pid = stage.supervisor.nursery.pid
+                assert stage.supervisor.process("engine") is None, "it is asked for, not yet there"
+            assert not is_running(pid)
+            assert stage.supervisor.core.is_stopped
+
+    asyncio.run(run())
