@@ -1,4 +1,4 @@
-"""What detokenizing costs: `python -m octavo.actors.detokenizer.bench`."""
+"""What detokenizing costs, and recovering from a crash: `python -m octavo.actors.detokenizer.bench`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
+import structlog.testing
+
 from ...messages.ids import Epoch, RequestId, StepId
 from ...messages.request import PromptReady, StepTexts, TokenLogprobs
 from ...messages.sampling import SamplingParams
 from ...messages.step import StepExecuted
+from .actor import DetokenizerActor
 from .core import DetokenizerCore
 
 NUM_ROWS = 256
@@ -58,6 +61,42 @@ def microseconds_per_step(params: SamplingParams, *, emoji: bool = False, num_st
     return sorted(times)[num_steps // 2] / 1000
 
 
+def microseconds_per_noted_step(num_steps: int = NUM_STEPS) -> float:
+    """Median CPU time of one step through the actor, which takes note of every token, us."""
+    actor, ids = _open_actor()
+    times = []
+    for i in range(num_steps):
+        step = _plain_step(i, ids)
+        start = time.thread_time_ns()
+        actor.handle(step, 0)
+        times.append(time.thread_time_ns() - start)
+    return sorted(times)[num_steps // 2] / 1000
+
+
+def milliseconds_to_recover(num_steps: int = NUM_STEPS) -> float:
+    """CPU time in which a new core is brought to where `NUM_ROWS` streams of so many tokens are, ms."""
+    actor, ids = _open_actor()
+    for i in range(num_steps):
+        actor.handle(_plain_step(i, ids), 0)
+    actor.crash()
+    with structlog.testing.capture_logs():
+        start = time.thread_time_ns()
+        actor.handle(_plain_step(num_steps, ids), 0)
+        return (time.thread_time_ns() - start) / 1e6
+
+
+def _open_actor() -> tuple[DetokenizerActor, tuple[RequestId, ...]]:
+    actor = DetokenizerActor(lambda: DetokenizerCore(_WordCodec()))
+    ids = tuple(RequestId(10_000 + i) for i in range(NUM_ROWS))
+    for request_id in ids:
+        actor.handle(PromptReady((request_id,), (1, 2, 3), SamplingParams(max_tokens=100_000)), 0)
+    return actor, ids
+
+
+def _plain_step(i: int, ids: tuple[RequestId, ...]) -> StepExecuted:
+    return StepExecuted(Epoch(0), StepId(i), ids, tuple((i * 31 + row * 7) % 1000 for row in range(NUM_ROWS)))
+
+
 def main() -> None:
     """Print a line for each path."""
     endless = SamplingParams(max_tokens=100_000)
@@ -70,6 +109,9 @@ def main() -> None:
     for name, params, emoji in cases:
         cost = microseconds_per_step(params, emoji=emoji)
         print(f"{name:22} {cost:7.1f} us a step of {NUM_ROWS} rows, {cost / NUM_ROWS:5.2f} us a token")
+    cost = microseconds_per_noted_step()
+    print(f"{'plain, noted':22} {cost:7.1f} us a step of {NUM_ROWS} rows, {cost / NUM_ROWS:5.2f} us a token")
+    print(f"{'recovering':22} {milliseconds_to_recover():7.1f} ms for {NUM_ROWS} streams of {NUM_STEPS} tokens")
 
 
 if __name__ == "__main__":

@@ -142,6 +142,10 @@ class DetokenizerCore:
     def num_streams(self) -> int:
         return len(self._streams)
 
+    def has_stream(self, request_id: RequestId) -> bool:
+        """Whether a stream was opened and has not had its last delta."""
+        return request_id in self._streams
+
     def handle(self, message: DetokenizerInbox, now_ns: int) -> list[DetokenizerOutbox]:
         """Answer one message; `now_ns` is not needed here."""
         match message:

@@ -1,19 +1,21 @@
-"""Carries prompts to the tokenizer core; long ones on a worker thread, so that no stream waits for them."""
+"""Carries prompts to the tokenizer core; long ones on worker threads, so that no stream waits for them."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from typing import Protocol
 
 import structlog
 
 from ...messages.base import Message
-from ...messages.errors import InvalidRequestError
+from ...messages.errors import InvalidRequestError, QueueFullError
 from ...messages.ids import RequestId
 from ...messages.request import CancelRequest, RequestEnded, SubmitPrompt
-from ..runtime.in_process import InProcessRuntime
+from ..runtime.routes import Address
 from .core import TokenizerCore
+from .job_threads import MAX_ATTEMPTS, JobThreads, Outcome
+from .poison import PoisonedPrompts
 
 log = structlog.get_logger("octavo.tokenizer")
 
@@ -21,17 +23,51 @@ LONG_PROMPT_CHARS = 8192
 """About two milliseconds of tokenizing; shorter prompts are cheaper done at once than handed to a thread."""
 
 
-class TokenizerActor:
-    """A tokenizer whose long prompts are worked on beside the loop.
+class TokenizerRuntime(Protocol):
+    """What this actor needs of the runtime it lives in."""
 
-    A cancel for a prompt that is still being worked on waits for it, so that it never overtakes its request.
+    def send_all(self, sender: Address, messages: Iterable[Message]) -> None:
+        """Deliver messages in the sender's name, in order."""
+
+    def fail(self, address: Address, error: Exception) -> None:
+        """An exception escaped this actor."""
+
+
+class TokenizerActor:
+    """A tokenizer that no prompt can take from the others.
+
+    Long prompts are worked on beside the loop. A worker that dies over one, or does not come back in time, is replaced
+    and the prompt tried once more; then it is refused, and so is for ten minutes whoever sends the same. A prompt that
+    the libraries stumble over with an exception is refused at once. A cancel for a prompt that is still being worked
+    on waits for it, so that it never overtakes its request.
+
+    Args:
+        runtime: where answers go that come later.
+        workers: for long prompts.
     """
 
-    def __init__(self, core: TokenizerCore, runtime: InProcessRuntime) -> None:
+    def __init__(
+        self,
+        core: TokenizerCore,
+        runtime: TokenizerRuntime,
+        *,
+        workers: JobThreads[Sequence[Message]] | None = None,
+        poisoned: PoisonedPrompts | None = None,
+    ) -> None:
         self._core = core
         self._runtime = runtime
+        self._workers: JobThreads[Sequence[Message]] = JobThreads() if workers is None else workers
+        self._poisoned = PoisonedPrompts() if poisoned is None else poisoned
         self._in_work: dict[RequestId, list[Message]] = {}
-        self._tasks: dict[asyncio.Task[None], None] = {}
+
+    @property
+    def num_restarts(self) -> int:
+        """Workers that died or were given up on."""
+        return self._workers.num_restarts
+
+    def crash(self) -> None:
+        """Let the worker of the next prompt die, once, however short the prompt: for tests and `octavo chaos`."""
+        self._workers.crash()
 
     def handle(self, message: Message, now_ns: int) -> Iterable[Message]:
         """Tokenize a prompt or pass a cancel on."""
@@ -42,46 +78,68 @@ class TokenizerActor:
                 return ()
             return (message,)
         assert isinstance(message, SubmitPrompt), message
-        if _num_chars(message) < LONG_PROMPT_CHARS:
-            return self._answer(message, now_ns)
+        if why := self._poisoned.find(message, now_ns):
+            return _refuse(message, InvalidRequestError.code, why)
+        num_tries = 0
+        if _num_chars(message) < LONG_PROMPT_CHARS and not self._workers.crashes_next:
+            try:
+                return self._answer(message, now_ns)
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # a library's panic; what it leaves behind on this thread is anybody's guess
+                self._log("tokenizer.worker_lost", message, error)
+                self._workers.num_restarts += 1
+                num_tries = 1
         for request_id in message.request_ids:
             self._in_work[request_id] = []
-        task = asyncio.get_running_loop().create_task(self._work(message, now_ns))
-        self._tasks[task] = None
-        task.add_done_callback(self._done)
+        self._workers.run(
+            lambda: self._answer(message, now_ns),
+            lambda outcome, answers: self._done(message, outcome, answers, now_ns),
+            num_tries=num_tries,
+        )
         return ()
 
-    def _answer(self, message: SubmitPrompt, now_ns: int) -> Iterable[Message]:
+    async def close(self) -> None:
+        """Leave what is being worked on; nothing is waited for, as it might never come back."""
+        self._workers.close()
+
+    def _answer(self, message: SubmitPrompt, now_ns: int) -> Sequence[Message]:
         """What the core says; a prompt that its libraries stumble over is refused, and costs nobody else anything."""
         try:
             return self._core.handle(message, now_ns)
         except Exception as error:
-            with suppress(Exception):  # a log that cannot be written must not lose the answer
-                log.exception("tokenizer.failed", request_ids=message.request_ids)
+            self._log("tokenizer.failed", message, error)
             why = f"the prompt could not be tokenized: {type(error).__name__}: {error}"
-            return [
-                RequestEnded(
-                    request_id, "refused", error_code=InvalidRequestError.code, error=why, error_param="prompt"
-                )
-                for request_id in message.request_ids
-            ]
+            return _refuse(message, InvalidRequestError.code, why)
 
-    async def close(self) -> None:
-        """Wait for prompts that are being worked on."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+    def _done(self, message: SubmitPrompt, outcome: Outcome, answers: Sequence[Message] | None, now_ns: int) -> None:
+        """A worker came back, or none will."""
+        if outcome == "stuck":
+            why = "the tokenizer is held up by prompts that take too long: try again later"
+            answers = _refuse(message, QueueFullError.code, why)
+        elif outcome != "done" or answers is None:
+            what = "took too long" if outcome == "hung" else "crashed the tokenizer"
+            why = f"the prompt could not be tokenized: it {what}, {MAX_ATTEMPTS} times. Send another one"
+            self._poisoned.add(message, why, now_ns)
+            self._log("tokenizer.poisoned", message, None)
+            answers = _refuse(message, InvalidRequestError.code, why)
+        try:
+            self._runtime.send_all("tokenizer", answers)
+            for request_id in message.request_ids:
+                self._runtime.send_all("tokenizer", self._in_work.pop(request_id))
+        except Exception as error:  # this is a callback of the loop, which would only log it
+            self._runtime.fail("tokenizer", error)
 
-    async def _work(self, message: SubmitPrompt, now_ns: int) -> None:
-        answers = await asyncio.to_thread(self._answer, message, now_ns)
-        self._runtime.send_all("tokenizer", answers)
-        for request_id in message.request_ids:
-            self._runtime.send_all("tokenizer", self._in_work.pop(request_id))
+    def _log(self, event: str, message: SubmitPrompt, error: BaseException | None) -> None:
+        with suppress(Exception):  # a log that cannot be written must not lose the answer
+            log.error(event, request_ids=message.request_ids, exc_info=error)
 
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.pop(task, None)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._runtime.fail("tokenizer", error if isinstance(error, Exception) else RuntimeError(str(error)))
+
+def _refuse(message: SubmitPrompt, code: str, why: str) -> list[Message]:
+    return [
+        RequestEnded(request_id, "refused", error_code=code, error=why, error_param="prompt")
+        for request_id in message.request_ids
+    ]
 
 
 def _num_chars(message: SubmitPrompt) -> int:

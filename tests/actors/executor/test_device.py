@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.actors.executor.device import ExecutorConfig, plan_kv_cache
+from octavo.actors.executor.config import ExecutorConfig
+from octavo.actors.executor.device import plan_kv_cache
 from octavo.actors.kv_allocator.sizing import KVCachePlan
 from octavo.messages.errors import KVCacheTooSmallError
 

@@ -1,0 +1,144 @@
+"""The recipe of every live request of one edge, from which a new engine takes all of them up again."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from typing import assert_never
+
+import msgspec
+
+from ...messages.ids import Epoch, RequestId
+from ...messages.request import CancelRequest, RequestEnded, StopMatched, SubmitRequest
+from ...messages.step import StepExecuted
+from ...messages.system import EngineLost
+from .token_table import TokenTable
+
+LedgerInbox = SubmitRequest | CancelRequest | StopMatched | StepExecuted | RequestEnded | EngineLost
+LedgerOutbox = SubmitRequest | CancelRequest | StopMatched | StepExecuted | RequestEnded
+
+_NOBODY = RequestId(-1)
+
+
+class _Recipe:
+    """One live request.
+
+    Attributes:
+        submit: as the tokenizer made it.
+        tokens: int32; the output that reached this edge.
+        is_cancelled, is_stopped: what was said about it to an engine, and must be said again to the next.
+    """
+
+    __slots__ = ("is_cancelled", "is_stopped", "submit", "tokens")
+
+    def __init__(self, submit: SubmitRequest) -> None:
+        self.submit = submit
+        self.tokens = array("i")
+        self.tokens.frombytes(submit.output_token_ids)
+        if sys.byteorder == "big":
+            self.tokens.byteswap()
+        self.is_cancelled = False
+        self.is_stopped = False
+
+    def as_submit(self, fork_of: RequestId) -> SubmitRequest:
+        tokens = self.tokens
+        if sys.byteorder == "big":
+            tokens = array("i", tokens)
+            tokens.byteswap()
+        return msgspec.structs.replace(
+            self.submit, output_token_ids=tokens.tobytes(), fork_of=fork_of, is_taken_up_again=True
+        )
+
+
+class LedgerCore:
+    """Stands between an edge and its engine: all they say to each other about requests passes through `handle`.
+
+    `handle` returns what goes on its way: the message itself, or nothing if it is of a dead engine or of no live
+    request. To `EngineLost` it answers with what the new engine must hear: each live request again, in order of
+    arrival, with the tokens that reached this edge; then the cancels and stops that were said about them. What was
+    returned before `EngineLost` was for the old engine, and is dropped with it; what is returned from then on is for
+    the new one.
+
+    A request is live from its `SubmitRequest` to its `RequestEnded`, so it ends exactly once here: an end that comes a
+    second time finds no live request. Requests that the tokenizer refuses are never live and never pass here. Memory
+    is bounded by the live requests, whose number the front end bounds.
+
+    Attributes:
+        num_resubmitted: recipes given to a new engine, in all.
+        num_dropped_messages: of a dead engine, or ends of requests that had ended.
+    """
+
+    def __init__(self) -> None:
+        self._recipes: dict[RequestId, _Recipe] = {}  # in order of arrival
+        self._outputs = TokenTable()  # the same recipes' tokens
+        self._epoch = Epoch(0)
+        self.num_resubmitted = 0
+        self.num_dropped_messages = 0
+
+    @property
+    def num_live(self) -> int:
+        return len(self._recipes)
+
+    def handle(self, message: LedgerInbox, now_ns: int) -> list[LedgerOutbox]:
+        """Take note of one message and return what goes on; `now_ns` is not needed here."""
+        match message:
+            case StepExecuted():
+                return self._step(message)
+            case SubmitRequest(request_id):
+                if request_id in self._recipes:
+                    self.num_dropped_messages += 1
+                    return []
+                recipe = self._recipes[request_id] = _Recipe(message)
+                self._outputs[request_id] = recipe.tokens
+            case RequestEnded(request_id):
+                if self._recipes.pop(request_id, None) is None:
+                    self.num_dropped_messages += 1
+                    return []
+                del self._outputs[request_id]
+            case CancelRequest(request_id):
+                if request_id not in self._recipes:
+                    return []  # it ended meanwhile
+                self._recipes[request_id].is_cancelled = True
+            case StopMatched(request_id):
+                if request_id not in self._recipes:
+                    return []
+                self._recipes[request_id].is_stopped = True
+            case EngineLost():
+                return self._resubmit(message)
+            case _:
+                assert_never(message)
+        return [message]
+
+    def recipes(self) -> list[SubmitRequest]:
+        """Every live request with its tokens so far, in order of arrival; `fork_of` names live siblings only."""
+        recipes = self._recipes
+        return [
+            recipe.as_submit(recipe.submit.fork_of if recipe.submit.fork_of in recipes else _NOBODY)
+            for recipe in recipes.values()
+        ]
+
+    def check(self) -> None:
+        """Assert that both tables hold the same recipes."""
+        assert list(self._recipes) == list(self._outputs)
+        assert all(recipe.tokens is self._outputs[request_id] for request_id, recipe in self._recipes.items())
+
+    def _step(self, step: StepExecuted) -> list[LedgerOutbox]:
+        if step.epoch < self._epoch:
+            self.num_dropped_messages += 1
+            return []
+        self._outputs.take(step)
+        return [step]
+
+    def _resubmit(self, lost: EngineLost) -> list[LedgerOutbox]:
+        if lost.epoch <= self._epoch:
+            self.num_dropped_messages += 1
+            return []
+        self._epoch = lost.epoch
+        again: list[LedgerOutbox] = [*self.recipes()]
+        self.num_resubmitted += len(again)
+        for request_id, recipe in self._recipes.items():
+            if recipe.is_cancelled:
+                again.append(CancelRequest(request_id))
+            elif recipe.is_stopped:
+                again.append(StopMatched(request_id))
+        return again

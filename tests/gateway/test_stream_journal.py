@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from octavo.gateway.stream_journal import FILE_NAME, MAX_ATTEMPTS, StreamJournal, StreamRecord
+from octavo.messages.errors import InvalidConfigError
+
+
+def record(name: str, body: bytes = b"{}") -> StreamRecord:
+    return StreamRecord(name, 1_700_000_000, "chat", body, seeds=(7,), owner="me", accepted_at_ns=5)
+
+
+def names(folder: Path) -> list[str]:
+    return [record.response_id for record in StreamJournal.unfinished(folder)]
+
+
+def test_what_was_accepted_and_did_not_end_is_unfinished_in_order_of_arrival(tmp_path: Path) -> None:
+    journal = StreamJournal(tmp_path / "new" / "folder")
+    for name in "cab":
+        journal.accepted(record(name, name.encode() * 1000))
+    journal.ended("a")
+    journal.ended("nobody")
+    journal.close()
+    assert StreamJournal.unfinished(tmp_path / "new" / "folder") == [record("c", b"c" * 1000), record("b", b"b" * 1000)]
+    again = StreamJournal(tmp_path / "new" / "folder")
+    assert [r.response_id for r in again.to_resume] == ["c", "b"]
+    assert [r.num_attempts for r in again.to_resume] == [1, 1]
+    again.ended("c")
+    again.close()
+    assert names(tmp_path / "new" / "folder") == ["b"]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_file_cut_anywhere_or_damaged_behind_gives_what_came_before(tmp_path: Path, data: st.DataObject) -> None:
+    for file in tmp_path.iterdir():
+        file.unlink()
+    journal = StreamJournal(tmp_path)
+    sizes = [(tmp_path / FILE_NAME).stat().st_size]
+    for name in "abcd":
+        journal.accepted(record(name))
+        sizes.append((tmp_path / FILE_NAME).stat().st_size)
+    journal.close()
+    cut = data.draw(st.integers(0, sizes[-1]))
+    whole = (tmp_path / FILE_NAME).read_bytes()
+    tail = data.draw(st.sampled_from([b"", b"\0" * 20, b"\xff" * 9]))
+    damaged = whole[:cut] + tail if cut >= sizes[0] else whole[:cut]
+    (tmp_path / FILE_NAME).write_bytes(damaged)
+    num_whole = sum(damaged[:size] == whole[:size] for size in sizes[1:])  # a zero may stand where one was cut
+    assert names(tmp_path) == list("abcd")[:num_whole]
+    again = StreamJournal(tmp_path)
+    again.accepted(record("e"))
+    again.close()
+    assert names(tmp_path) == [*"abcd"[:num_whole], "e"], "what is appended behind the cut can be read"
+
+
+def test_the_file_is_for_its_owner_alone_and_only_one_process_writes_it(tmp_path: Path) -> None:
+    journal = StreamJournal(tmp_path)
+    assert stat.S_IMODE((tmp_path / FILE_NAME).stat().st_mode) == 0o600
+    with pytest.raises(InvalidConfigError, match="another server uses it"):
+        StreamJournal(tmp_path)
+    journal.close()
+    StreamJournal(tmp_path).close()
+
+
+def test_a_file_of_something_else_is_left_alone_and_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"my dear diary")
+    with pytest.raises(InvalidConfigError, match="is no journal of streams"):
+        StreamJournal(tmp_path)
+    assert (tmp_path / FILE_NAME).read_bytes() == b"my dear diary"
+    with pytest.raises(InvalidConfigError, match="no journal of streams can be kept"):
+        StreamJournal(tmp_path / FILE_NAME)
+
+
+def test_a_stream_that_every_server_dies_of_is_given_up(tmp_path: Path) -> None:
+    journal = StreamJournal(tmp_path)
+    journal.accepted(record("poison"))
+    journal.close()
+    for _ in range(MAX_ATTEMPTS):
+        journal = StreamJournal(tmp_path)
+        assert [r.response_id for r in journal.to_resume] == ["poison"]
+        journal.close()
+    journal = StreamJournal(tmp_path)
+    assert (journal.to_resume, journal.num_given_up) == ([], 1)
+    journal.close()
+    assert names(tmp_path) == []
+
+
+def test_a_long_journal_is_compacted_to_what_is_unfinished(tmp_path: Path) -> None:
+    journal = StreamJournal(tmp_path, max_bytes=20_000)
+    journal.accepted(record("kept"))
+    for i in range(300):
+        journal.accepted(record(f"r{i}", b"x" * 500))
+        journal.ended(f"r{i}")
+        assert (tmp_path / FILE_NAME).stat().st_size < 22_000
+    journal.accepted(record("last"))
+    journal.close()
+    assert names(tmp_path) == ["kept", "last"]
+
+
+def test_a_disk_that_is_full_costs_the_journal_that_stream_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = StreamJournal(tmp_path)
+    journal.accepted(record("a"))
+    write = os.write
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", lambda fd, data: write(fd, bytes(data)[:5]))
+        journal.accepted(record("b"))
+    journal.accepted(record("c"))
+    assert journal.num_failed_writes == 1
+    journal.close()
+    assert names(tmp_path) == ["a", "c"]
+
+
+def test_an_entry_of_a_later_version_is_passed_over(tmp_path: Path) -> None:
+    import zlib
+
+    journal = StreamJournal(tmp_path)
+    journal.accepted(record("a"))
+    payload = msgspec.msgpack.encode(17)
+    with (tmp_path / FILE_NAME).open("ab") as file:
+        file.write(len(payload).to_bytes(4, "little") + zlib.crc32(payload).to_bytes(4, "little") + payload)
+    journal.accepted(record("b"))
+    journal.close()
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_a_process_that_is_killed_has_lost_nothing(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, pathlib\n"
+        "from octavo.gateway.stream_journal import StreamJournal, StreamRecord\n"
+        "journal = StreamJournal(pathlib.Path(sys.argv[1]))\n"
+        "for i in range(100): journal.accepted(StreamRecord(str(i), 0, 'completion', b'body'))\n"
+        "journal.ended('0')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert names(tmp_path) == [str(i) for i in range(1, 100)]
