@@ -17,7 +17,7 @@ OPEN_PATHS: Final = frozenset({"/", "/health", "/ping", "/ready", "/live", "/ver
 """Routes that answer without a key; everything else, known or not, asks for one."""
 
 ALLOWED_METHODS: Final = "GET, POST, OPTIONS"
-ALLOWED_HEADERS: Final = "Authorization, Content-Type, X-Request-Id"
+ALLOWED_HEADERS: Final = "Authorization, Content-Type, X-Request-Id, Last-Event-ID"
 
 
 class KeyRing:

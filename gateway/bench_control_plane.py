@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..actors.detokenizer.core import DetokenizerCore
-from ..actors.executor.actor import locate_model
+from ..actors.executor.locate import locate_model
 from ..actors.kv_allocator.config import AllocatorConfig
 from ..actors.kv_allocator.core import KVAllocatorCore
 from ..actors.runtime.clock import MonotonicClock

@@ -14,16 +14,17 @@ import time
 from typing import Any
 
 import msgspec
+import psutil
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from ..actors.runtime.logs import configure_logs
 from ..messages.sampling import SamplingParams
 from .config import EngineConfig, make_config
 from .engine import Engine
 from .flags import engine_fields
 from .latency import write_json
-from .logs import configure_logs
 
 
 class OfflineFigure(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +42,7 @@ def bench_offline(arguments: argparse.Namespace) -> int:
     """Print a table of throughput by concurrency."""
     configure_logs("human")
     config = make_config(engine_fields(arguments))
-    figures = asyncio.run(_bench(config, arguments))
+    figures, load_seconds, resident_bytes = asyncio.run(_bench(config, arguments))
     table = Table("prompts at once", "octavo tok/s", "transformers one by one tok/s", "ratio", title_justify="left")
     table.title = (
         f"octavo bench offline: {arguments.input_len} in, {arguments.output_len} out, {arguments.repeats} rounds"
@@ -54,21 +55,32 @@ def bench_offline(arguments: argparse.Namespace) -> int:
             "-" if figure.ratio is None else f"{figure.ratio:.2f}x",
         )
     Console().print(table)
-    write_json({"figures": figures}, arguments.json)
+    print(
+        f"weights loaded in {load_seconds:.2f} s; resident set with octavo's KV cache {resident_bytes / 2**20:,.0f} MiB"
+    )
+    write_json({"figures": figures, "load_seconds": load_seconds, "resident_bytes": resident_bytes}, arguments.json)
     return 0
 
 
-async def _bench(config: EngineConfig, arguments: argparse.Namespace) -> list[OfflineFigure]:
+def _resident_bytes() -> int:
+    """Of this process and those that it started, what they share counted for each."""
+    own = psutil.Process()
+    return sum(process.memory_info().rss for process in (own, *own.children(recursive=True)))
+
+
+async def _bench(config: EngineConfig, arguments: argparse.Namespace) -> tuple[list[OfflineFigure], float, int]:
+    """Figures, seconds to load, and the resident set after a first round, before the other engine is there."""
     chance = random.Random(arguments.workload_seed)  # noqa: S311  # a workload, not a secret
     async with Engine(config=config) as engine:
         low = min(engine.vocab_size // 2, 200)  # above the special tokens, which lie at the beginning in most models
         rounds_of: dict[int, tuple[list[float], list[float]]] = {n: ([], []) for n in arguments.concurrency}
+        await _run_round(engine, _prompts(chance, engine, low, arguments, 2), 2)  # first-use work is not timed
+        load_seconds, resident_bytes = engine.load_seconds, _resident_bytes()
         reference = None
         if arguments.compare == "transformers":
             reference = await asyncio.to_thread(_Reference, engine)
         total = arguments.repeats * len(rounds_of)
         with tqdm(total=total, desc="rounds", unit="round") as bar:
-            await _run_round(engine, _prompts(chance, engine, low, arguments, 2), 2)  # first-use work is not timed
             for _ in range(arguments.repeats):
                 for concurrency, (ours, theirs) in rounds_of.items():
                     count = arguments.num_prompts or max(concurrency, 4)
@@ -78,7 +90,7 @@ async def _bench(config: EngineConfig, arguments: argparse.Namespace) -> list[Of
                         some = prompts[: arguments.compare_prompts]
                         theirs.append(await asyncio.to_thread(reference.run, some, arguments.output_len))
                     bar.update(1)
-    return [
+    figures = [
         OfflineFigure(
             concurrency=concurrency,
             octavo_tokens_per_s=statistics.median(ours),
@@ -89,6 +101,7 @@ async def _bench(config: EngineConfig, arguments: argparse.Namespace) -> list[Of
         )
         for concurrency, (ours, theirs) in rounds_of.items()
     ]
+    return figures, load_seconds, resident_bytes
 
 
 def _prompts(

@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from ..actors.runtime.logs import configure_logs
 from ..messages.errors import InvalidConfigError, OctavoError
 from .ceilings import Ceilings, ModelTraffic, measure_ceilings, model_traffic
 from .config import make_config
 from .flags import engine_fields
 from .latency import write_json
-from .logs import configure_logs
 from .peers.adapter import LoadOptions, Request
 from .peers.catalog import OURS, PEERS
 from .peers.process import PeerFailedError, PeerProcess

@@ -1,6 +1,7 @@
 """What a stream costs the gateway: microseconds of CPU for each token, kilobytes for each open response.
 
     python -m octavo.gateway.bench_streams --streams 2000 --tokens 50
+    python -m octavo.gateway.bench_streams --streams 10000 --tokens 20 --interval-ms 1000
 
 Server and clients are two processes. The engine gives every stream a token at each step and costs nothing else, unless
 `--model` names a real one; its microsecond is in the figures.
@@ -53,7 +54,7 @@ class PacedEngine:
     """Gives one token to every live sequence each time it is told to."""
 
     def __init__(self) -> None:
-        self.config = EngineConfig()
+        self.config = EngineConfig(max_num_queued_requests=1_000_000)
         self.model_name = "paced"
         self.max_model_len = 1_000_000
         self.vocab_size = 1000
@@ -262,7 +263,8 @@ async def measure_model(model: str | None, num_streams: int, num_tokens: int) ->
 
 
 def _settings() -> ServerSettings:
-    return ServerSettings(log_requests=False, header_timeout_s=300.0)
+    # All clients are one address, and connect before any of them is served.
+    return ServerSettings(log_requests=False, header_timeout_s=300.0, max_connections=0, max_connections_per_client=0)
 
 
 async def _start_clients(port: int, num_streams: int, num_tokens: int) -> asyncio.subprocess.Process:

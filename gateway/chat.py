@@ -10,12 +10,12 @@ import time
 
 import msgspec
 
+from ..actors.runtime.logs import configure_logs
 from ..messages.errors import ContextLengthExceededError, InvalidRequestError
 from ..messages.sampling import SamplingParams
 from .config import EngineConfig, make_config
 from .engine import Engine
 from .flags import engine_fields
-from .logs import configure_logs
 
 
 def chat(arguments: argparse.Namespace) -> int:

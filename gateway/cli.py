@@ -7,7 +7,10 @@ import sys
 from collections.abc import Callable
 
 from .. import __version__
+from .bench_overload import add_bench_overload
+from .chaos_cli import add_chaos
 from .flags import Parser, add_engine_flags, add_server_flags, named_path, positive, rate
+from .keys import add_keys
 from .sim_cli import add_sim
 
 
@@ -43,6 +46,8 @@ def build_parser() -> Parser:
     _add_run(commands)
     _add_bench(commands)
     add_sim(commands)
+    add_chaos(commands)
+    add_keys(commands)
     doctor = commands.add_parser("doctor", help="look at this machine and installation, and say what octavo would do")
     doctor.set_defaults(run=_doctor, parser=doctor)
     return parser
@@ -106,6 +111,7 @@ def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     serve.add_argument("--max-concurrency", type=positive, default=64, help="open streams at once")
     serve.add_argument("--json", metavar="FILE", help="write the figures to this file; - for standard output")
     serve.set_defaults(run=_bench_serve, parser=serve)
+    add_bench_overload(kinds)
 
 
 def _add_peers(parser: Parser) -> None:

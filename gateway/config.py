@@ -23,6 +23,10 @@ _AT_LEAST: dict[str, int] = {
     "pipeline_depth": 1,
     "num_threads": 1,
     "max_logprobs": -1,
+    "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 1,
+    "data_parallel_size": 1,
+    "max_restarts": 0,
 }
 
 
@@ -38,6 +42,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         model_impl: `auto` prefers our own implementation, `transformers` never uses it.
         quantization: `int8` or `int4` quantises floating weights at load; `auto` takes them as they are stored.
         deterministic: a row's logits are the same bits alone and in any batch, for native implementations on a CPU.
+        kv_cache_dtype: of keys and values; `int8` and `fp8` halve them, at a small error.
+        cpu_affinity: `auto` binds each computing thread to a core unless that would do harm; `off`; or cores, `0-3,8`.
+        in_process: every actor on the caller's event loop, the executor on a thread; otherwise engine and executors are
+            processes of their own, which are replaced when they die while every stream goes on.
+        tensor_parallel_size: processes that share each layer.
+        pipeline_parallel_size: stages that share the layers.
+        data_parallel_size: replicas of the model, behind a router.
+        enable_expert_parallel: of a mixture of experts, those who share a layer hold whole experts.
+        routing: how the router chooses among replicas.
+        max_restarts: of an executor within a minute; None leaves room to find a request that kills it.
         max_model_len: longest prompt plus output; None takes the checkpoint's, lowered to what the KV cache holds.
         max_num_seqs: requests in one step.
         max_num_batched_tokens: tokens in one step, prompt and output together.
@@ -55,7 +69,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         chat_template: path of a jinja file, or the template itself; None takes the tokenizer's.
         offline: never contact the hub.
         max_logprobs: most alternatives a request may ask for; -1 means no bound.
-        journal: file that records what scheduler and KV allocator hear, for `octavo sim replay`; None for none.
+        journal: folder in which what scheduler and KV allocator hear is recorded, for `octavo sim replay`; None for
+            none.
         journal_prompts: record token ids as they are, not as hashes that no text can be recovered from.
 
     Raises:
@@ -90,6 +105,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     journal_prompts: bool = False
     quantization: Literal["auto", "int8", "int4"] = "auto"
     deterministic: bool = False
+    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "int8", "fp8"] = "auto"
+    cpu_affinity: str = "auto"
+    in_process: bool = True
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    routing: Literal["round_robin", "least_loaded", "prefix_aware"] = "prefix_aware"
+    max_restarts: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in _AT_LEAST.items():
@@ -105,9 +129,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"memory_utilization is {self.memory_utilization}, but is a share: more than 0, at most 1",
                 field="memory_utilization",
             )
+        num_processes = self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+        if self.in_process and num_processes > 1:
+            raise InvalidConfigError(
+                f"tensor, pipeline and data parallel sizes make {num_processes} executors, but in_process has one: "
+                "leave in_process out (--in-process)",
+                field="in_process",
+            )
         if self.journal_prompts and self.journal is None:
             raise InvalidConfigError(
-                "journal_prompts is set, but there is no journal: name one (--journal FILE)", field="journal_prompts"
+                "journal_prompts is set, but there is no journal: name one (--journal DIR)", field="journal_prompts"
             )
         if not (math.isfinite(self.priority_aging_s) and self.priority_aging_s >= 0.0):
             raise InvalidConfigError(

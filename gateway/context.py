@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import structlog
 from aiohttp import web
 
 from .connections import ConnectionTable
 from .engine_protocol import EngineLike
 from .http_errors import ApiError
 from .metrics import GatewayMetrics
+from .overload import AdmissionCore, OverloadLimits
+from .readiness import ReadinessConfig, ReadinessCore
 from .settings import ServerSettings
 from .sse import StreamPump
+from .telemetry import CURRENT, Tracing
+
+if TYPE_CHECKING:
+    from .exchange import Exchange
+
+log = structlog.get_logger("octavo.http")
 
 
 class GatewayContext:
@@ -30,8 +45,78 @@ class GatewayContext:
             max_per_client=settings.max_connections_per_client,
             trusted_proxies=settings.trusted_proxies,
         )
-        self.metrics = GatewayMetrics(engine, self.model_names[0], self.pump, self.connections)
+        self.metrics = GatewayMetrics(
+            engine, self.model_names[0], self.pump, self.connections, lambda: self.admission.num_refused
+        )
+        config = engine.config
+        self.admission = AdmissionCore(
+            OverloadLimits(
+                max_requests=config.max_num_seqs + config.max_num_queued_requests,
+                max_bytes=settings.max_open_bytes,
+                max_wait_ns=int(settings.max_queue_wait_s * 1e9),
+                min_waiting=config.max_num_seqs,
+            ),
+            engine.stats,
+            lambda: self.metrics.num_ended,
+        )
+        self._readiness = ReadinessCore(
+            ReadinessConfig(grace_ns=int(settings.ready_grace_s * 1e9), stall_ns=int(settings.stall_s * 1e9))
+        )
+        self.tracing = Tracing.from_environment(self.model_names[0])
         self.is_draining = False
+        self._num_refusals = 0  # since the last line about them
+        self._refusals_logged_ns = -1_000_000_000
+        self._open: dict[Exchange, None] = {}
+        self._none_open = asyncio.Event()
+        self._none_open.set()
+
+    def why_not_ready(self) -> str:
+        """Look at the engine, and say why a request sent now would not be answered; empty if it would."""
+        engine = self.engine
+        says = "" if engine.is_ready else engine.why_not_ready
+        why = self._readiness.observe(time.monotonic_ns(), engine.stats(), says)
+        if self.is_broken:
+            why = says or "the engine is broken"
+        return "the server is shutting down" if self.is_draining else why
+
+    def count_refusal(self) -> None:
+        """Log how many requests were refused for lack of room, once a second at most."""
+        self._num_refusals += 1
+        now_ns = time.monotonic_ns()
+        if now_ns - self._refusals_logged_ns >= 1_000_000_000:
+            log.info("requests.refused", num=self._num_refusals, open=self.admission.num_open)
+            self._num_refusals, self._refusals_logged_ns = 0, now_ns
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether nothing but a new start of the server helps; engines that cannot tell are taken to be repairable."""
+        return bool(getattr(self.engine, "is_broken", False))
+
+    @contextmanager
+    def following(self, exchange: Exchange) -> Iterator[None]:
+        """The exchange is open until the block ends: a drain waits for it, and ends it in the end."""
+        self._open[exchange] = None
+        trace = CURRENT.get()
+        if trace is not None:
+            trace.exchanges.append(exchange)
+        self._none_open.clear()
+        try:
+            yield
+        finally:
+            del self._open[exchange]
+            if not self._open:
+                self._none_open.set()
+
+    async def wait_none_open(self) -> None:
+        """Return once every response is over."""
+        await self._none_open.wait()
+
+    def end_open(self, error: ApiError) -> int:
+        """Tell the clients of all open responses that this was it; returns how many."""
+        exchanges = list(self._open)
+        for exchange in exchanges:
+            exchange.end(error)
+        return len(exchanges)
 
     def model_name(self, asked: str | None) -> str:
         """The name under which to answer.
@@ -60,7 +145,10 @@ class GatewayContext:
         """
         if self.is_draining:
             raise ApiError(
-                503, "the server is shutting down: try again later", code="engine_closed", headers={"Retry-After": "5"}
+                503,
+                "the server is shutting down: try again later",
+                code="engine_closed",
+                headers={"Retry-After": "5", "Connection": "close"},
             )
 
 

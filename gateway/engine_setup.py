@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import msgspec
+
+from ..actors.executor.config import ExecutorConfig, ExecutorProcessSpec
+from ..actors.journal.actor import check_journal_path
+from ..actors.kv_allocator.core import AllocatorConfig
 from ..actors.scheduler.config import SchedulerConfig
-from ..messages.errors import InvalidRequestError
+from ..messages.errors import InvalidConfigError, InvalidRequestError
+from ..messages.system import StartProcess
 from .config import EngineConfig
+from .graph import ModelFacts
 
 if TYPE_CHECKING:
     from ..actors.executor.actor import ExecutorThread
@@ -34,10 +41,8 @@ def check_options(priority: int, cache_salt: str, truncate_prompt_tokens: int, t
         )
 
 
-def executor_config(config: EngineConfig, folder: Path) -> Any:
+def executor_config(config: EngineConfig, folder: Path) -> ExecutorConfig:
     """What the executor loads, and with how much."""
-    from ..actors.executor.device import ExecutorConfig
-
     return ExecutorConfig(
         model_path=str(folder),
         dtype=config.dtype,
@@ -53,15 +58,63 @@ def executor_config(config: EngineConfig, folder: Path) -> Any:
         memory_utilization=config.memory_utilization,
         num_threads=config.num_threads,
         trust_remote_code=config.trust_remote_code,
+        tensor_parallel_size=config.tensor_parallel_size,
+        pipeline_parallel_size=config.pipeline_parallel_size,
+        expert_parallel=config.enable_expert_parallel,
+        kv_cache_dtype=config.kv_cache_dtype,
+        cpu_affinity=config.cpu_affinity,
     )
 
 
-def scheduler_config(config: EngineConfig, num_blocks: int, max_model_len: int) -> SchedulerConfig:
+def executor_process_spec(
+    config: EngineConfig,
+    folder: str,
+    facts: ModelFacts | None,
+    start: StartProcess,
+    *,
+    rank: int,
+    engine_name: str,
+    run_dir: str,
+    log_format: str,
+) -> ExecutorProcessSpec:
+    """What an executor process is told; `facts`, once known, hold for every process that follows."""
+    executor = executor_config(config, Path(folder))
+    if config.tensor_parallel_size * config.pipeline_parallel_size > 1:
+        # The ranks of a group start together, so their incarnations name the place where they meet.
+        executor = msgspec.structs.replace(
+            executor, init_method=f"file://{run_dir}/{engine_name.replace(' ', '-')}.group.{start.incarnation}"
+        )
+    if facts is not None:
+        executor = msgspec.structs.replace(executor, num_blocks=facts.num_blocks, max_model_len=facts.max_model_len)
+    return ExecutorProcessSpec(
+        child=start.child,
+        incarnation=start.incarnation,
+        rank=rank,
+        epoch=start.epoch,
+        engine_name=engine_name,
+        engine=start.engine,
+        run_dir=run_dir,
+        config=executor,
+        log_format=log_format,
+    )
+
+
+def allocator_config(config: EngineConfig, facts: ModelFacts) -> AllocatorConfig:
+    """What the KV allocator gives out, once the executor has said how much there is."""
+    return AllocatorConfig(
+        num_blocks=facts.num_blocks,
+        block_size=config.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+
+
+def scheduler_config(config: EngineConfig, facts: ModelFacts) -> SchedulerConfig:
     """What the scheduler shares out, once the executor has said how much there is."""
     return SchedulerConfig(
-        num_blocks=num_blocks,
+        num_blocks=facts.num_blocks,
         block_size=config.block_size,
-        max_model_len=max_model_len,
+        max_model_len=facts.max_model_len,
+        vocab_size=facts.vocab_size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         pipeline_depth=config.pipeline_depth,
@@ -72,17 +125,55 @@ def scheduler_config(config: EngineConfig, num_blocks: int, max_model_len: int) 
     )
 
 
+def journal_file(folder: str | None, engine_name: str = "engine") -> str | None:
+    """The file in the journal's folder in which an engine records; makes the folder.
+
+    Raises:
+        InvalidConfigError: no folder or no file can be made there.
+    """
+    if folder is None:
+        return None
+    path = Path(folder)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        raise InvalidConfigError(f"journal {folder} is a file, but must be a folder", field="journal") from None
+    except OSError as error:
+        raise InvalidConfigError(
+            f"journal {folder} cannot be made: {error.strerror or error}. Give a folder that may be written to",
+            field="journal",
+        ) from None
+    file = str(path / f"{engine_name.replace(' ', '-')}.journal")
+    check_journal_path(file)
+    return file
+
+
 _LOADING = threading.Lock()
 
 
-def load(folder: Path, config: EngineConfig, executor: ExecutorThread) -> tuple[HFTokenizer, Device]:
+def load(tokenizer_folder: Path, config: EngineConfig, executor: ExecutorThread) -> tuple[HFTokenizer, Device]:
     """Load tokenizer and model, one after the other and one engine at a time.
 
     Both import parts of `transformers` as they need them, and those imports fail now and then when two threads make
     them at once ("partially initialized module", for its circular imports).
     """
     with _LOADING:
-        return _load_tokenizer(folder, config), executor.load()
+        return _load_tokenizer(tokenizer_folder, config), executor.load()
+
+
+def tokenizer_folder_of(config: EngineConfig, folder: Path) -> Path:
+    """Where the tokenizer is: with the model in `folder`, unless another is asked for."""
+    from ..actors.executor.locate import locate_model
+
+    if config.tokenizer is None:
+        return folder
+    return locate_model(config.tokenizer, revision=config.revision, offline=config.offline, weights=False)[0]
+
+
+def load_tokenizer_of(config: EngineConfig, folder: Path) -> HFTokenizer:
+    """Load the tokenizer of the model in `folder`, or the other one that is asked for. Blocks."""
+    with _LOADING:
+        return _load_tokenizer(tokenizer_folder_of(config, folder), config)
 
 
 def _load_tokenizer(folder: Path, config: EngineConfig) -> HFTokenizer:

@@ -21,13 +21,18 @@ from .protocol import PromptTokensDetails, Usage
 
 
 class SubmitOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What goes with every prompt of a request."""
+    """What goes with every prompt of a request.
+
+    Attributes:
+        seeds: one for each prompt, in place of the parameters' seed; empty if there are none.
+    """
 
     priority: int = 0
     cache_salt: str = ""
     add_special_tokens: bool = True
     truncate_prompt_tokens: int = 0
     timeout_s: float | None = None
+    seeds: tuple[int, ...] = ()
 
 
 class PromptState:
@@ -128,6 +133,7 @@ class Exchange:
         self.started: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[None] = loop.create_future()
         self.arrival_ns = time.monotonic_ns()
+        self.first_scheduled_ns = 0  # of the first of its sequences that has ended
         self._engine = engine
         self._metrics = metrics
         self._token_gap = metrics.token_gap
@@ -139,6 +145,7 @@ class Exchange:
         self._held: list[tuple[Choice, TextDelta]] = []
         self._keep = True
         self._is_open = False
+        self._error: ApiError | None = None
 
     def submit(self, prompts: Sequence[PromptState], options: SubmitOptions) -> None:
         """Start every prompt.
@@ -149,10 +156,10 @@ class Exchange:
         self.prompts = list(prompts)
         self._num_unadmitted = len(prompts)
         try:
-            for prompt in prompts:
+            for i, prompt in enumerate(prompts):
                 request_ids = self._engine.submit(
                     prompt.prompt,
-                    self.params,
+                    msgspec.structs.replace(self.params, seed=options.seeds[i]) if options.seeds else self.params,
                     self.take,
                     priority=options.priority,
                     cache_salt=options.cache_salt,
@@ -184,7 +191,9 @@ class Exchange:
         self._is_open = True
         for choice, delta in held:
             self._chunks.delta(choice, delta)
-        if not self._live:
+        if self._error is not None:
+            self._chunks.failed(self._error)
+        elif not self._live:
             self._finish()
 
     def take(self, event: EngineEvent) -> None:
@@ -288,6 +297,7 @@ class Exchange:
             ended = event.ended
             if ended is not None:
                 choice.num_tokens = ended.num_output_tokens
+                self.first_scheduled_ns = self.first_scheduled_ns or ended.first_scheduled_ns
                 choice.prompt.num_cached_tokens = max(choice.prompt.num_cached_tokens, ended.num_cached_tokens)
             self._metrics.sequence_ended(self, choice, event.finish_reason, ended, now_ns)
 
@@ -312,6 +322,12 @@ class Exchange:
         error = from_ended(event.ended)
         ended = event.ended or RequestEnded(event.request_id, "error")
         self._metrics.request_failed(ended)
+        self.end(error)
+
+    def end(self, error: ApiError) -> None:
+        """End the request with an error that its client gets to see. Nothing happens if it is over."""
+        if self.done.done():
+            return
         now_ns = time.monotonic_ns()
         for request_id, choice in self._live.items():
             self._engine.cancel(request_id)
@@ -323,6 +339,7 @@ class Exchange:
             if not self.done.done():
                 self.done.set_result(None)
             return
+        self._error = error  # for a response whose headers are on their way at this moment
         for future in (self.started, self.done):
             if not future.done():
                 future.set_exception(error)

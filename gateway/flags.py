@@ -142,6 +142,13 @@ def _with_dashes(word: str) -> str:
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that become an `EngineConfig`; their defaults are the struct's."""
+    _add_model_flags(parser)
+    _add_memory_flags(parser)
+    _add_scheduling_flags(parser)
+    _add_process_flags(parser)
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "model",
@@ -172,12 +179,19 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint brings")
     group.add_argument("--offline", action="store_true", help="never contact the hub (HF_HUB_OFFLINE works too)")
     group.add_argument("--chat-template", help="jinja file or text, if not the tokenizer's own")
-    group = parser.add_argument_group("memory and scheduling")
+
+
+def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("memory")
     group.add_argument(
         "--max-model-len", type=number, help="longest prompt plus output; default: what model and memory allow"
     )
-    group.add_argument("--max-num-seqs", type=number, default=256, help="requests in one step")
-    group.add_argument("--max-num-batched-tokens", type=number, default=2048, help="tokens in one step")
+    group.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float16", "float32", "int8", "fp8"],
+        help="of keys and values; int8 and fp8 (e4m3) have a scale for each token and head",
+    )
     group.add_argument("--block-size", type=number, default=16, help="tokens in a KV block, 1 to 256")
     group.add_argument(
         "--kv-cache-memory-bytes", type=number, help="size of the KV cache (2G, 512M); default: measured"
@@ -197,6 +211,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="reuse KV of equal prefixes",
     )
+
+
+def _add_scheduling_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("scheduling")
+    group.add_argument("--max-num-seqs", type=number, default=256, help="requests in one step")
+    group.add_argument("--max-num-batched-tokens", type=number, default=2048, help="tokens in one step")
     group.add_argument(
         "--max-num-queued-reqs", dest="max_num_queued_requests", type=number, default=4096, help="then 429"
     )
@@ -219,10 +239,51 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-logprobs", type=int, default=20, help="most alternatives a request may ask for")
     group.add_argument(
         "--journal",
-        metavar="FILE",
-        help="record every scheduling decision, for `octavo sim replay`; prompts are hashed",
+        metavar="DIR",
+        help="record every scheduling decision, for `octavo sim replay` (prompts are hashed), and, of `octavo serve`, "
+        "the requests that are open: after a crash, clients get the rest of their streams with Last-Event-ID",
     )
     group.add_argument("--journal-prompts", action="store_true", help="record token ids in the journal, not hashes")
+
+
+def _add_process_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("processes")
+    group.add_argument(
+        "--in-process",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="engine and executor inside this process; otherwise each is a process of its own, which is replaced when "
+        "it dies while every stream goes on. Default: processes for `octavo serve`, in process for other commands",
+    )
+    group.add_argument(
+        "--tensor-parallel-size", "-tp", type=positive, default=1, help="executors that share each layer"
+    )
+    group.add_argument(
+        "--pipeline-parallel-size", "-pp", type=positive, default=1, help="stages of executors that share the layers"
+    )
+    group.add_argument("--data-parallel-size", "-dp", type=positive, default=1, help="replicas of the model")
+    group.add_argument(
+        "--enable-expert-parallel",
+        action="store_true",
+        help="of a mixture of experts, those who share a layer hold whole experts",
+    )
+    group.add_argument(
+        "--routing",
+        default="prefix_aware",
+        choices=["round_robin", "least_loaded", "prefix_aware"],
+        help="how a request's replica is chosen",
+    )
+    group.add_argument(
+        "--max-restarts",
+        type=number,
+        help="of an executor within a minute; default: enough to find a request that kills it",
+    )
+    group.add_argument(
+        "--cpu-affinity",
+        default="auto",
+        metavar="CORES",
+        help="cores that computing threads are bound to, such as 0-3,8; auto: one each unless that would do harm; off",
+    )
 
 
 ENGINE_FIELDS = (
@@ -253,6 +314,15 @@ ENGINE_FIELDS = (
     "max_logprobs",
     "journal",
     "journal_prompts",
+    "kv_cache_dtype",
+    "in_process",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "enable_expert_parallel",
+    "routing",
+    "max_restarts",
+    "cpu_affinity",
 )
 
 
@@ -262,7 +332,11 @@ FIELDS_WITHOUT_ENGINE_FLAG = {"served_model_names": "--served-model-name, of `oc
 
 def engine_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fields of `EngineConfig` from parsed flags."""
-    return {name: getattr(arguments, name) for name in ENGINE_FIELDS}
+    fields = {name: getattr(arguments, name) for name in ENGINE_FIELDS}
+    if fields["in_process"] is None:  # several executors are several processes
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+        fields["in_process"] = all(fields[size] == 1 for size in sizes)
+    return fields
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
@@ -270,6 +344,9 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for every interface")
     group.add_argument("--port", type=port, default=8000, help="port to listen on; 0: any free one")
+    group.add_argument(
+        "--gateways", type=positive, default=1, metavar="N", help="processes that serve HTTP, on the same port"
+    )
     group.add_argument("--served-model-name", nargs="+", default=[], help="names that clients may use")
     group.add_argument("--api-key", action="append", default=[], help="key that clients must send; may be repeated")
     group.add_argument("--allowed-origins", nargs="+", default=[], help="origins of web pages that may call the server")
@@ -300,7 +377,23 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         help="addresses or networks of proxies, to which the bound for one client does not apply",
     )
     group.add_argument(
-        "--shutdown-timeout", type=float, default=30.0, help="seconds that SIGTERM waits for open answers"
+        "--shutdown-timeout",
+        "--drain-timeout",
+        type=seconds,
+        default=30.0,
+        help="seconds that SIGTERM waits for open answers",
+    )
+    group.add_argument(
+        "--max-queue-wait",
+        metavar="SECONDS",
+        type=seconds,
+        default=5.0,
+        help="while those who wait would take longer, by the speed of late, more are refused with 429; 0: no bound",
+    )
+    group.add_argument(
+        "--enable-fault-injection",
+        action="store_true",
+        help="let clients make actors fail (POST /debug/crash), for `octavo chaos`; never on a public address",
     )
 
 
@@ -314,4 +407,7 @@ def server_fields(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_connections_per_client": arguments.max_connections_per_client,
         "trusted_proxies": tuple(arguments.trusted_proxies),
         "shutdown_timeout_s": arguments.shutdown_timeout,
+        "max_queue_wait_s": arguments.max_queue_wait,
+        "enable_fault_injection": arguments.enable_fault_injection,
+        "stream_journal": arguments.journal or "",
     }

@@ -30,12 +30,13 @@ class FrontEnd:
         send: gives a message to the runtime in the front end's name.
         max_live: sequences that may be waiting, running or being tokenized.
         seed: of the generator that seeds requests which bring no seed.
+        first_request_id: of the ids that this front end gives; each front end of an engine has a range of its own.
     """
 
-    def __init__(self, send: Callable[[Message], None], *, max_live: int, seed: int) -> None:
+    def __init__(self, send: Callable[[Message], None], *, max_live: int, seed: int, first_request_id: int = 0) -> None:
         self._send = send
         self._max_live = max_live
-        self._next_id = 0
+        self._next_id = first_request_id
         self._seeds = random.Random(seed)  # noqa: S311  # chance of sampling, not a secret
         self._sinks: dict[RequestId, Sink] = {}
         self._deadlines: dict[RequestId, int] = {}

@@ -7,7 +7,13 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
-from ..messages.errors import EngineClosedError, InvalidRequestError, OctavoError, QueueFullError
+from ..messages.errors import (
+    EngineClosedError,
+    InvalidRequestError,
+    OctavoError,
+    QueueFullError,
+    RequestQuarantinedError,
+)
 from ..messages.request import RequestEnded
 
 MAX_MESSAGE_CHARS = 500
@@ -30,11 +36,13 @@ _STATUS_OF_CODE: Final = {
     "queue_full": 429,
     "engine_closed": 503,
     "executor_lost": 503,
+    "request_quarantined": 422,  # when it comes again; 500 the first time: see `from_ended`
 }
 
 _PUBLIC_TEXT_OF_CODE: Final = {
     "executor_lost": "the model is not available at the moment: try again later",
     "engine_closed": "the server is shutting down: try again later",
+    "request_quarantined": "the model's process failed each time at this request; it is refused for ten minutes",
 }
 
 
@@ -102,6 +110,8 @@ def from_ended(ended: RequestEnded | None) -> ApiError:
         return from_code("request_failed", "")
     # A refusal always comes from the request itself unless its code says otherwise.
     code = ended.error_code or ("invalid_request" if ended.reason == "refused" else "request_failed")
+    if code == RequestQuarantinedError.code and ended.reason == "error":
+        return ApiError(500, _PUBLIC_TEXT_OF_CODE[code], code=code)
     return from_code(code, ended.error)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -34,8 +34,21 @@ LATENCY_BUCKETS: Final = (
 )
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "OPTIONS"})
 ERROR_CODES: Final = frozenset(
-    {"invalid_request", "context_length_exceeded", "queue_full", "engine_closed", "executor_lost", "request_failed"}
+    {
+        *("invalid_request", "context_length_exceeded", "queue_full", "engine_closed", "executor_lost"),
+        *("request_failed", "request_quarantined"),
+    }
 )
+RESTARTING_ACTORS: Final = ("executor", "engine", "edge", "tokenizer", "detokenizer", "scheduler", "kv_allocator")
+"""Values of the label `actor`; whatever else an engine may name counts as `other`."""
+DROP_REASONS: Final = (
+    *("late", "malformed", "multipart", "version", "refused_hello", "stale_incarnation", "repeated", "gap", "foreign"),
+    *("overrun", "full", "denied_key", "handshake_failed"),
+)
+"""Values of the label `reason`: those counters of a `Port` that count messages thrown away, and `late` for what cores
+drop; whatever else an engine may name counts as `other`."""
+NOT_DROPS: Final = frozenset({"held_back", "reconnected", "resent", "dropped_events"})
+"""Counters of a `Port` that count something else."""
 MAX_PLAUSIBLE_S: Final = 7 * 86400.0
 
 
@@ -85,12 +98,18 @@ class EngineCollector(Collector):
     """Gauges and totals that the engine counts itself, read when they are asked for."""
 
     def __init__(
-        self, engine: EngineLike, labels: Sequence[str], pump: StreamPump, connections: ConnectionTable
+        self,
+        engine: EngineLike,
+        labels: Sequence[str],
+        pump: StreamPump,
+        connections: ConnectionTable,
+        read_num_refused: Callable[[], Mapping[str, int]],
     ) -> None:
         self._engine = engine
         self._labels = labels
         self._pump = pump
         self._connections = connections
+        self._read_num_refused = read_num_refused
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -123,6 +142,16 @@ class EngineCollector(Collector):
             ("octavo:steps", "Steps executed.", stats.num_steps),
             ("octavo:dropped_messages", "Late or foreign messages that were dropped.", stats.num_dropped_messages),
             ("octavo:executor_restarts", "Times the executor was started anew.", stats.num_executor_restarts),
+            (
+                "octavo:requests_requeued",
+                "Sequences put back because their executor or engine was lost.",
+                stats.num_requeued,
+            ),
+            (
+                "octavo:requests_quarantined",
+                "Requests refused or ended because they had killed executors.",
+                stats.num_quarantined,
+            ),
             ("octavo:streams_shed", "Streams cut because their client did not read.", self._pump.num_shed),
         )
         for name, text, value in gauges:
@@ -141,6 +170,28 @@ class EngineCollector(Collector):
         for bound, count in self._connections.num_refused.items():
             refused.add_metric((*self._labels, bound), count)
         yield refused
+        restarts = _known({"executor": stats.num_executor_restarts, **stats.actor_restarts}, RESTARTING_ACTORS)
+        dropped = _known(
+            {
+                "late": stats.num_dropped_messages,
+                **{reason: count for reason, count in stats.messages_dropped.items() if reason not in NOT_DROPS},
+            },
+            DROP_REASONS,
+        )
+        for name, text, label, counts in (
+            ("octavo:actor_restarts", "Times an actor was started anew.", "actor", {"engine": 0, **restarts}),
+            ("octavo:messages_dropped", "Messages that were dropped.", "reason", dropped),
+            (
+                "octavo:requests_shed",
+                "Requests refused before their body was read, because of too many requests, bytes or too long a wait.",
+                "bound",
+                self._read_num_refused(),
+            ),
+        ):
+            family = CounterMetricFamily(name, text, labels=(*_LABELS, label))
+            for kind, count in counts.items():
+                family.add_metric((*self._labels, kind), count)
+            yield family
         config = self._engine.config
         info = GaugeMetricFamily(
             "vllm:cache_config_info",
@@ -153,6 +204,15 @@ class EngineCollector(Collector):
         yield info
 
 
+def _known(counts: Mapping[str, int], kinds: Sequence[str]) -> dict[str, int]:
+    """The same counts, those of kinds that nobody foresaw together as `other`: labels come from closed sets."""
+    known: dict[str, int] = {}
+    for kind, count in counts.items():
+        label = kind if kind in kinds else "other"
+        known[label] = known.get(label, 0) + count
+    return known
+
+
 class GatewayMetrics:
     """What the gateway counts; one of these for each server, with its own registry.
 
@@ -161,12 +221,21 @@ class GatewayMetrics:
         model_name: value of the label of that name.
         pump: asked for its open and shed streams.
         connections: asked for those that are open and were refused.
+        read_num_refused: asked for requests refused because of too much work, by bound.
     """
 
-    def __init__(self, engine: EngineLike, model_name: str, pump: StreamPump, connections: ConnectionTable) -> None:
+    def __init__(
+        self,
+        engine: EngineLike,
+        model_name: str,
+        pump: StreamPump,
+        connections: ConnectionTable,
+        read_num_refused: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
+        self.num_ended = 0  # sequences that came to their own end
         self.registry = _Registry(auto_describe=False)
         self._labels = (model_name, "0")
-        self.registry.register(EngineCollector(engine, self._labels, pump, connections))
+        self.registry.register(EngineCollector(engine, self._labels, pump, connections, read_num_refused))
         itl = TokenHistogram(
             (
                 ("vllm:inter_token_latency_seconds", "Time between two tokens of a sequence."),
@@ -231,6 +300,7 @@ class GatewayMetrics:
     ) -> None:
         """A sequence had its one end, `ended` being the engine's account of it if there is one."""
         self._success[reason].inc()
+        self.num_ended += reason in ("stop", "length")
         self._e2e.observe((now_ns - exchange.arrival_ns) * 1e-9)
         self._prompt_tokens.observe(len(choice.prompt.token_ids))
         self._generation_tokens.observe(choice.num_tokens)

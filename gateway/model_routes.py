@@ -96,19 +96,19 @@ async def handle_detokenize(http_request: web.Request) -> web.Response:
 
 
 async def handle_health(request: web.Request) -> web.Response:
-    """200 only if a chat sent now would be answered."""
-    context = request.app[CONTEXT]
-    if context.is_draining:
-        why = "the server is shutting down"
-    elif not context.engine.is_ready:
-        why = context.engine.why_not_ready
-    else:
+    """200 only if a chat sent now would be answered: the engine is there, steps run, and the server is not ending."""
+    why = request.app[CONTEXT].why_not_ready()
+    if not why:
         return web.json_response({"status": "ok"}, headers=_HEALTH_HEADERS)
     raise ApiError(503, f"not ready: {why}", code="not_ready", headers={"Retry-After": "1", **_HEALTH_HEADERS})
 
 
 async def handle_live(request: web.Request) -> web.Response:
-    """200 as long as the process answers at all."""
+    """200 as long as the process answers at all, unless its engine is beyond repair and only a new start helps."""
+    context = request.app[CONTEXT]
+    if context.is_broken:
+        why = context.engine.why_not_ready
+        raise ApiError(503, f"broken: {why}", code="engine_broken", headers=dict(_HEALTH_HEADERS))
     return web.json_response({"status": "ok"}, headers=_HEALTH_HEADERS)
 
 

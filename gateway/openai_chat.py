@@ -14,13 +14,15 @@ from .chat_messages import chat_prompt
 from .context import CONTEXT, GatewayContext
 from .engine_protocol import EngineLike
 from .exchange import Choice, Exchange, PromptState, SubmitOptions
+from .held_streams import last_event
 from .http_errors import ApiError, from_public_error
-from .json_body import BodyDecoder
+from .json_body import BodyDecoder, read_bytes
 from .logprobs import chat_logprobs, prompt_logprobs
 from .protocol import ChatRequest
-from .respond import new_response_id, respond_stream, respond_whole
+from .respond import StreamPlan, new_response_id, respond_again, respond_stream, respond_whole
 from .sampling_fields import check_common, sampling_params
-from .sse import DONE, EventStream, json_line, json_text
+from .sse import DONE, EventSink, json_line, json_text
+from .stream_journal import StreamRecord
 
 _DECODER = BodyDecoder(ChatRequest)
 
@@ -30,28 +32,57 @@ async def handle_chat_completions(http_request: web.Request) -> web.StreamRespon
     context = http_request.app[CONTEXT]
     settings = context.settings
     context.refuse_if_not_serving()
-    request = await _DECODER.read(http_request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    body = await read_bytes(http_request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    request = _DECODER.decode(body)
+    position = last_event(http_request)
+    if position is not None:
+        return await respond_again(http_request, position, body)
+    answer, plan = _plan(context, request)
+    if request.stream:
+        return await respond_stream(http_request, plan, body)
+    return await respond_whole(context, plan.exchange, plan.prompts, plan.options, answer.body)
+
+
+async def plan_chat_again(context: GatewayContext, record: StreamRecord) -> StreamPlan:
+    """How to generate once more what another server was asked for.
+
+    Raises:
+        ApiError: this server would refuse it.
+    """
+    return _plan(context, _DECODER.decode(record.body), record)[1]
+
+
+def _plan(
+    context: GatewayContext, request: ChatRequest, record: StreamRecord | None = None
+) -> tuple[ChatAnswer, StreamPlan]:
     model = context.model_name(request.model)
     try:
-        answer, prompt = _prepare(request, context, model)
+        answer, prompt = _prepare(request, context, model, record)
     except OctavoError as error:
         raise from_public_error(error) from None
-    prompts = [PromptState(prompt, answer.echo_text)]
     options = SubmitOptions(
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
         add_special_tokens=bool(request.add_special_tokens),
         truncate_prompt_tokens=request.truncate_prompt_tokens or 0,
-        timeout_s=settings.request_timeout_s,
+        timeout_s=context.settings.request_timeout_s,
+        seeds=record.seeds if record is not None else (),
     )
-    if request.stream:
-        return await respond_stream(
-            http_request, answer.exchange, prompts, options, lambda stream: ChatChunks(answer, request, stream)
-        )
-    return await respond_whole(context, answer.exchange, prompts, options, answer.body)
+    plan = StreamPlan(
+        answer.exchange,
+        [PromptState(prompt, answer.echo_text)],
+        options,
+        lambda sink: ChatChunks(answer, request, sink),
+        answer.id,
+        answer.created,
+        "chat",
+    )
+    return answer, plan
 
 
-def _prepare(request: ChatRequest, context: GatewayContext, model: str) -> tuple[ChatAnswer, ChatPrompt]:
+def _prepare(
+    request: ChatRequest, context: GatewayContext, model: str, record: StreamRecord | None
+) -> tuple[ChatAnswer, ChatPrompt]:
     engine = context.engine
     check_common(request, engine)
     if request.top_logprobs is not None and request.top_logprobs != 0 and not request.logprobs:
@@ -80,7 +111,7 @@ def _prepare(request: ChatRequest, context: GatewayContext, model: str) -> tuple
     if request.echo and request.messages[-1].role == "assistant":
         echo_text = msgspec.json.decode(prompt.messages_json)[-1]["content"]
     exchange = Exchange(engine, context.metrics, params)
-    return ChatAnswer(request, exchange, engine, model, echo_text), prompt
+    return ChatAnswer(request, exchange, engine, model, echo_text, record=record), prompt
 
 
 class ChatAnswer:
@@ -88,17 +119,25 @@ class ChatAnswer:
 
     Args:
         echo_text: the answer begins with it.
+        record: of the same answer, if it was begun before.
     """
 
     def __init__(
-        self, request: ChatRequest, exchange: Exchange, engine: EngineLike, model: str, echo_text: str
+        self,
+        request: ChatRequest,
+        exchange: Exchange,
+        engine: EngineLike,
+        model: str,
+        echo_text: str,
+        *,
+        record: StreamRecord | None = None,
     ) -> None:
         self.request = request
         self.exchange = exchange
         self.engine = engine
         self.echo_text = echo_text
-        self.id = new_response_id("chatcmpl", request.request_id)
-        self.created = int(time.time())
+        self.id = new_response_id("chatcmpl", request.request_id) if record is None else record.response_id
+        self.created = int(time.time()) if record is None else record.created
         self.model = model
 
     def header(self, kind: str) -> dict[str, Any]:
@@ -148,7 +187,7 @@ class ChatChunks:
         stream: where to.
     """
 
-    def __init__(self, answer: ChatAnswer, request: ChatRequest, stream: EventStream) -> None:
+    def __init__(self, answer: ChatAnswer, request: ChatRequest, stream: EventSink) -> None:
         self._answer = answer
         self._request = request
         self._stream = stream

@@ -14,13 +14,15 @@ from ..messages.request import TextDelta, TokenLogprobs
 from .context import CONTEXT, GatewayContext
 from .engine_protocol import EngineLike
 from .exchange import Choice, Exchange, PromptState, SubmitOptions
+from .held_streams import last_event
 from .http_errors import ApiError, from_public_error
-from .json_body import BodyDecoder
+from .json_body import BodyDecoder, read_bytes
 from .logprobs import TextOffsets, completion_logprobs, prompt_logprobs
 from .protocol import CompletionRequest
-from .respond import new_response_id, respond_stream, respond_whole
+from .respond import StreamPlan, new_response_id, respond_again, respond_stream, respond_whole
 from .sampling_fields import check_common, sampling_params
-from .sse import DONE, EventStream, json_line, json_text
+from .sse import DONE, EventSink, json_line, json_text
+from .stream_journal import StreamRecord
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -32,29 +34,56 @@ async def handle_completions(http_request: web.Request) -> web.StreamResponse:
     context = http_request.app[CONTEXT]
     settings = context.settings
     context.refuse_if_not_serving()
-    request = await _DECODER.read(http_request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    body = await read_bytes(http_request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    request = _DECODER.decode(body)
+    position = last_event(http_request)
+    if position is not None:
+        return await respond_again(http_request, position, body)
+    answer, plan = await _plan(context, request)
+    if request.stream:
+        return await respond_stream(http_request, plan, body)
+    return await respond_whole(context, plan.exchange, plan.prompts, plan.options, answer.body)
+
+
+async def plan_completion_again(context: GatewayContext, record: StreamRecord) -> StreamPlan:
+    """How to generate once more what another server was asked for.
+
+    Raises:
+        ApiError: this server would refuse it.
+    """
+    return (await _plan(context, _DECODER.decode(record.body), record))[1]
+
+
+async def _plan(
+    context: GatewayContext, request: CompletionRequest, record: StreamRecord | None = None
+) -> tuple[CompletionAnswer, StreamPlan]:
     model = context.model_name(request.model)
     try:
-        answer, prompts = await _prepare(request, context, model)
+        answer, prompts = await _prepare(request, context, model, record)
     except OctavoError as error:
         raise from_public_error(error) from None
-    exchange = answer.exchange
     options = SubmitOptions(
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
         add_special_tokens=request.add_special_tokens is not False,
         truncate_prompt_tokens=0 if request.echo else (request.truncate_prompt_tokens or 0),
-        timeout_s=settings.request_timeout_s,
+        timeout_s=context.settings.request_timeout_s,
+        seeds=record.seeds if record is not None else (),
     )
-    if request.stream:
-        return await respond_stream(
-            http_request, exchange, prompts, options, lambda stream: CompletionChunks(answer, request, stream)
-        )
-    return await respond_whole(context, exchange, prompts, options, answer.body)
+    plan = StreamPlan(
+        answer.exchange,
+        prompts,
+        options,
+        lambda sink: CompletionChunks(answer, request, sink),
+        answer.id,
+        answer.created,
+        "completion",
+    )
+    return answer, plan
 
 
 async def _prepare(
-    request: CompletionRequest, context: GatewayContext, model: str
+    request: CompletionRequest, context: GatewayContext, model: str, record: StreamRecord | None
 ) -> tuple[CompletionAnswer, list[PromptState]]:
     engine = context.engine
     check_common(request, engine)
@@ -74,7 +103,7 @@ async def _prepare(
     prompts = read_prompts(request.prompt, engine.vocab_size, context.settings.max_prompts)
     states = [await _echoed(prompt, request, engine) if request.echo else PromptState(prompt) for prompt in prompts]
     exchange = Exchange(engine, context.metrics, params)
-    return CompletionAnswer(request, exchange, engine, model, is_scoring), states
+    return CompletionAnswer(request, exchange, engine, model, is_scoring, record=record), states
 
 
 def read_prompts(
@@ -139,21 +168,26 @@ class CompletionAnswer:
 
     Args:
         is_scoring: the answer is the prompt alone.
+        record: of the same answer, if it was begun before.
     """
 
     def __init__(
-        self, request: CompletionRequest, exchange: Exchange, engine: EngineLike, model: str, is_scoring: bool
+        self,
+        request: CompletionRequest,
+        exchange: Exchange,
+        engine: EngineLike,
+        model: str,
+        is_scoring: bool,
+        *,
+        record: StreamRecord | None = None,
     ) -> None:
         self.request = request
         self.exchange = exchange
         self.engine = engine
         self.is_scoring = is_scoring
-        self.header = {
-            "id": new_response_id("cmpl", request.request_id),
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
+        self.id = new_response_id("cmpl", request.request_id) if record is None else record.response_id
+        self.created = int(time.time()) if record is None else record.created
+        self.header = {"id": self.id, "object": "text_completion", "created": self.created, "model": model}
 
     def body(self) -> dict[str, Any]:
         """The whole answer."""
@@ -220,7 +254,7 @@ class CompletionChunks:
         stream: where to.
     """
 
-    def __init__(self, answer: CompletionAnswer, request: CompletionRequest, stream: EventStream) -> None:
+    def __init__(self, answer: CompletionAnswer, request: CompletionRequest, stream: EventSink) -> None:
         self._answer = answer
         self._request = request
         self._stream = stream

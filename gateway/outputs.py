@@ -14,6 +14,7 @@ from ..messages.errors import (
     OctavoError,
     QueueFullError,
     RequestFailedError,
+    RequestQuarantinedError,
 )
 from ..messages.ids import RequestId
 from ..messages.request import FinishReason, PromptReady, RequestEnded, TextDelta, TokenLogprobs
@@ -70,6 +71,8 @@ def error_of(ended: RequestEnded) -> OctavoError:
         return EngineClosedError(ended.error)
     if ended.error_code == "executor_lost":
         return ExecutorLostError(ended.error)
+    if ended.error_code == "request_quarantined":
+        return RequestQuarantinedError(ended.error)
     if ended.error_code == "context_length_exceeded":
         return ContextLengthExceededError(ended.error, param=ended.error_param or None)
     if ended.reason == "refused":

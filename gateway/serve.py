@@ -6,14 +6,16 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import os
 import time
 
 import structlog
 
+from ..actors.runtime.logs import configure_logs
+from ..messages.errors import InvalidConfigError
 from .config import EngineConfig, make_config
 from .engine import Engine
 from .flags import engine_fields, server_fields
-from .logs import configure_logs
 from .server import serve_http
 from .settings import ServerSettings
 
@@ -27,13 +29,21 @@ def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     configure_logs(arguments.log_format)
     fields = engine_fields(arguments)
+    if arguments.in_process is None:
+        fields["in_process"] = not hasattr(os, "fork")
+    if arguments.gateways > 1 and arguments.journal is not None:
+        raise InvalidConfigError(
+            "the journal of open streams is of one gateway: leave --gateways or --journal out", field="gateways"
+        )
+    if arguments.gateways > 1 and fields["in_process"]:
+        raise InvalidConfigError("several gateways are several processes: leave --in-process out", field="in_process")
     config = make_config({**fields, "served_model_names": tuple(arguments.served_model_name)})
     return asyncio.run(_serve(config, arguments))
 
 
 async def _serve(config: EngineConfig, arguments: argparse.Namespace) -> int:
     started = time.monotonic()
-    async with Engine(config=config) as engine:
+    async with Engine(config=config, log_format=arguments.log_format, num_edges=arguments.gateways) as engine:
         # What is alive now lives as long as the process: keep full collections from walking it.
         gc.collect()
         gc.freeze()
@@ -41,18 +51,28 @@ async def _serve(config: EngineConfig, arguments: argparse.Namespace) -> int:
         fields = server_fields(arguments)
         fields["max_connections"] = connections_within_files(fields["max_connections"])
         settings = ServerSettings(served_model_names=names, **fields)
-        reporter = asyncio.create_task(report_throughput(engine, arguments.log_interval))
+        stop = asyncio.Event()
+        tasks = [asyncio.create_task(report_throughput(engine, arguments.log_interval))]
+
+        def on_listening(port: int) -> None:
+            _greet(engine, names[0], arguments, port, time.monotonic() - started)
+            if arguments.gateways > 1:
+                tasks.append(asyncio.create_task(engine.serve_beside(settings, arguments.host, port, stop)))
+
         try:
             await serve_http(
                 engine,
                 settings,
                 arguments.host,
                 arguments.port,
-                on_listening=lambda port: _greet(engine, names[0], arguments, port, time.monotonic() - started),
+                stop=stop,
+                on_listening=on_listening,
+                is_port_shared=arguments.gateways > 1,
             )
         finally:
-            reporter.cancel()
-            await asyncio.gather(reporter, return_exceptions=True)
+            for task in tasks[:1]:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
     return 0
 
 

@@ -11,6 +11,7 @@ import secrets
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -20,6 +21,8 @@ from aiohttp import web
 from .auth import KeyRing, check_host, check_origin, cors_headers, preflight_response
 from .context import CONTEXT, CORS, REQUEST_ID, SERVER_NAME, GatewayContext
 from .engine_protocol import EngineLike
+from .fault_injection import handle_crash
+from .held_streams import HELD_STREAMS
 from .http_connection import GatewayRunner
 from .http_errors import ApiError
 from .model_routes import (
@@ -36,13 +39,18 @@ from .model_routes import (
 from .openai_chat import handle_chat_completions
 from .openai_completions import handle_completions
 from .openapi import handle_openapi
+from .readiness import LOOK_EVERY_S
 from .settings import ServerSettings
+from .stream_resume import hold_streams
+from .telemetry import CURRENT
 
 log = structlog.get_logger("octavo.http")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
+_GENERATION_PATHS: Final = frozenset({"/v1/completions", "/v1/chat/completions"})
+_FLUSH_S: Final = 1.0  # for the last words of responses that are ended before their time
 _EXPECT_CONTINUE: Final = "100-continue"
 _PAGE_HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -80,6 +88,10 @@ def create_app(engine: EngineLike, settings: ServerSettings) -> web.Application:
         ("POST", "/detokenize", handle_detokenize),
     ):
         app.router.add_route(method, path, handler, expect_handler=_expect)
+    if settings.stream_journal:
+        hold_streams(app, Path(settings.stream_journal))
+    if settings.enable_fault_injection:
+        app.router.add_route("POST", "/debug/crash", handle_crash, expect_handler=_expect)
     return app
 
 
@@ -108,6 +120,8 @@ async def _surround(request: web.Request, handler: Handler) -> web.StreamRespons
     path = resource.canonical if resource is not None else "other"
     status = 499  # the client left before there was an answer
     error_code = None
+    trace = None if context.tracing is None else context.tracing.begin(request, path)
+    CURRENT.set(trace)
     try:
         try:
             response = await _admit(request, handler)
@@ -131,7 +145,12 @@ async def _surround(request: web.Request, handler: Handler) -> web.StreamRespons
     finally:
         seconds = time.monotonic() - started
         context.metrics.http_ended(path, request.method, status, seconds)
-        if settings.log_requests and request.method == "POST":
+        if trace is not None:
+            trace.end(status, request[REQUEST_ID], is_error=status >= 500)
+        if status == 429 and settings.log_requests:
+            # Thousands of clients may be refused in a second: a line for each would cost more than the refusals.
+            context.count_refusal()
+        elif settings.log_requests and request.method == "POST":
             log.info(
                 "request.finished",
                 request_id=request[REQUEST_ID],
@@ -150,7 +169,36 @@ async def _admit(request: web.Request, handler: Handler) -> web.StreamResponse:
         return preflight
     check_origin(request, settings.allowed_origins)
     request.app[_KEYS].check(request)
-    return await handler(request)
+    resource = request.match_info.route.resource
+    if resource is None or resource.canonical not in _GENERATION_PATHS or request.method != "POST":
+        return await handler(request)
+    return await _generate(request, handler)
+
+
+async def _generate(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Let work in or refuse it, before its body is read: a refusal must cost next to nothing."""
+    context = request.app[CONTEXT]
+    context.refuse_if_not_serving()
+    most_bytes = context.settings.max_body_bytes
+    num_bytes = most_bytes if request.content_length is None else min(request.content_length, most_bytes)
+    refusal = context.admission.admit(time.monotonic_ns(), num_bytes)
+    if refusal is not None:
+        raise ApiError(
+            429,
+            f"{refusal.text}: try again in {refusal.retry_after_s} s",
+            code="queue_full",
+            headers={"Retry-After": str(refusal.retry_after_s)},
+        )
+    try:
+        return await handler(request)
+    except ApiError as error:
+        if error.status == 429:
+            # The engine knows that it is full, not for how long.
+            retry_after_s = context.admission.retry_after_s(time.monotonic_ns())
+            error.headers["Retry-After"] = str(max(retry_after_s, int(error.headers.get("Retry-After", "1"))))
+        raise
+    finally:
+        context.admission.release(num_bytes)
 
 
 async def _expect(request: web.Request) -> web.StreamResponse | None:
@@ -186,32 +234,84 @@ class RunningServer:
         self.port = port
         self._runner = runner
         self._context = context
+        self._watch = asyncio.create_task(_watch_engine(context))
 
     @property
     def num_open_streams(self) -> int:
         return self._context.pump.num_open
 
+    @property
+    def num_admitted(self) -> int:
+        """Requests for work that were let in since the start."""
+        return self._context.admission.num_admitted
+
     async def drain(self) -> None:
-        """Accept no more, refuse new work on open connections, and let open responses end."""
-        self._context.is_draining = True
+        """Let open responses end, within `shutdown_timeout_s`; then end the rest, and tell their clients so.
+
+        From the first moment on the server is not ready, and new work gets 503. It goes on listening until the last
+        response is over: a client that is refused in words comes back, one whose connection is refused may not.
+        """
+        context = self._context
+        context.is_draining = True
+        if (held := self._runner.app.get(HELD_STREAMS)) is not None:
+            held.leave_unread()  # the next server takes them up
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(context.settings.shutdown_timeout_s):
+                # First ours, then the engine's: it would refuse what was accepted here and is on its way still.
+                await context.wait_none_open()
+                await context.engine.drain()
+        await self.end_open()
         for site in list(self._runner.sites):
             await site.stop()
+
+    async def end_open(self) -> None:
+        """End what is open with an error that says why, and give it a moment to leave."""
+        context = self._context
+        context.is_draining = True
+        num_ended = context.end_open(
+            ApiError(
+                503,
+                "the server was shut down before the answer was complete: ask again",
+                code="server_shutdown",
+                headers={"Retry-After": "5", "Connection": "close"},
+            )
+        )
+        if num_ended:
+            log.warning("server.cut", responses=num_ended)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._context.settings.shutdown_timeout_s):
-                await self._context.engine.drain()
-                # The last bytes of finished streams are on their way out; clients that do not read are cut in time.
-                await self._context.pump.wait_closed()
+            async with asyncio.timeout(_FLUSH_S):
+                await context.wait_none_open()
+                await context.pump.wait_closed()
 
     async def close(self) -> None:
         """Cut what is still open."""
         self._context.is_draining = True
+        self._watch.cancel()
+        await asyncio.gather(self._watch, return_exceptions=True)
         await self._runner.cleanup()
+        if self._context.tracing is not None:
+            await asyncio.to_thread(self._context.tracing.close)
+
+
+async def _watch_engine(context: GatewayContext) -> None:
+    """Look at the engine now and then, so that whoever asks hears how long it has stood still."""
+    while True:
+        context.why_not_ready()
+        await asyncio.sleep(LOOK_EVERY_S)
 
 
 async def start_http(
-    engine: EngineLike, settings: ServerSettings, host: str = "127.0.0.1", port: int = 0
+    engine: EngineLike,
+    settings: ServerSettings,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    is_port_shared: bool = False,
 ) -> RunningServer:
     """Listen, and return once connections are accepted. Port 0 takes a free one.
+
+    Args:
+        is_port_shared: other processes of this server listen there, too; the system shares connections out.
 
     Raises:
         OSError: the address is taken or not this machine's.
@@ -223,7 +323,7 @@ async def start_http(
     runner = GatewayRunner(app)
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port, backlog=4096, reuse_address=True).start()
+        await web.TCPSite(runner, host, port, backlog=4096, reuse_address=True, reuse_port=is_port_shared).start()
     except BaseException:
         await runner.cleanup()
         raise
@@ -239,6 +339,7 @@ async def serve_http(
     stop: asyncio.Event | None = None,
     handle_signals: bool = True,
     on_listening: Callable[[int], None] | None = None,
+    is_port_shared: bool = False,
 ) -> None:
     """Serve until told to stop, then let open responses end.
 
@@ -246,10 +347,11 @@ async def serve_http(
         stop: set it to stop; SIGTERM and SIGINT do the same, and a second one cuts open responses off.
         handle_signals: whether to take those signals while serving.
         on_listening: called with the port once connections are accepted.
+        is_port_shared: as of `start_http`.
     """
     stop = stop or asyncio.Event()
     abort = asyncio.Event()
-    server = await start_http(engine, settings, host, port)
+    server = await start_http(engine, settings, host, port, is_port_shared=is_port_shared)
 
     def on_signal() -> None:
         if stop.is_set():
@@ -272,6 +374,8 @@ async def serve_http(
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await draining
+        if abort.is_set():
+            await server.end_open()
     finally:
         for number in signals:
             loop.remove_signal_handler(number)

@@ -27,9 +27,16 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         stream_stall_s: a stream that cannot be written to for so long is cut.
         sse_keep_alive_s: a comment line after so much silence on a stream; 0 for none.
         request_timeout_s: a generation that takes longer ends with what it has; None for no limit.
+        max_open_bytes: of bodies of requests that are open, then 429; 0 for no bound.
+        max_queue_wait_s: while those who wait would take longer, by the speed of late, more are refused with 429; 0 for
+            no bound. As many sequences as run at a time may wait in any case.
+        ready_grace_s: an executor that is being replaced makes the server not ready after so long.
+        stall_s: so makes work that is there while no step ends; engines slower than that get more.
         shutdown_timeout_s: how long open responses may go on once the server is told to stop; None for as long as it
             takes.
         log_requests: one log line for each request, at its end.
+        stream_journal: folder in which open streams are noted, to be taken up by the next server; empty for none.
+        enable_fault_injection: clients may make actors fail (`POST /debug/crash`); for tests of recovery alone.
     """
 
     served_model_names: tuple[str, ...] = ()
@@ -50,5 +57,11 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stream_stall_s: float = 30.0
     sse_keep_alive_s: float = 0.0
     request_timeout_s: float | None = None
+    max_open_bytes: int = 256 * 1024 * 1024
+    max_queue_wait_s: float = 5.0
+    ready_grace_s: float = 1.0
+    stall_s: float = 5.0
     shutdown_timeout_s: float | None = None
     log_requests: bool = True
+    enable_fault_injection: bool = False
+    stream_journal: str = ""

@@ -24,10 +24,10 @@ def sim_calibrate(arguments: argparse.Namespace) -> int:
 
     import msgspec
 
+    from ..actors.runtime.logs import configure_logs
     from ..sim.step_time.fitted import Profile, save_profile
     from .config import make_config
     from .flags import engine_fields
-    from .logs import configure_logs
     from .sim_live import calibrate
     from .sim_progress import progress_bar
 

@@ -72,11 +72,11 @@ def _recorded(arguments: argparse.Namespace) -> Validation:
 def _live(arguments: argparse.Namespace) -> LiveComparison:
     import asyncio
 
+    from ..actors.runtime.logs import configure_logs
     from ..sim.step_time.fitted import load_profile
     from ..sim.workload.spec import apply_transform, make_workload
     from .config import make_config
     from .flags import engine_fields
-    from .logs import configure_logs
     from .sim_live import compare_live
     from .sim_progress import progress_bar
 

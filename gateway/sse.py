@@ -11,7 +11,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 from aiohttp import web
@@ -51,6 +51,20 @@ def _without_line_separators(encoded: bytes) -> bytes:
     for separator, escaped in _LINE_SEPARATORS:
         encoded = encoded.replace(separator, escaped)
     return encoded
+
+
+class EventSink(Protocol):
+    """Where a response's events go; none of these waits."""
+
+    def write(self, event: bytes) -> None:
+        """Add a whole event."""
+
+    def write_text(self, head: bytes, text: str, tail: bytes) -> int:
+        """Add the event `head + json_text(text) + tail`, unless the text is empty.
+
+        Returns:
+            When this counts as written, monotonic ns.
+        """
 
 
 class StreamPump:

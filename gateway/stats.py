@@ -6,7 +6,16 @@ import msgspec
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Gauges, and totals since the start."""
+    """Gauges, and totals since the start.
+
+    Attributes:
+        num_dropped_messages: by scheduler and allocator, of older epochs or about what nobody knows.
+        num_executor_restarts: of one executor or group; `actor_restarts` has those of all.
+        actor_restarts: by actor, as `octavo.gateway.metrics.RESTARTING_ACTORS` names them.
+        num_requeued: sequences put back among the waiting because their executor or engine was lost.
+        num_quarantined: requests refused or ended because they had killed executors.
+        messages_dropped: by the ports between processes, by reason (`octavo.gateway.metrics.DROP_REASONS`).
+    """
 
     num_running: int
     num_waiting: int
@@ -20,3 +29,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int
     num_dropped_messages: int
     num_executor_restarts: int
+    actor_restarts: dict[str, int] = {}
+    num_requeued: int = 0
+    num_quarantined: int = 0
+    messages_dropped: dict[str, int] = {}

@@ -66,6 +66,7 @@ class FakeEngine:
         self.num_blocks = 64
         self.special_token_ids = frozenset({BOS, EOS})
         self.is_ready = True
+        self.is_broken = False
         self.why_not_ready = ""
         self.cancelled: list[RequestId] = []
         self.was_cancelled = asyncio.Event()

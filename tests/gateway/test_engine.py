@@ -21,10 +21,10 @@ from octavo import Engine, SamplingParams
 from octavo.messages.errors import (
     ContextLengthExceededError,
     EngineClosedError,
-    ExecutorLostError,
     InvalidRequestError,
     OctavoError,
     QueueFullError,
+    RequestQuarantinedError,
 )
 from octavo.messages.request import ChatPrompt, TextDelta
 
@@ -66,8 +66,8 @@ async def opened(folder: Path, **fields: Any) -> AsyncIterator[Engine]:
     async with engine_on(folder, **fields) as engine:
         yield engine
         await until(lambda: engine.stats().kv_cache_usage == 0 and engine.stats().num_live == 0)
-        engine._scheduler.check()
-        engine._allocator.check()
+        engine._graph.scheduler.check()
+        engine._graph.allocator.check()
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -88,7 +88,7 @@ async def settled(tasks: list[Any]) -> list[Any]:
 
 def fail_steps(engine: Engine, should_fail: Callable[[Any], bool]) -> None:
     """Let steps for which `should_fail(step)` raise instead of being computed."""
-    runner: Any = engine._executor._runner
+    runner: Any = engine._graph.executor._runner
     execute = runner.execute
 
     def failing(step: Any) -> Any:
@@ -158,7 +158,7 @@ async def test_submitting_and_cancelling_without_a_pause_is_refused_before_it_br
             except QueueFullError:
                 num_refused += 1
         assert num_refused > 0
-        await until(lambda: len(engine._tokenizer_mailbox) == 0)
+        await until(lambda: engine._graph.num_submitting == 0)
         assert len(await tokens_of(engine, GREEDY)) == 16
         assert engine.is_ready
 
@@ -173,7 +173,7 @@ async def test_an_engine_leaves_nothing_behind_and_can_be_opened_again(folder: P
     for _ in range(2):
         async with engine:
             assert engine.is_ready
-            device = weakref.ref(engine._executor._runner._device)  # type: ignore[union-attr]  # it runs
+            device = weakref.ref(engine._graph.executor._runner._device)  # type: ignore[union-attr]  # it runs
             outputs.append(await tokens_of(engine, GREEDY))
             live = asyncio.create_task(engine.generate(PROMPT, LONG))
             await until(lambda: engine.stats().num_running == 1)
@@ -591,7 +591,7 @@ async def test_the_request_that_kills_its_executor_is_found_and_the_others_go_on
         culprit = num_requests // 2
         fail_steps(engine, lambda step: culprit in step.request_ids)
         ends = await settled([tokens_of(engine, GREEDY, prompt) for prompt in prompts])
-        assert isinstance(ends[culprit], ExecutorLostError)
+        assert isinstance(ends[culprit], RequestQuarantinedError)
         assert "device-side assert" in str(ends[culprit])
         del ends[culprit]
         assert all(isinstance(end, list) and len(end) == 16 for end in ends)
@@ -623,7 +623,7 @@ async def test_a_log_that_cannot_be_written_costs_no_stream(folder: Path, monkey
 
         exception = error
 
-    monkeypatch.setattr("octavo.gateway.engine.log", ClosedLog())
+    monkeypatch.setattr("octavo.gateway.local_graph.log", ClosedLog())
     monkeypatch.setattr("octavo.gateway.frontend.log", ClosedLog())
     async with opened(folder) as engine:
         calm = await tokens_of(engine, GREEDY)
@@ -640,7 +640,7 @@ async def test_an_actor_that_raises_ends_every_request_and_readiness(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with engine_on(folder) as engine:
-        monkeypatch.setattr(engine._scheduler._state.waiting, "peek", lambda: 1 / 0)
+        monkeypatch.setattr(engine._graph.scheduler._state.waiting, "peek", lambda: 1 / 0)
         ends = await settled([engine.generate(PROMPT, LONG) for _ in range(3)])
         assert all(isinstance(end, OctavoError) for end in ends)
         assert "scheduler failed" in engine.why_not_ready

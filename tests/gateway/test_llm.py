@@ -90,7 +90,7 @@ def test_one_conversation_or_many_are_answered(llm: LLM) -> None:
 
 def _text_of(llm: LLM, token_ids: tuple[int, ...]) -> str:
     assert llm._engine is not None
-    return llm._engine._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+    return llm._engine._graph.tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
 
 def test_the_progress_bar_is_shown_unless_it_is_off(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:

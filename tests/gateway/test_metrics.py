@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import asyncio
+
+import msgspec
+from fake_engine import FakeEngine
+from http_client import serving
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.gateway.metrics import ITL_BUCKETS, TokenHistogram
+from octavo.gateway.metrics import DROP_REASONS, ITL_BUCKETS, RESTARTING_ACTORS, TokenHistogram
+from octavo.gateway.stats import EngineStats
 
 gaps = st.sampled_from([0.0, *ITL_BUCKETS, 0.0101, 3.0, 1e6])
 
@@ -19,3 +25,73 @@ def test_each_gap_is_counted_in_its_bucket_also_when_it_comes_again(values: list
         **{str(bound): sum(value <= bound for value in values) for bound in ITL_BUCKETS},
         "+Inf": len(values),
     }
+
+
+class CountingEngine(FakeEngine):
+    """Says of faults whatever it is told to."""
+
+    def __init__(self, **counts: object) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def stats(self) -> EngineStats:
+        return msgspec.structs.replace(super().stats(), **self.counts)
+
+
+def lines_of(engine: FakeEngine, name: str) -> dict[str, float]:
+    """Value by the one label that is not the same for all."""
+
+    async def run() -> str:
+        async with serving(engine) as client:
+            return (await client.get("/metrics")).body.decode()
+
+    found = {}
+    for line in asyncio.run(run()).splitlines():
+        if line.startswith(name + "{"):
+            labels, _, value = line.rpartition(" ")
+            own = [
+                label
+                for label in labels[len(name) + 1 : -1].split(",")
+                if not label.startswith(("engine=", "model_name="))
+            ]
+            found[",".join(own)] = float(value)
+    return found
+
+
+def test_restarts_requeues_drops_and_quarantines_are_told_each_by_its_kind() -> None:
+    engine = CountingEngine(
+        num_executor_restarts=2,
+        actor_restarts={"executor": 5, "engine": 1, "tokenizer": 3},
+        num_requeued=128,
+        num_quarantined=1,
+        num_dropped_messages=4,
+        messages_dropped={"stale_incarnation": 7, "repeated": 2, "resent": 50},
+    )
+    assert lines_of(engine, "octavo:actor_restarts_total") == {
+        'actor="executor"': 5.0,
+        'actor="engine"': 1.0,
+        'actor="tokenizer"': 3.0,
+    }
+    assert lines_of(engine, "octavo:requests_requeued_total") == {"": 128.0}
+    assert lines_of(engine, "octavo:requests_quarantined_total") == {"": 1.0}
+    assert lines_of(engine, "octavo:messages_dropped_total") == {
+        'reason="late"': 4.0,
+        'reason="stale_incarnation"': 7.0,
+        'reason="repeated"': 2.0,
+    }
+
+
+def test_an_engine_that_never_failed_says_so_in_zeros() -> None:
+    assert lines_of(FakeEngine(), "octavo:actor_restarts_total") == {'actor="executor"': 0.0, 'actor="engine"': 0.0}
+    assert lines_of(FakeEngine(), "octavo:messages_dropped_total") == {'reason="late"': 0.0}
+
+
+def test_names_that_nobody_foresaw_share_one_label() -> None:
+    engine = CountingEngine(
+        actor_restarts={f"actor {index}": 1 for index in range(1000)},
+        messages_dropped={f"reason {index}": 2 for index in range(1000)},
+    )
+    restarts = lines_of(engine, "octavo:actor_restarts_total")
+    assert restarts['actor="other"'] == 1000.0 and len(restarts) <= len(RESTARTING_ACTORS) + 1
+    drops = lines_of(engine, "octavo:messages_dropped_total")
+    assert drops['reason="other"'] == 2000.0 and len(drops) <= len(DROP_REASONS) + 1

@@ -64,15 +64,51 @@ def test_tokens_and_texts_are_turned_into_each_other() -> None:
 def test_health_follows_the_engine_and_life_does_not() -> None:
     async def run() -> None:
         engine = FakeEngine()
-        async with serving(engine) as client:
-            for path in ("/health", "/ready", "/ping"):
-                assert (await client.get(path)).status == 200
+        async with serving(engine, ready_grace_s=0) as client:
+            for _ in range(2):  # there and back again
+                for path in ("/health", "/ready", "/ping"):
+                    assert (await client.get(path)).status == 200
+                engine.is_ready, engine.why_not_ready = False, "the executor is starting"
+                for path in ("/health", "/ready", "/ping"):
+                    answer = await client.get(path)
+                    assert (answer.status, answer.error["code"]) == (503, "not_ready")
+                    assert "executor is starting" in answer.error["message"]
+                assert (await client.get("/live")).status == 200
+                engine.is_ready, engine.why_not_ready = True, ""
+
+    asyncio.run(run())
+
+
+def test_a_replacement_that_is_quick_leaves_the_server_ready_and_one_beyond_repair_ends_its_life() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        async with serving(engine, ready_grace_s=1000) as client:
+            assert (await client.get("/ready")).status == 200
             engine.is_ready, engine.why_not_ready = False, "the executor is starting"
-            for path in ("/health", "/ready", "/ping"):
-                answer = await client.get(path)
-                assert (answer.status, answer.error["code"]) == (503, "not_ready")
-                assert "executor is starting" in answer.error["message"]
+            assert (await client.get("/ready")).status == 200
             assert (await client.get("/live")).status == 200
+            engine.is_broken = True
+            assert (await client.get("/live")).error["code"] == "engine_broken"
+            assert (await client.get("/ready")).error["code"] == "not_ready"
+
+    asyncio.run(run())
+
+
+def test_work_that_does_not_go_on_makes_the_server_not_ready_until_it_does() -> None:
+    async def run() -> None:
+        engine = FakeEngine(by_hand=True)
+        async with serving(engine, stall_s=0.0) as client:
+            assert (await client.get("/ready")).status == 200
+            stream = asyncio.ensure_future(client.chat(stream=True, max_tokens=50))
+            await wait(engine.was_submitted)
+            async with asyncio.timeout(TIMEOUT_S):
+                while (answer := await client.get("/ready")).status == 200:
+                    pass
+            assert "no step has ended" in answer.error["message"]
+            assert (await client.get("/live")).status == 200
+            engine.step(100)  # to its end: with nothing to do there is nothing to wait for
+            assert (await client.get("/ready")).status == 200
+            await stream
 
     asyncio.run(run())
 
@@ -223,27 +259,65 @@ def test_when_the_queue_is_full_clients_are_told_when_to_come_back() -> None:
     asyncio.run(run())
 
 
-def test_a_drain_refuses_new_work_and_lets_open_streams_end() -> None:
+def test_a_drain_refuses_new_work_in_words_and_lets_open_streams_end() -> None:
     async def run() -> None:
         engine = FakeEngine(by_hand=True)
         async with serving(engine) as client:
             # The second connection is open before the drain: it must be told, not dropped.
-            assert (await client.get("/health")).status == 200
-            stream = asyncio.ensure_future(client.raw(http_post("/v1/chat/completions", CHAT)))
-            await wait(engine.was_submitted)
+            assert (await client.get("/ready")).status == 200
+            streams = [asyncio.ensure_future(client.raw(http_post("/v1/chat/completions", CHAT))) for _ in range(50)]
+            async with asyncio.timeout(TIMEOUT_S):
+                while engine.num_live < len(streams):
+                    await wait(engine.was_submitted)
             engine.step(2)
             draining = asyncio.ensure_future(client.server.drain())
             await asyncio.sleep(0)
-            assert (await client.get("/health")).status == 503
-            refused = await client.chat()
-            assert (refused.status, refused.error["code"]) == (503, "engine_closed")
-            assert "Retry-After" in refused.headers
+            assert (await client.get("/ready")).status == 503
+            assert (await client.get("/live")).status == 200
+            for refused in (
+                await client.chat(),
+                await client.complete(stream=True),
+                # A new connection is taken, too: "refused" would not say when to come back.
+                await client.complete(),
+            ):
+                assert (refused.status, refused.error["code"]) == (503, "engine_closed")
+                assert "Retry-After" in refused.headers and refused.headers["Connection"] == "close"
             assert not draining.done()
             engine.step(400)
-            assert (await stream).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            for stream in streams:
+                assert (await stream).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
             await asyncio.wait_for(draining, TIMEOUT_S)
             with pytest.raises(OSError, match=r"."):
                 await asyncio.open_connection("127.0.0.1", client.server.port)
+
+    asyncio.run(run())
+
+
+def test_what_is_open_at_the_end_of_a_drain_is_ended_in_words() -> None:
+    async def run() -> None:
+        engine = FakeEngine(by_hand=True)
+        async with serving(engine, shutdown_timeout_s=0.0) as client:
+            begun = asyncio.ensure_future(client.raw(http_post("/v1/chat/completions", CHAT)))
+            await wait(engine.was_submitted)
+            engine.step(3)
+            reader, writer = await client.connect(http_post("/v1/completions", {"prompt": "x", "stream": True}))
+            await wait(engine.was_submitted)
+            engine.step(1)
+            await asyncio.wait_for(reader.readuntil(b"\n\n"), TIMEOUT_S)
+            silent = asyncio.ensure_future(client.complete(stream=True))  # has not had a token
+            whole = asyncio.ensure_future(client.chat())
+            async with asyncio.timeout(TIMEOUT_S):
+                while engine.num_live < 4:
+                    await wait(engine.was_submitted)
+            await asyncio.wait_for(client.server.drain(), TIMEOUT_S)
+            for body in (await begun, await asyncio.wait_for(reader.read(), TIMEOUT_S)):
+                assert body.count(b'"code":"server_shutdown"') == 1
+                assert body.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            for answer in (await silent, await whole):
+                assert (answer.status, answer.error["code"]) == (503, "server_shutdown")
+                assert "Retry-After" in answer.headers
+            assert engine.num_live == 0
+            writer.close()
 
     asyncio.run(run())
 
@@ -272,7 +346,7 @@ def test_sigterm_lets_open_responses_end_before_serve_returns() -> None:
     asyncio.run(run())
 
 
-def test_a_second_sigterm_cuts_open_responses_off() -> None:
+def test_a_second_signal_ends_open_responses_at_once() -> None:
     async def run() -> None:
         engine = FakeEngine(by_hand=True)
         listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -285,9 +359,10 @@ def test_a_second_sigterm_cuts_open_responses_off() -> None:
         engine.step(2)
         await asyncio.wait_for(reader.readuntil(b"\n\n"), TIMEOUT_S)
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
         await asyncio.wait_for(serving_task, TIMEOUT_S)
         assert engine.num_live == 0
+        assert b'"code":"server_shutdown"' in await asyncio.wait_for(reader.read(), TIMEOUT_S)
         writer.close()
 
     asyncio.run(run())

@@ -1,0 +1,261 @@
+"""Scheduler and KV allocator in a process of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+from datetime import UTC, datetime
+
+import msgspec
+import structlog
+
+from ...messages.base import Message
+from ...messages.ids import Epoch
+from ...messages.kv import ResetPrefixCache
+from ...messages.processes import EngineReport, PeerLeft, PeerStarted, SetUpEngine
+from ...messages.request import CancelRequest, StopMatched, SubmitRequest
+from ...messages.step import PlanDue, StepExecuted
+from ...messages.system import Beat, Drain, EngineReady, ExecutorLost
+from ..journal.actor import Journal
+from ..journal.config import JournalHeader
+from ..kv_allocator.core import AllocatorConfig, KVAllocatorCore
+from ..runtime.addresses import EDGE, endpoint_of
+from ..runtime.asyncio_port import AsyncioPort
+from ..runtime.clock import MonotonicClock
+from ..runtime.in_process import InProcessRuntime
+from ..runtime.logs import configure_logs
+from ..runtime.port import LinkEvent, Port
+from ..runtime.routes import ROUTES, Address
+from ..scheduler.config import SchedulerConfig
+from ..scheduler.core import SchedulerCore
+from .peers import EDGE_ID_BITS, Edges, Executors, Peers
+
+log = structlog.get_logger("octavo.engine")
+
+BEAT_S = 0.25
+
+_FROM_EDGES = (SubmitRequest, CancelRequest, StopMatched, ResetPrefixCache)
+_FROM_SUPERVISOR = (*_FROM_EDGES, Drain, ExecutorLost, SetUpEngine, PeerStarted, PeerLeft)
+
+
+class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """What there is to schedule with.
+
+    Attributes:
+        scheduler, allocator: of the cores.
+        mailbox_capacity: messages that may wait for each.
+        octavo, model: for the journal's header.
+        journal: file to record in, or None; each incarnation has one of its own.
+        journal_prompts: record token ids as they are.
+    """
+
+    scheduler: SchedulerConfig
+    allocator: AllocatorConfig
+    mailbox_capacity: int
+    octavo: str
+    model: str
+    journal: str | None = None
+    journal_prompts: bool = False
+
+
+class EngineProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine process is told at its start.
+
+    Attributes:
+        name, incarnation: who it is.
+        epoch: of the steps to come.
+        run_dir: of the sockets.
+        edges, executors: names and incarnations.
+        setup: None if it is not known yet: `SetUpEngine` brings it.
+        log_format: as `configure_logs` takes it.
+    """
+
+    name: str
+    incarnation: int
+    epoch: Epoch
+    run_dir: str
+    edges: tuple[tuple[str, int], ...]
+    executors: tuple[tuple[str, int], ...]
+    setup: EngineSetup | None = None
+    log_format: str = "auto"
+
+
+def run(arguments: bytes) -> int:
+    """Be the engine until killed; `arguments` is an `EngineProcessSpec` in msgpack."""
+    spec = msgspec.msgpack.decode(arguments, type=EngineProcessSpec)
+    configure_logs(spec.log_format)
+    # A terminal's Ctrl-C is for the edge, which lets open streams end first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return asyncio.run(_serve(spec))
+
+
+async def _serve(spec: EngineProcessSpec) -> int:
+    engine = _EngineProcess(spec)
+    gc.freeze()
+    try:
+        return await engine.ended
+    finally:
+        await engine.close()
+
+
+class _EngineProcess:
+    def __init__(self, spec: EngineProcessSpec) -> None:
+        loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[int] = loop.create_future()
+        self._spec = spec
+        self._clock = MonotonicClock()
+        self._journal: Journal | None = None
+        self._scheduler: SchedulerCore | None = None
+        self._num_messages = 0
+        self._last_step = (0, 0)  # steps so far, and when that was first seen
+        allowed = {"edge": _FROM_EDGES, EDGE: _FROM_SUPERVISOR, "executor": (StepExecuted,)}
+        self._port = Port(spec.name, spec.incarnation, allowed=allowed)
+        self._port.bind(endpoint_of(spec.run_dir, spec.name, spec.incarnation))
+        self._peers: dict[str, int] = {}
+        for name, incarnation in (*spec.edges, *spec.executors):
+            self._connect(name, incarnation)
+        self._edges = Edges([name for name, _ in spec.edges], self.send)
+        self._executors = Executors([name for name, _ in spec.executors], self.send)
+        self._carrier = AsyncioPort(loop, self._port, self._take, self._on_link)
+        if spec.setup is not None:
+            self._set_up(spec.setup)
+        self._ticker = loop.call_soon(self._tick)
+
+    async def close(self) -> None:
+        self._ticker.cancel()
+        self._carrier.close()
+        if self._journal is not None:
+            await self._journal.close()
+        self._port.close()
+
+    def send(self, peer: str, message: Message) -> None:
+        """Send, or give up: with a message lost, only a new engine knows that everybody has the same picture."""
+        if not self._carrier.send(peer, message) and not self.ended.done():
+            log.error("engine.cannot_send", peer=peer, message=type(message).__name__)
+            self.ended.set_result(1)
+
+    def _connect(self, name: str, incarnation: int) -> None:
+        self._peers[name] = incarnation
+        self._port.connect(name, incarnation, endpoint_of(self._spec.run_dir, name, incarnation))
+
+    def _set_up(self, setup: EngineSetup) -> None:
+        self._scheduler = scheduler = SchedulerCore(setup.scheduler, self._spec.epoch)
+        self._allocator = allocator = KVAllocatorCore(setup.allocator, self._spec.epoch)
+        handle_scheduler, handle_allocator = scheduler.handle, allocator.handle
+        if setup.journal is not None:
+            header = JournalHeader(
+                octavo=setup.octavo,
+                model=setup.model,
+                started_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+                start_ns=self._clock.now_ns(),
+                has_tokens=setup.journal_prompts,
+                scheduler=setup.scheduler,
+                allocator=setup.allocator,
+                scheduler_epoch=self._spec.epoch,
+                allocator_epoch=self._spec.epoch,
+            )
+            self._journal = Journal(setup.journal, header)
+            handle_scheduler = self._journal.wrap_scheduler(handle_scheduler)
+            handle_allocator = self._journal.wrap_allocator(handle_allocator)
+        local = {"scheduler", "kv_allocator"}
+        routes = {route: receivers for route, receivers in ROUTES.items() if route[0] in local}
+        self._runtime = runtime = InProcessRuntime(routes, self._clock, self._on_actor_failure)
+        self._scheduler_mailbox = runtime.add_actor(
+            "scheduler", handle_scheduler, setup.mailbox_capacity, after_batch=PlanDue()
+        )
+        self._allocator_mailbox = runtime.add_actor("kv_allocator", handle_allocator, setup.mailbox_capacity)
+        runtime.add("executor", self._executors)
+        runtime.add("detokenizer", self._edges)
+        runtime.add("supervisor", Peers([EDGE], self.send))
+        runtime.connect()
+        self.send(EDGE, EngineReady(self._spec.incarnation))
+
+    def _take(self, messages: list[tuple[str, Message]]) -> None:
+        self._num_messages += len(messages)
+        for peer, message in messages:
+            if isinstance(message, SetUpEngine):
+                if self._scheduler is None:
+                    self._set_up(msgspec.msgpack.decode(message.setup, type=EngineSetup))
+            elif isinstance(message, PeerStarted):
+                self._start_peer(message)
+            elif self._scheduler is None:
+                continue  # nothing was asked of it yet
+            elif isinstance(message, PeerLeft):
+                self._lose_edge(message)
+            elif isinstance(message, ResetPrefixCache):
+                self._allocator_mailbox.post(message)
+            elif isinstance(message, StepExecuted):
+                if peer in self._executors.names:
+                    self._executors.note_answer(message)
+                    self._scheduler_mailbox.post(message)
+            else:
+                self._scheduler_mailbox.post(message)
+
+    def _start_peer(self, peer: PeerStarted) -> None:
+        if peer.incarnation <= self._peers.get(peer.name, 0):
+            return  # known already, and what is on its way to it must not be lost
+        self._connect(peer.name, peer.incarnation)
+        group: Peers = self._edges
+        if peer.name.startswith("executor"):
+            group = self._executors
+            self._executors.repeat_to(peer.name)
+        if peer.name not in group.names:
+            group.names.append(peer.name)
+
+    def _lose_edge(self, edge: PeerLeft) -> None:
+        """Nobody waits any more for what an edge asked for."""
+        self._port.disconnect(edge.name)
+        if edge.name in self._edges.names:
+            self._edges.names.remove(edge.name)
+        number = int(edge.name.rpartition(" ")[2])
+        assert self._scheduler is not None
+        for request_id in self._scheduler.live_request_ids():
+            if request_id >> EDGE_ID_BITS == number:
+                self._scheduler_mailbox.post(CancelRequest(request_id))
+
+    def _on_link(self, event: LinkEvent) -> None:
+        if event.what in ("refused", "overrun", "malformed", "gap"):
+            log.warning("link", peer=event.peer, what=event.what, why=event.why)
+
+    def _on_actor_failure(self, address: Address, error: Exception) -> None:
+        log.error("actor.failed", actor=address, exc_info=error)
+        if not self.ended.done():
+            self.ended.set_result(1)
+
+    def _tick(self) -> None:
+        now_ns = self._clock.now_ns()
+        self._port.send(EDGE, Beat(self._spec.name, self._spec.incarnation, progress=self._num_messages))
+        if self._scheduler is not None:
+            if 0 < self._scheduler.next_deadline_ns <= now_ns:
+                self._scheduler_mailbox.wake()
+            if self._journal is not None:
+                self._journal.flush_if_due(now_ns)
+            self._edges.post(self._report(self._scheduler, now_ns))
+        self._ticker = asyncio.get_running_loop().call_later(BEAT_S, self._tick)
+
+    def _report(self, core: SchedulerCore, now_ns: int) -> EngineReport:
+        scheduler, allocator = core.stats(), self._allocator.stats()
+        num_executed = scheduler.num_steps - scheduler.num_steps_in_flight
+        is_working = scheduler.num_running or scheduler.num_waiting
+        if num_executed != self._last_step[0] or not is_working:
+            self._last_step = (num_executed, now_ns)
+        return EngineReport(
+            incarnation=self._spec.incarnation,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_held_blocks=allocator.num_held,
+            num_blocks=allocator.num_blocks,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_cache_queries=scheduler.prefix_cache_queries,
+            prefix_cache_hits=scheduler.prefix_cache_hits,
+            prompt_tokens=scheduler.prompt_tokens,
+            generation_tokens=scheduler.generation_tokens,
+            num_steps=scheduler.num_steps,
+            num_steps_in_flight=scheduler.num_steps_in_flight,
+            num_dropped_messages=scheduler.num_dropped_messages + allocator.num_dropped_messages,
+            num_executor_losses=scheduler.num_executor_losses,
+            num_requeued=scheduler.num_requeued + scheduler.num_resumed,
+            num_quarantined=scheduler.num_quarantined,
+            step_age_ns=now_ns - self._last_step[1],
+        )

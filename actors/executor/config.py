@@ -1,0 +1,89 @@
+"""Configuration of an executor and of its process; importable without torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from ...messages.ids import Epoch
+
+KVCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "int8", "fp8"]
+
+
+class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Configuration of one executor.
+
+    Attributes:
+        model_path: folder of the checkpoint.
+        dtype: `auto`, or a torch dtype's name.
+        model_impl: `auto`, `native` or `transformers`.
+        max_model_len: None takes what checkpoint and KV cache allow.
+        max_num_seqs: requests in one step.
+        pipeline_depth: steps in flight.
+        block_size: tokens in a KV block.
+        num_blocks: exact number of blocks, or None.
+        kv_cache_memory_bytes: size of the KV cache, or None to measure free memory.
+        memory_utilization: share of the measured free memory to take.
+        num_threads: to compute with; None takes the physical cores of one NUMA node, or what a quota is worth.
+        trust_remote_code: run code that the checkpoint brings.
+        quantization: `int8` or `int4` quantises floating weights at load; `auto` takes them as they are stored.
+        deterministic: a row's logits are the same bits alone and in any batch.
+        kv_cache_dtype: `auto` keeps keys and values in the model's dtype; `int8` and `fp8` (e4m3) with a scale for each
+            token and head.
+        cpu_affinity: `auto` binds each thread to a core of its own unless that would do harm, `off` never; or the
+            cores, such as `0-3,8`.
+        tensor_parallel_size: processes that share each layer.
+        pipeline_parallel_size: stages that share the layers; all in all there are as many processes as the product.
+        expert_parallel: of a mixture of experts, those that share a layer hold whole experts.
+        init_method: where the processes meet, `file:///path` or `tcp://host:port`; see `ParallelConfig`.
+        collective_timeout_s: a process that keeps others waiting for so long counts as lost.
+        check_ranks: compare what the ranks of a stage sample, each step; for tests.
+    """
+
+    model_path: str
+    dtype: str = "auto"
+    model_impl: Literal["auto", "native", "transformers"] = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    pipeline_depth: int = 2
+    block_size: int = 16
+    num_blocks: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    memory_utilization: float = 0.5
+    num_threads: int | None = None
+    trust_remote_code: bool = False
+    quantization: Literal["auto", "int8", "int4"] = "auto"
+    deterministic: bool = False
+    kv_cache_dtype: KVCacheDtype = "auto"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    expert_parallel: bool = False
+    init_method: str = ""
+    collective_timeout_s: float = 300.0
+    check_ranks: bool = False
+    cpu_affinity: str = "auto"
+
+
+class ExecutorProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What an executor process is told at its start.
+
+    Attributes:
+        child, incarnation: who it is.
+        rank: of the group.
+        epoch: of the steps to come.
+        engine_name, engine: name and incarnation of the engine that sends them; 0 if it is not there yet.
+        run_dir: of the sockets.
+        config: the same for every rank.
+        log_format: as `configure_logs` takes it.
+    """
+
+    child: str
+    incarnation: int
+    rank: int
+    epoch: Epoch
+    engine_name: str
+    engine: int
+    run_dir: str
+    config: ExecutorConfig
+    log_format: str = "auto"

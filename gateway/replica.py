@@ -1,0 +1,279 @@
+"""One replica of a model: an engine process and its executor processes, kept alive by the edge that started them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+
+from .. import __version__
+from ..actors.engine.process import EngineProcessSpec, EngineSetup
+from ..actors.runtime.addresses import EDGE, EDGE_INCARNATION, endpoint_of
+from ..actors.runtime.processes import ProcessSpec
+from ..actors.supervisor.actor import Supervisor
+from ..actors.supervisor.config import ChildConfig, SupervisorConfig
+from ..messages import errors
+from ..messages.base import Message
+from ..messages.errors import OctavoError
+from ..messages.processes import EngineReport, EngineUp, ExecutorLoaded, LoadFailed, PeerStarted, SetUpEngine
+from ..messages.request import RequestEnded
+from ..messages.step import StepExecuted
+from ..messages.system import (
+    Beat,
+    EngineLost,
+    EngineReady,
+    ExecutorFailed,
+    ExecutorLost,
+    ExecutorReady,
+    StartExecutor,
+    StartProcess,
+    SupervisorGaveUp,
+)
+from .config import EngineConfig
+from .engine_link import EngineLink, FromEngine
+from .engine_setup import allocator_config, executor_process_spec, journal_file, scheduler_config
+from .graph import ModelFacts
+
+if TYPE_CHECKING:
+    from ..actors.runtime.asyncio_port import AsyncioPort
+    from .other_edges import OtherEdges
+
+log = structlog.get_logger("octavo.replica")
+
+ENGINE_MODULE = "octavo.actors.engine.process"
+EXECUTOR_MODULE = "octavo.actors.executor.process"
+PRELOAD_MODULE = "octavo.actors.executor.preload"
+
+
+class Replica:
+    """Starts the processes of one replica, and replaces those that die or hang.
+
+    Args:
+        index: of the replicas; numbers its executors.
+        engine_name: of its engine process.
+        config: of the whole engine.
+        folder: of the checkpoint.
+        carrier: the edge's port; messages of this replica's processes are to be given to `take`.
+        run_dir: of the sockets.
+        deliver: where steps and ends go that the edge's streams wait for.
+        others: edges beside this one, which use this replica as well.
+        on_change: called whenever `why_not_ready` may have changed.
+        on_give_up: called once when restarts are no repair.
+        log_format: of the processes.
+
+    Attributes:
+        link: to the engine.
+        loaded: what the executors have loaded.
+        ready: set once the engine takes requests.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        engine_name: str,
+        config: EngineConfig,
+        folder: str,
+        *,
+        carrier: AsyncioPort,
+        run_dir: str,
+        deliver: Callable[[FromEngine], None],
+        on_give_up: Callable[[str], None],
+        on_change: Callable[[], None] = lambda: None,
+        others: OtherEdges | None = None,
+        log_format: str,
+    ) -> None:
+        num_ranks = config.tensor_parallel_size * config.pipeline_parallel_size
+        self.engine_name = engine_name
+        self.executor_names = [f"executor {index * num_ranks + rank}" for rank in range(num_ranks)]
+        self.loaded: asyncio.Future[ExecutorLoaded] = asyncio.get_running_loop().create_future()
+        self.ready = asyncio.Event()
+        self._config = config
+        self._folder = folder
+        self._carrier = carrier
+        self._run_dir = run_dir
+        self._on_give_up = on_give_up
+        self._on_change = on_change
+        self._others = others
+        self._log_format = log_format
+        self._facts: ModelFacts | None = None
+        self._mailbox_capacity = 0
+        self._incarnations: dict[str, int] = {}
+        self.link = EngineLink(self.engine_name, carrier, run_dir, deliver=deliver, on_stuck=self._kill_engine)
+        children = [
+            ChildConfig(f"nursery {index}" if index else "nursery", "nursery"),
+            ChildConfig(self.engine_name, "engine"),
+            *(ChildConfig(name, "executor") for name in self.executor_names),
+        ]
+        max_restarts = config.max_restarts
+        if max_restarts is None:
+            # Room to find the one of `max_num_seqs` requests that kills its executor: half as many run after each loss.
+            max_restarts = 8 + 2 * config.max_num_seqs.bit_length()
+        supervisors = SupervisorConfig(max_restarts=max_restarts, children=tuple(children))
+        self._supervisor = Supervisor(
+            supervisors, make_spec=self._make_spec, send=self._send, modules=(PRELOAD_MODULE, ENGINE_MODULE)
+        )
+
+    # ---- life ----
+
+    async def start(self) -> None:
+        """Start the processes; `loaded` tells what they have loaded.
+
+        Raises:
+            ProcessStartError: no process can be started.
+        """
+        await self._supervisor.start()
+
+    def set_up(self, facts: ModelFacts, mailbox_capacity: int) -> None:
+        """Let the engine begin; `ready` is set once it has."""
+        self._facts = facts
+        self._mailbox_capacity = mailbox_capacity
+        self._carrier.send(self.engine_name, SetUpEngine(msgspec.msgpack.encode(self._setup())))
+
+    async def close(self) -> None:
+        """End the processes: what they hold is of no use to anybody."""
+        await self._supervisor.stop(grace_s=0.5)
+
+    # ---- what the edge asks ----
+
+    @property
+    def why_not_ready(self) -> str:
+        core = self._supervisor.core
+        if core.gave_up_because:
+            return f"processes failed too often: {core.gave_up_because}"
+        if not core.is_executor_ready:
+            return "the executor is starting"
+        if not core.is_ready:
+            return "the engine is starting"
+        return ""
+
+    @property
+    def num_executor_restarts(self) -> int:
+        return self._supervisor.core.num_restarts
+
+    @property
+    def restarts(self) -> dict[str, int]:
+        """By kind of child."""
+        return {str(kind): number for kind, number in self._supervisor.core.restarts_by_kind.items()}
+
+    # ---- messages ----
+
+    def take(self, message: Message) -> None:
+        """Take a message of one of this replica's processes."""
+        if isinstance(message, StepExecuted | RequestEnded | EngineReport):
+            self.link.take(message)
+        elif isinstance(message, ExecutorLoaded):
+            if not self.loaded.done():
+                self.loaded.set_result(message)
+        elif isinstance(message, LoadFailed):
+            log.error("executor.cannot_load", child=message.child, why=message.error)
+            if not self.loaded.done():
+                self.loaded.set_exception(_public_error(message))
+        elif isinstance(message, EngineReady):
+            if message.incarnation == self._incarnations.get(self.engine_name):
+                self.link.is_up = True
+                for name in self.executor_names:
+                    if incarnation := self._incarnations.get(name):
+                        self.link.send(PeerStarted(name, incarnation))
+            self._supervise(message)
+            if self._others is not None and self.link.is_up:
+                self._others.tell(EngineUp(self.engine_name, message.incarnation, self._supervisor.core.epoch))
+        elif isinstance(message, Beat | ExecutorReady | ExecutorFailed):
+            self._supervise(message)
+
+    def _supervise(self, message: Message) -> None:
+        was_ready = self._supervisor.core.is_ready
+        self._supervisor.handle(message)
+        if self._supervisor.core.is_ready:
+            self.ready.set()
+        if was_ready != self._supervisor.core.is_ready:
+            self._on_change()
+
+    def _kill_engine(self) -> None:
+        if (process := self._supervisor.process(self.engine_name)) is not None:
+            process.kill()
+
+    def _send(self, message: Message) -> None:
+        """Carry what the supervisor says."""
+        if isinstance(message, StartExecutor):
+            for name in self.executor_names:
+                self._carrier.send(name, message)
+        elif isinstance(message, ExecutorLost):
+            log.error("executor.lost", epoch=message.epoch, why=message.why)
+            self.link.send(message)
+        elif isinstance(message, EngineLost):
+            self.link.resubmit(message.epoch, message.why)
+        elif isinstance(message, SupervisorGaveUp):
+            if not self.loaded.done():
+                self.loaded.set_exception(errors.ExecutorLostError(message.why))
+            self.ready.set()
+            self._on_give_up(f"{message.kind} failed too often: {message.why}")
+
+    # ---- processes ----
+
+    def _make_spec(self, start: StartProcess) -> ProcessSpec:
+        """What to start; from here on only this incarnation of the child is talked to."""
+        child, incarnation = start.child, start.incarnation
+        self._incarnations[child] = incarnation
+        self._on_change()
+        if child == self.engine_name:
+            self.link.connect(incarnation)
+            arguments: msgspec.Struct = self._engine_spec(start)
+            target = f"{ENGINE_MODULE}:run"
+        else:
+            self._carrier.port.connect(child, incarnation, endpoint_of(self._run_dir, child, incarnation))
+            self.link.send(PeerStarted(child, incarnation))
+            rank = self.executor_names.index(child)
+            arguments = executor_process_spec(
+                self._config,
+                self._folder,
+                self._facts,
+                start,
+                rank=rank,
+                engine_name=self.engine_name,
+                run_dir=self._run_dir,
+                log_format=self._log_format,
+            )
+            target = f"{EXECUTOR_MODULE}:run"
+        return ProcessSpec(
+            title=child, target=target, arguments=msgspec.msgpack.encode(arguments), incarnation=incarnation
+        )
+
+    def _engine_spec(self, start: StartProcess) -> EngineProcessSpec:
+        executors = [(name, self._incarnations[name]) for name in self.executor_names if name in self._incarnations]
+        return EngineProcessSpec(
+            name=self.engine_name,
+            incarnation=start.incarnation,
+            epoch=start.epoch,
+            run_dir=self._run_dir,
+            edges=((EDGE, EDGE_INCARNATION), *(self._others.running if self._others else ())),
+            executors=tuple(executors),
+            setup=self._setup() if self._facts is not None else None,
+            log_format=self._log_format,
+        )
+
+    def _setup(self) -> EngineSetup:
+        assert self._facts is not None
+        config = self._config
+        return EngineSetup(
+            scheduler=scheduler_config(config, self._facts),
+            allocator=allocator_config(config, self._facts),
+            mailbox_capacity=self._mailbox_capacity,
+            octavo=__version__,
+            model=self._facts.name,
+            journal=journal_file(config.journal, self.engine_name),
+            journal_prompts=config.journal_prompts,
+        )
+
+
+def _public_error(failed: LoadFailed) -> OctavoError:
+    """The public error that a child process met, as if it had been met here."""
+    kinds = (errors.ModelNotFoundError, errors.UnsupportedModelError, errors.InvalidConfigError)
+    for kind in kinds:
+        if kind.code == failed.code:
+            return kind(failed.error)
+    error = OctavoError(failed.error)
+    error.code = failed.code
+    return error

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from fake_engine import FakeEngine
+from http_client import serving
+
+from octavo.gateway.bench_overload import Load, OverloadReport, print_overload
+from octavo.gateway.chaos import connected
+from octavo.messages.errors import OctavoError
+
+
+def measure(engine: FakeEngine, **settings: object) -> OverloadReport:
+    async def run() -> OverloadReport:
+        async with serving(engine, **settings) as client, connected(client.url, None) as session:
+            load = Load(session, 4, 3, seed=1)
+            return await load.measure(concurrency=2, peak_s=0.4, factor=2.0, for_s=0.4)
+
+    return asyncio.run(run())
+
+
+def test_every_request_of_the_load_is_answered_or_refused_and_the_report_adds_up(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = measure(FakeEngine(max_live=2))
+    assert report.peak_goodput > 0 and report.num_answered > 0
+    assert report.num_failed == report.num_without_retry_after == 0
+    assert report.recovery_s is not None
+    if report.num_refused:
+        assert report.refusal_p50_s is not None and report.refusal_max_s is not None
+        assert report.refusal_p50_s <= report.refusal_max_s
+    print_overload(report)
+    assert "goodput" in capsys.readouterr().out
+
+
+def test_an_answer_that_is_neither_a_result_nor_a_refusal_fails_the_run() -> None:
+    engine = FakeEngine()
+    submit: Callable[..., object] = engine.submit
+    calls = 0
+
+    def sometimes(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls > 40 and calls % 7 == 0:
+            raise RuntimeError("a defect")
+        return submit(*args, **kwargs)
+
+    engine.submit = sometimes  # type: ignore[method-assign,assignment]  # a defect, for once on purpose
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("octavo.gateway.server.log.exception", lambda *args, **kwargs: None)
+        try:
+            report = measure(engine)
+        except OctavoError as error:  # a probe met the defect
+            assert "status 500" in str(error)
+            return
+    assert not report.is_passed and report.num_failed > 0 and "500" in report.failures[0]
+
+
+def test_a_server_that_answers_nothing_is_told_of() -> None:
+    engine = FakeEngine()
+    engine.refuse_with = ("invalid_request", "no")
+    with pytest.raises(OctavoError, match="does not answer"):
+        measure(engine)

@@ -1,0 +1,222 @@
+"""The engine over several real processes: whoever dies, every stream goes on with the tokens it would have had."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from engines import engine_on, save_servable
+
+from octavo import Engine
+from octavo.gateway.process_graph import ProcessGraph
+from octavo.messages.errors import ExecutorLostError, InvalidConfigError, UnsupportedModelError
+from octavo.messages.sampling import SamplingParams
+
+PATIENCE_S = 120.0
+NUM_STREAMS = 8
+
+
+def run(coroutine: Awaitable[Any]) -> Any:
+    async def bounded() -> Any:
+        return await asyncio.wait_for(coroutine, PATIENCE_S)
+
+    return asyncio.run(bounded())
+
+
+def params_of(index: int) -> SamplingParams:
+    """Greedy and seeded, with and without log-probabilities, one or two sequences."""
+    return SamplingParams(
+        temperature=0.0 if index % 2 else 0.9,
+        seed=index,
+        max_tokens=90,
+        ignore_eos=True,
+        n=2 if index % 4 == 2 else 1,
+        logprobs=2 if index % 3 == 0 else None,
+    )
+
+
+def child(name: str) -> psutil.Process:
+    """The running process with that name among this one's."""
+    for process in psutil.Process().children(recursive=True):
+        if process.status() != psutil.STATUS_ZOMBIE and process.cmdline()[:1] == [f"octavo: {name}"]:
+            return process
+    raise AssertionError(f"there is no {name}")
+
+
+async def replaced(name: str, pid: int) -> None:
+    """Return once another process has that name."""
+
+    def is_replaced() -> bool:
+        try:
+            return child(name).pid != pid
+        except (AssertionError, psutil.NoSuchProcess):
+            return False
+
+    await until(is_replaced)
+
+
+async def answers(engine: Engine, on_token: Callable[[int], None] = lambda count: None) -> list[list[Any]]:
+    """What each stream got: tokens, text and log-probabilities of each sequence."""
+    count = 0
+
+    async def one(index: int) -> list[Any]:
+        nonlocal count
+        params = params_of(index)
+        tokens: list[list[int]] = [[] for _ in range(params.n)]
+        texts = ["" for _ in range(params.n)]
+        logprobs: list[list[float]] = [[] for _ in range(params.n)]
+        async for delta in engine.stream(list(range(10 + index, 30 + index)), params):
+            tokens[delta.index] += delta.token_ids
+            texts[delta.index] += delta.text
+            logprobs[delta.index] += [round(entry.logprob, 3) for entry in delta.logprobs]
+            count += len(delta.token_ids)
+            on_token(count)
+        return [tokens, texts, logprobs]
+
+    return list(await asyncio.gather(*(one(index) for index in range(NUM_STREAMS))))
+
+
+async def disturbed(engine: Engine, after: int, disturb: Callable[[], None]) -> list[list[Any]]:
+    """`answers`, with a disturbance once `after` tokens have come."""
+    is_done = False
+
+    def on_token(count: int) -> None:
+        nonlocal is_done
+        if count >= after and not is_done:
+            is_done = True
+            disturb()
+
+    return await answers(engine, on_token)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_servable("llama", folder)
+    return folder
+
+
+def test_whoever_is_killed_or_hangs_every_stream_goes_on_with_its_own_tokens(model: Path) -> None:
+    async def scenario() -> None:
+        async with engine_on(model, in_process=False) as engine:
+            expected = await answers(engine)
+            assert [len(tokens) for tokens, _, _ in expected] == [params_of(i).n for i in range(NUM_STREAMS)]
+            chance = random.Random(0)
+            for name, signum in (
+                ("executor 0", signal.SIGKILL),
+                ("engine", signal.SIGKILL),
+                ("executor 0", signal.SIGSTOP),
+                ("engine", signal.SIGSTOP),
+                ("nursery", signal.SIGKILL),
+                ("executor 0", signal.SIGTERM),
+            ):
+                victim = child(name)
+                got = await disturbed(engine, chance.randrange(1, 300), lambda: victim.send_signal(signum))
+                assert got == expected, (name, signum)
+                await replaced(name, victim.pid)
+            stats = engine.stats()
+            assert stats.actor_restarts["executor"] >= 3 and stats.actor_restarts["engine"] >= 2
+            assert stats.num_requeued > 0
+            await until(lambda: engine.stats().kv_cache_usage == 0.0 and engine.is_ready)
+        assert psutil.Process().children(recursive=True) == []
+
+    run(scenario())
+
+
+def test_the_same_tokens_come_out_of_one_process_and_of_several(model: Path) -> None:
+    async def outputs(**fields: Any) -> list[list[Any]]:
+        async with engine_on(model, **fields) as engine:
+            return await answers(engine)
+
+    async def scenario() -> None:
+        expected = await outputs(in_process=True)
+        for fields in (
+            {"in_process": False, "data_parallel_size": 2, "routing": "round_robin"},
+            {"in_process": False, "tensor_parallel_size": 2},
+        ):
+            assert await outputs(**fields) == expected, fields
+
+    run(scenario())
+
+
+def test_one_rank_that_dies_takes_its_group_along_and_no_stream(model: Path) -> None:
+    async def scenario() -> None:
+        async with engine_on(model, in_process=False, tensor_parallel_size=2) as engine:
+            expected = await answers(engine)
+            for name in ("executor 1", "engine"):
+                before = [child(f"executor {rank}").pid for rank in range(2)]
+                victim = child(name)
+                assert await disturbed(engine, 60, victim.kill) == expected, name
+                for rank in range(2):  # one that waits for the dead in a collective is of no use
+                    await replaced(f"executor {rank}", before[rank])
+
+    run(scenario())
+
+
+def test_of_two_replicas_one_may_die_for_good(model: Path) -> None:
+    async def scenario() -> None:
+        fields = {"data_parallel_size": 2, "routing": "round_robin", "max_restarts": 0}
+        async with engine_on(model, in_process=False, **fields) as engine:
+            expected = await answers(engine)
+            assert await disturbed(engine, 60, child("executor 0").kill) == expected
+            assert engine.is_ready
+            assert await answers(engine) == expected
+
+    run(scenario())
+
+
+def test_an_executor_that_fails_too_often_ends_the_streams_with_a_reason(model: Path) -> None:
+    async def scenario() -> None:
+        async with engine_on(model, in_process=False, max_restarts=0) as engine:
+            with pytest.raises(ExecutorLostError, match="executor 0 was killed by SIGKILL"):
+                await disturbed(engine, 20, child("executor 0").kill)
+            assert "SIGKILL" in engine.why_not_ready
+
+    run(scenario())
+
+
+def test_a_model_that_cannot_be_loaded_is_told_by_the_start(tmp_path: Path) -> None:
+    save_servable("llama", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+
+    async def scenario() -> None:
+        with pytest.raises(UnsupportedModelError):
+            async with engine_on(tmp_path, in_process=False):
+                pass
+        assert psutil.Process().children(recursive=True) == []
+
+    run(scenario())
+
+
+def test_several_executors_need_several_processes(model: Path) -> None:
+    with pytest.raises(InvalidConfigError, match="in_process"):
+        engine_on(model, in_process=True, tensor_parallel_size=2)
+
+
+def test_an_engine_leaves_no_process_socket_or_descriptor(model: Path) -> None:
+    async def start_and_stop() -> None:
+        async with engine_on(model, in_process=False) as engine:
+            graph = engine._graph
+            assert isinstance(graph, ProcessGraph)
+            folders.append(graph._run_dir.path)
+            await answers(engine)
+
+    folders: list[Path] = []
+    run(start_and_stop())
+    before = len(os.listdir("/proc/self/fd"))
+    run(start_and_stop())
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not any(folder.exists() for folder in folders)
+    assert psutil.Process().children(recursive=True) == []
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)

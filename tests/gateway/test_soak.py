@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+from fake_engine import FakeEngine
+
+from octavo.gateway.soak import Holdings, SoakPlan, SoakReport, compare, print_soak, soak
+from octavo.messages.errors import InvalidRequestError
+from octavo.messages.ids import RequestId
+
+PLAN = SoakPlan(warm_up_s=0.3, for_s=0.5, num_streams=4, fault_share=0.0, leave_share=0.3, most_tokens=8)
+
+QUIET = Holdings(
+    num_live=0,
+    kv_usage=0.0,
+    num_streams=0,
+    num_files={"edge": 20, "octavo: executor 0": 9},
+    num_threads={"edge": 4, "octavo: executor 0": 3},
+    rss_bytes={"edge": 500 << 20, "octavo: executor 0": 400 << 20},
+    num_tasks=3,
+    num_shared=0,
+    pids={"edge": 100, "octavo: executor 0": 101},
+)
+
+
+def run(engine: FakeEngine, plan: SoakPlan = PLAN) -> SoakReport:
+    async def soak_inside() -> SoakReport:
+        return await soak(engine, plan, clients_inside=True)
+
+    return asyncio.run(soak_inside())
+
+
+def test_an_engine_that_gives_everything_back_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(FakeEngine())
+    assert report.leaks == report.failures == [] and report.is_passed
+    assert report.num_finished > 0 and report.num_left > 0 and report.num_failed == 0
+    print_soak(report)
+    assert "passed" in capsys.readouterr().out
+
+
+def test_sequences_that_nobody_waits_for_any_more_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.gateway.soak.QUIET_S", 0.3)
+
+    class Forgetful(FakeEngine):
+        def cancel(self, request_id: RequestId) -> None:
+            """The client has left; this engine never hears of it."""
+            sequence = self._live.get(request_id)
+            if sequence is not None:
+                sequence.params = msgspec.structs.replace(sequence.params, max_tokens=None, ignore_eos=True)
+                sequence.sink = lambda event: None
+
+    report = run(Forgetful(max_model_len=10**9))
+    assert not report.is_passed
+    assert any("held by nobody" in leak for leak in report.leaks)
+
+
+def test_requests_that_fail_fail_the_run() -> None:
+    engine = FakeEngine()
+    engine.fail_after = 3
+    report = run(engine)
+    assert not report.is_passed and report.num_failed > 0
+
+
+def test_faults_hit_what_can_be_hit_and_their_absence_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.gateway.soak.FAULT_PAUSE_S", 0.0)
+
+    class Breakable(FakeEngine):
+        def crash_actor(self, actor: str) -> None:
+            if actor == "tokenizer":
+                raise InvalidRequestError("not this one", param="actor")
+
+    plan = msgspec.structs.replace(PLAN, fault_share=0.5, for_s=1.5)
+    report = run(Breakable(), plan)
+    assert report.is_passed and set(report.faults) == {"executor", "detokenizer"}
+    unbreakable = run(FakeEngine(), plan)
+    assert not unbreakable.is_passed and any("made to fail" in failure for failure in unbreakable.failures)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_live": 1}, "held by nobody"),
+        ({"kv_usage": 0.01}, "held by nobody"),
+        ({"num_streams": 2}, "responses"),
+        ({"num_tasks": 4}, "tasks"),
+        ({"num_shared": 1}, "shared memory"),
+        ({"num_files": {"edge": 21, "octavo: executor 0": 9}}, "file descriptors"),
+        ({"num_threads": {"edge": 4, "octavo: executor 0": 4}}, "threads"),
+        ({"rss_bytes": {"edge": 506 << 20, "octavo: executor 0": 400 << 20}}, "memory grew"),
+        ({"rss_bytes": {"edge": 500 << 20}}, "is gone"),
+        ({"rss_bytes": {**QUIET.rss_bytes, "octavo: executor 1": 1}}, "was not before"),
+    ],
+)
+def test_whatever_grew_is_told(change: dict[str, object], words: str) -> None:
+    leaks, _ = compare(QUIET, msgspec.structs.replace(QUIET, **change))
+    assert len(leaks) == 1 and words in leaks[0]
+
+
+def test_a_little_memory_and_a_replacement_are_no_leaks() -> None:
+    assert compare(QUIET, QUIET) == ([], {"edge": 0.0, "octavo: executor 0": 0.0})
+    little = msgspec.structs.replace(QUIET, rss_bytes={"edge": 504 << 20, "octavo: executor 0": 400 << 20})
+    replaced = msgspec.structs.replace(
+        QUIET,
+        rss_bytes={"edge": 500 << 20, "octavo: executor 0": 450 << 20},
+        pids={"edge": 100, "octavo: executor 0": 200},
+    )
+    assert compare(QUIET, little)[0] == compare(QUIET, replaced)[0] == []
