@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from .. import __version__
-from .bench_overload import add_bench_overload
+from .bench_overload_cli import add_bench_overload
 from .chaos_cli import add_chaos
 from .flags import Parser, add_engine_flags, add_server_flags, named_path, positive, rate
 from .keys import add_keys

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from . import cpu_build
 from .attention_batch import AttentionBatch
 from .gated_activation import silu_and_mul, silu_and_mul_ref
-from .linear_bf16 import linear_bf16
+from .linear_dense import linear_dense
 from .paged_attention import paged_attention, paged_attention_ref
 from .rms_norm import rms_norm, rms_norm_ref
 from .rotary import rotary_and_write, rotary_and_write_ref
@@ -120,11 +120,11 @@ def _linear(name: str, out_features: int, in_features: int, num_tokens: int, rep
     x, weight = torch.randn(num_tokens, in_features).bfloat16(), torch.randn(out_features, in_features).bfloat16()
     shape = f"{name} {out_features}x{in_features}, {num_tokens} tokens"
     if num_tokens == 1 or (num_tokens <= 32 and out_features < 100000):  # the others take seconds a repeat
-        _report(f"{shape}, bf16", lambda: F.linear(x, weight), lambda: linear_bf16(x, weight), repeats)
+        _report(f"{shape}, bf16", lambda: F.linear(x, weight), lambda: linear_dense(x, weight), repeats)
     if num_tokens > 32 and out_features > 100000:  # a head sees no more rows than there are requests
         return
     x32, weight32 = x.float(), weight.float()
-    _report(f"{shape}, torch in f32", lambda: F.linear(x32, weight32), lambda: linear_bf16(x, weight), repeats)
+    _report(f"{shape}, torch in f32", lambda: F.linear(x32, weight32), lambda: linear_dense(x, weight), repeats)
 
 
 if __name__ == "__main__":

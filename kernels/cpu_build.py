@@ -8,6 +8,7 @@ path; one log line says why.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -19,11 +20,16 @@ import stat
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there each process compiles for itself
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +41,7 @@ _SOURCES = Path(__file__).parent / "csrc"
 # them, so that a result is the same out of every loop that computes it.
 _FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 _NATIVE = {"aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
-_BUILD_TIMEOUT_S = 120
+_BUILD_TIMEOUT_S = 600  # some seconds, but more on a machine that is busy
 
 
 class BuildError(Exception):
@@ -77,7 +83,9 @@ def build(directory: Path, environ: Mapping[str, str]) -> Path:
         return library
     c_files = [source for source in sources if source.suffix == ".c"]
     try:
-        with tempfile.TemporaryDirectory(dir=directory, prefix="build_") as scratch:
+        with _one_at_a_time(directory), tempfile.TemporaryDirectory(dir=directory, prefix="build_") as scratch:
+            if library.exists():  # another process was at it
+                return library
             built = Path(scratch) / "library.so"
             try:
                 _compile(compiler, [*flags, "-fopenmp"], c_files, built)
@@ -101,6 +109,17 @@ def load(environ: Mapping[str, str]) -> ctypes.CDLL | None:
     except (BuildError, OSError) as error:
         log.warning("cpu_kernels.unavailable reason=%r consequence='CPU operations run in torch, slower'", str(error))
         return None
+
+
+@contextlib.contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    """Hold a lock on the directory, so that processes that start together do not all compile; waits for its turn."""
+    if fcntl is None:
+        yield
+        return
+    with (directory / "build.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 _lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""A bfloat16 linear layer for CPUs whose torch has no fast one (no AVX512-BF16, no AMX)."""
+"""A linear layer with floating weights for CPUs, in each storage type."""
 
 from __future__ import annotations
 
@@ -11,63 +11,67 @@ import torch.nn.functional as F
 from . import cpu_build
 
 
-def linear_bf16_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What `linear_bf16` means: products summed in float32 (float64 for float64), rounded once."""
+def linear_dense_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What `linear_dense` means: products summed in float32 (float64 for float64), rounded once."""
     if x.dtype == torch.float64:
-        return F.linear(x, weight)
+        return F.linear(x, weight.double())
     return F.linear(x.float(), weight.float()).to(x.dtype)
 
 
-def linear_bf16(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`x @ weight.T`, summed in float32.
+def linear_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x @ weight.T + bias`, products summed in float32.
 
-    Widens a few weights at a time, once for many rows, and multiplies in float32, where torch on an AVX2 CPU falls back
-    on slow code from two rows on. `python -m octavo.kernels.bench_cpu` compares it with that code and with torch's own
-    product of float32 matrices, for which weights would take twice the memory. Without the C library it is `F.linear`.
+    Weights are read once, as they lie in memory, and widened in registers for up to 16 rows; for more they are widened
+    into the L1 cache, once for all rows. On an AVX2 CPU torch has slow code for bfloat16 from two rows on, and for
+    float32 between 2 and 32. `python -m octavo.kernels.bench_cpu` compares. Without the C library it is `F.linear`.
 
     Args:
-        x: `[num_tokens, in_features]` bfloat16.
-        weight: `[out_features, in_features]` bfloat16, contiguous.
+        x: `[num_tokens, in_features]`, float32, bfloat16 or float16.
+        weight: `[out_features, in_features]`, contiguous, of any of these dtypes: a checkpoint's bfloat16 weights are
+            the same numbers in float32, at twice the memory to read.
+        bias: `[out_features]`, added after the product has been rounded; None for none.
 
     Returns:
-        `[num_tokens, out_features]` bfloat16. From the C kernel each element is bitwise the same, whatever else is in
-        the batch and however many threads there are.
+        `[num_tokens, out_features]` of the dtype of `x`. From the C kernel each element is bitwise the same, whatever
+        else is in the batch and however many threads there are.
     """
     if (
-        x.dtype is not torch.bfloat16
-        or weight.dtype is not torch.bfloat16
+        x.dtype not in cpu_build.DTYPE_CODES
+        or weight.dtype not in cpu_build.DTYPE_CODES
         or x.device.type != "cpu"
         or x.dim() != 2
         or not weight.is_contiguous()
     ):
-        return F.linear(x, weight)
+        return F.linear(x, weight.to(x.dtype), bias)
     kernels = _kernels()
     if kernels is None:
-        return F.linear(x, weight)
+        return F.linear(x, weight.to(x.dtype), bias)
     x = x.contiguous()
     num_tokens, in_features = x.shape
     if weight.shape[1] != in_features:
         raise ValueError(f"x has {in_features} features and weight takes {weight.shape[1]}")
     out = torch.empty((num_tokens, weight.shape[0]), dtype=x.dtype)
-    status = kernels.octavo_linear_bf16(
+    status = kernels.octavo_linear(
         x.data_ptr(),
         weight.data_ptr(),
         out.data_ptr(),
         num_tokens,
         in_features,
         weight.shape[0],
+        cpu_build.DTYPE_CODES[x.dtype],
+        cpu_build.DTYPE_CODES[weight.dtype],
         torch.get_num_threads(),
     )
     if status != 0:
-        raise MemoryError("linear_bf16 could not allocate its scratch memory")
-    return out
+        raise MemoryError("linear_dense could not allocate its scratch memory")
+    return out if bias is None else out.add_(bias)
 
 
 @functools.cache
 def _kernels() -> ctypes.CDLL | None:
     kernels = cpu_build.library()
     if kernels is not None:
-        pointer, size = ctypes.c_void_p, ctypes.c_int64
-        kernels.octavo_linear_bf16.argtypes = (pointer, pointer, pointer, size, size, size, ctypes.c_int)
-        kernels.octavo_linear_bf16.restype = ctypes.c_int
+        pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        kernels.octavo_linear.argtypes = (pointer, pointer, pointer, size, size, size, code, code, code)
+        kernels.octavo_linear.restype = code
     return kernels

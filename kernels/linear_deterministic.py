@@ -19,7 +19,7 @@ from . import cpu_build
 def linear_deterministic_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """What `linear_deterministic` means: products summed in float32 (float64 for float64), rounded once."""
     if x.dtype == torch.float64:
-        return F.linear(x, weight)
+        return F.linear(x, weight.double())
     return F.linear(x.float(), weight.float()).to(x.dtype)
 
 
@@ -33,7 +33,7 @@ def linear_deterministic(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
     Args:
         x: `[num_tokens, in_features]`, float32, bfloat16 or float16, on the CPU.
-        weight: `[out_features, in_features]`, dtype of `x`, contiguous.
+        weight: `[out_features, in_features]`, contiguous, in any of these dtypes.
         bias: `[out_features]`, added after the product has been rounded; None for none.
 
     Returns:
@@ -46,7 +46,7 @@ def linear_deterministic(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     """
     if (
         x.dtype not in cpu_build.DTYPE_CODES
-        or weight.dtype is not x.dtype
+        or weight.dtype not in cpu_build.DTYPE_CODES
         or x.device.type != "cpu"
         or x.dim() != 2
         or weight.dim() != 2
@@ -54,16 +54,16 @@ def linear_deterministic(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
         or not weight.is_contiguous()
     ):
         raise ValueError(
-            f"linear_deterministic takes two matrices of one dtype on the CPU, the weight contiguous, got "
+            f"linear_deterministic takes two floating matrices on the CPU, the weight contiguous, got "
             f"{x.dtype} {tuple(x.shape)} and {weight.dtype} {tuple(weight.shape)}"
         )
     kernels = _needed()
     x = x.contiguous()
     num_tokens, in_features = x.shape
     out = torch.empty((num_tokens, weight.shape[0]), dtype=x.dtype)
-    status = kernels.octavo_linear_deterministic(
+    status = kernels.octavo_linear(
         *(x.data_ptr(), weight.data_ptr(), out.data_ptr(), num_tokens, in_features, weight.shape[0]),
-        *(cpu_build.DTYPE_CODES[x.dtype], torch.get_num_threads()),
+        *(cpu_build.DTYPE_CODES[x.dtype], cpu_build.DTYPE_CODES[weight.dtype], torch.get_num_threads()),
     )
     if status != 0:
         raise MemoryError("linear_deterministic could not allocate its scratch memory")
@@ -113,8 +113,8 @@ def _kernels() -> ctypes.CDLL | None:
     kernels = cpu_build.library()
     if kernels is not None:
         pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        kernels.octavo_linear_deterministic.argtypes = (pointer, pointer, pointer, size, size, size, code, code)
-        kernels.octavo_linear_deterministic.restype = code
+        kernels.octavo_linear.argtypes = (pointer, pointer, pointer, size, size, size, code, code, code)
+        kernels.octavo_linear.restype = code
         kernels.octavo_softcap.argtypes = (pointer, size, ctypes.c_float, code)
         kernels.octavo_softcap.restype = None
         kernels.octavo_gelu_erf.argtypes = (pointer, pointer, size, size, code, code)

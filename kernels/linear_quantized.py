@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
-from . import cpu_build
+from . import cpu_build, huge_pages
 from .cpu_build import DTYPE_CODES
 
 PAD = 64  # inputs; as in csrc/quantized.c
@@ -276,7 +276,7 @@ def quantize(weight: torch.Tensor, *, bits: int, group_size: int) -> QuantizedWe
     )
     if kernels is not None and bits in (4, 8):
         weight = weight.contiguous()
-        codes = torch.empty((out_features, _padded(in_features) * bits // 8), dtype=torch.uint8)
+        codes = huge_pages.empty((out_features, _padded(in_features) * bits // 8), torch.uint8)
         scales = torch.empty((out_features, -(-in_features // group_size)), dtype=torch.bfloat16)
         sizes = (out_features, in_features, bits, group_size)
         status = kernels.octavo_quantize(
@@ -331,7 +331,7 @@ def concatenate(parts: Sequence[torch.Tensor | QuantizedWeight]) -> LinearWeight
     offsets = [part.offsets for part in quantized if part.offsets is not None]
     return replace(
         quantized[0],
-        codes=torch.cat([part.codes for part in quantized]),
+        codes=huge_pages.place([part.codes for part in quantized], torch.uint8),
         scales=torch.cat([part.scales for part in quantized]),
         zeros=torch.cat(zeros) if zeros else None,
         offsets=torch.cat(offsets) if offsets else None,

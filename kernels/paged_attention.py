@@ -1,7 +1,8 @@
 """Attention over a paged KV cache: its meaning, its torch path, and the launcher of its C kernel.
 
 The cache of one layer is head-major, `[num_blocks, num_kv_heads, block_size, head_dim]`, so that the tokens of one head
-within a block are contiguous. Source: PagedAttention (Kwon et al., SOSP 2023), section 4.
+within a block are contiguous. In int8 and fp8 (e4m3) a head's row is four bytes longer, for its scale: see
+`kv_quantization`. Source: PagedAttention (Kwon et al., SOSP 2023), section 4.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import torch
 
 from . import cpu_build
 from .attention_batch import AttentionBatch
+from .kv_quantization import CODES, dequantize, head_dim_of, is_quantized, quantize_ref
 
 _NEGATIVE_INFINITY = float("-inf")
+_CACHE_CODES = {**cpu_build.DTYPE_CODES, **CODES}
 
 
 def write_kv_ref(
@@ -32,8 +35,11 @@ def write_kv_ref(
     block_ids = torch.div(slot_mapping, block_size, rounding_mode="floor")
     offsets = slot_mapping - block_ids * block_size
     # Indices around a slice put the indexed axis first: [num_tokens, num_kv_heads, head_dim].
-    k_cache[block_ids, :, offsets] = k.to(k_cache.dtype)
-    v_cache[block_ids, :, offsets] = v.to(v_cache.dtype)
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        if is_quantized(cache.dtype):  # indexed as plain bytes: torch has no assignment by index for float8
+            cache.view(torch.uint8)[block_ids, :, offsets] = quantize_ref(x, cache.dtype).view(torch.uint8)
+        else:
+            cache[block_ids, :, offsets] = x.to(cache.dtype)
 
 
 def write_kv(
@@ -47,48 +53,44 @@ def write_kv(
 
     Args:
         k, v: `[num_tokens, num_kv_heads, k_head_dim]` and `[num_tokens, num_kv_heads, v_head_dim]`, any strides.
-        k_cache, v_cache: `[num_blocks, num_kv_heads, block_size, head_dim]`, each with its own head_dim, contiguous.
+        k_cache, v_cache: `[num_blocks, num_kv_heads, block_size, head_dim]`, each with its own head_dim, contiguous, of
+            any dtype: what is written is rounded to it, or quantised.
         slot_mapping: `[num_tokens]` int64; a token whose slot is -1 is padding and is skipped.
     """
-    kernels = _kernels() if _same_cpu_dtype(k, v, k_cache, v_cache) else None
+    can = _c_reads(k, v) and k_cache.dtype is v_cache.dtype and k_cache.dtype in _CACHE_CODES
+    kernels = _kernels() if can else None
     if kernels is None or slot_mapping.dtype != torch.int64 or not slot_mapping.is_contiguous():
         write_kv_ref(k, v, k_cache, v_cache, slot_mapping)
         return
     slots = slot_mapping.data_ptr()
     for x, cache in ((k, k_cache), (v, v_cache)):
-        num_blocks, num_kv_heads, block_size, head_dim = cache.shape
+        num_blocks, num_kv_heads, block_size, _ = cache.shape
         stride_token, stride_head, stride_dim = x.stride()
         if stride_dim != 1:
             x = x.contiguous()  # noqa: PLW2901 - the same tensor, laid out anew
             stride_token, stride_head, _ = x.stride()
-        size = x.itemsize
         refused = kernels.octavo_write_kv(
-            x.data_ptr(),
-            cache.data_ptr(),
-            slots,
-            x.shape[0],
-            num_kv_heads,
-            num_blocks,
-            block_size,
-            head_dim * size,
-            stride_token * size,
-            stride_head * size,
+            *(x.data_ptr(), cache.data_ptr(), slots),
+            *(x.shape[0], num_kv_heads, num_blocks, block_size, head_dim_of(cache), stride_token, stride_head),
+            *(cpu_build.DTYPE_CODES[x.dtype], _CACHE_CODES[cache.dtype]),
         )
         if refused:
             raise IndexError(f"a slot of slot_mapping is outside the cache's {num_blocks * block_size} slots")
 
 
-def _same_cpu_dtype(*tensors: torch.Tensor) -> bool:
+def _c_reads(*tensors: torch.Tensor) -> bool:
     first = tensors[0].dtype
-    return first in cpu_build.DTYPE_CODES and all(x.dtype == first and x.device.type == "cpu" for x in tensors)
+    return first in cpu_build.DTYPE_CODES and all(x.dtype is first and x.device.type == "cpu" for x in tensors)
 
 
 def gather_kv(cache: torch.Tensor, block_table: torch.Tensor, context_len: int) -> torch.Tensor:
-    """The first `context_len` tokens of one row, `[num_kv_heads, context_len, head_dim]`, a copy."""
-    _, num_kv_heads, block_size, head_dim = cache.shape
+    """The first `context_len` tokens of one row, `[num_kv_heads, context_len, head_dim]`, a copy; never quantised."""
+    _, num_kv_heads, block_size, width = cache.shape
     num_blocks = -(-context_len // block_size)
-    blocks = cache.index_select(0, block_table[:num_blocks].long())
-    return blocks.transpose(0, 1).reshape(num_kv_heads, num_blocks * block_size, head_dim)[:, :context_len]
+    plain = cache.view(torch.uint8) if is_quantized(cache.dtype) else cache
+    blocks = plain.index_select(0, block_table[:num_blocks].long())
+    rows = blocks.transpose(0, 1).reshape(num_kv_heads, num_blocks * block_size, width)[:, :context_len]
+    return dequantize(rows.view(cache.dtype)) if is_quantized(cache.dtype) else rows
 
 
 def _attend_row(
@@ -143,7 +145,7 @@ def paged_attention_ref(
     """What `paged_attention` means, row by row, in float32 (float64 for float64 queries)."""
     num_tokens, num_heads, _ = q.shape
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_zeros(num_tokens, num_heads, v_cache.shape[3])
+    out = q.new_zeros(num_tokens, num_heads, head_dim_of(v_cache))
     query_start = batch.query_start.tolist()
     for row, context_len in enumerate(batch.context_lens.tolist()):
         start, end = query_start[row], query_start[row + 1]
@@ -181,7 +183,7 @@ def paged_attention(
 
     Args:
         q: `[num_tokens, num_heads, k_head_dim]`.
-        k_cache, v_cache: `[num_blocks, num_kv_heads, block_size, head_dim]`, each with its own head_dim.
+        k_cache, v_cache: `[num_blocks, num_kv_heads, block_size, head_dim]`, each with its own head_dim, of one dtype.
         batch: which tokens belong to which row, and where each row's blocks are.
         scale: factor on the dot products.
         sliding_window: w > 0 lets the query at position p see keys `p - w < j <= p`; 0 sees all.
@@ -200,7 +202,7 @@ def paged_attention(
         MemoryError: no memory for the kernel's scratch.
     """
     kernels = None
-    if q.dtype in cpu_build.DTYPE_CODES and _same_cpu_dtype(k_cache, v_cache) and q.device.type == "cpu":
+    if _c_reads(q) and k_cache.dtype is v_cache.dtype and k_cache.dtype in _CACHE_CODES:
         kernels = _kernels()
     if kernels is None or not k_cache.is_contiguous() or not v_cache.is_contiguous():
         return paged_attention_ref(
@@ -215,7 +217,8 @@ def paged_attention(
             alibi_slopes=alibi_slopes,
         )
     num_tokens, num_heads, k_head_dim = q.shape
-    _, num_kv_heads, block_size, v_head_dim = v_cache.shape
+    _, num_kv_heads, block_size, _ = v_cache.shape
+    v_head_dim = head_dim_of(v_cache)
     if q.stride(2) != 1:
         q = q.contiguous()
     # The kernel reads raw memory: what `AttentionBatch` promises is checked before.
@@ -224,7 +227,8 @@ def paged_attention(
         assert indices.stride(-1) == 1 or indices.shape[-1] <= 1
     assert batch.block_size == block_size
     assert num_heads % num_kv_heads == 0
-    assert k_cache.shape == (v_cache.shape[0], num_kv_heads, block_size, k_head_dim)
+    assert k_cache.shape[:3] == v_cache.shape[:3]
+    assert head_dim_of(k_cache) == k_head_dim
     # Tensors made here must outlive the call: only their addresses are passed on.
     sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
     alibi_slopes = None if alibi_slopes is None else alibi_slopes.to(torch.float32).contiguous()
@@ -255,7 +259,7 @@ def paged_attention(
             scale,
             softcap,
             cpu_build.DTYPE_CODES[q.dtype],
-            cpu_build.DTYPE_CODES[k_cache.dtype],
+            _CACHE_CODES[k_cache.dtype],
         )
     )
     if status != 0:
@@ -302,6 +306,6 @@ def _kernels() -> ctypes.CDLL | None:
     if kernels is not None:
         kernels.octavo_paged_attention.argtypes = (ctypes.POINTER(_AttentionArgs),)
         kernels.octavo_paged_attention.restype = ctypes.c_int
-        kernels.octavo_write_kv.argtypes = (ctypes.c_void_p,) * 3 + (ctypes.c_int64,) * 7
+        kernels.octavo_write_kv.argtypes = (ctypes.c_void_p,) * 3 + (ctypes.c_int64,) * 7 + (ctypes.c_int,) * 2
         kernels.octavo_write_kv.restype = ctypes.c_int
     return kernels

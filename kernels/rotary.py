@@ -8,10 +8,12 @@ import functools
 import torch
 
 from . import cpu_build
+from .kv_quantization import CODES
 from .paged_attention import write_kv
 from .rms_norm import rms_norm_ref
 
 _MAX_HEAD_DIM = 1024  # as in csrc/fused.c
+_CACHE_CODES = {**cpu_build.DTYPE_CODES, **CODES}
 
 
 def rotary_ref(x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -121,6 +123,7 @@ def rotary_and_write(  # noqa: PLR0917 - inputs, table, cache: as in write_kv
             cpu_build.DTYPE_CODES[q.dtype],
             0 if weight is None else cpu_build.DTYPE_CODES[weight.dtype],
             torch.get_num_threads(),
+            cpu_build.DTYPE_CODES[q.dtype] if k_cache is None else _CACHE_CODES[k_cache.dtype],
         )
     )
     if status == 1:
@@ -151,7 +154,9 @@ def _c_can(  # noqa: PLR0917 - inputs, table, cache: as in write_kv
     if not (cos_sin.is_contiguous() and positions.is_contiguous()):
         return False
     if k_cache is not None and v_cache is not None and slot_mapping is not None:
-        if k_cache.dtype is not dtype or v_cache.dtype is not dtype or slot_mapping.dtype is not torch.int64:
+        if k_cache.dtype not in _CACHE_CODES or v_cache.dtype is not k_cache.dtype:
+            return False
+        if slot_mapping.dtype is not torch.int64:
             return False
         if not (k_cache.is_contiguous() and v_cache.is_contiguous() and slot_mapping.is_contiguous()):
             return False
@@ -174,7 +179,7 @@ class _RotaryArgs(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "v_head_dim")),
         *((name, ctypes.c_int64) for name in ("rotary_dim", "max_position", "num_blocks", "block_size")),
         ("eps", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("dtype", "weight_dtype", "num_threads")),
+        *((name, ctypes.c_int32) for name in ("dtype", "weight_dtype", "num_threads", "cache_dtype")),
     )
 
 

@@ -45,8 +45,8 @@ def resolve_checkpoint(
         WeightsError: a repository without safetensors.
         ModelLoadError: `revision` was given for a folder.
     """
-    if model is None:
-        model = DEFAULT_MODEL
+    if model is None:  # whatever of that name may lie in the current directory
+        model = SHIPPED / DEFAULT_MODEL
     folder = Path(model).expanduser()
     if not folder.is_dir() and str(model) in shipped_models():
         folder = SHIPPED / str(model)

@@ -34,10 +34,10 @@ def make_deterministic(model: CausalLM) -> CausalLM:
         )
     linear = or_quantized(kernels.linear_deterministic)
     model.linear = linear
+    model.group.sums_in_order = True
     for layer in model.layers:
         layer.linear = linear
-        if layer.act is GATED_ACTIVATIONS["gelu"]:
-            layer.act = kernels.gelu_and_mul_deterministic
+        layer.mlp.use(linear, {GATED_ACTIVATIONS["gelu"]: kernels.gelu_and_mul_deterministic})
     if isinstance(model, GemmaForCausalLM):
         model.softcap = kernels.softcap_deterministic_
     return model

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 
 from ..kernels.attention_batch import AttentionBatch
 from ..kernels.paged_attention import paged_attention
@@ -23,10 +22,14 @@ from ..kernels.rotary import rotary_and_write
 from .errors import UnsupportedModelError
 from .interface import KVCache, KVCacheSpec
 from .layers import GatedActivation, gated_activation, head_shape, layer_windows, linear_for
-from .quantization.reader import open_weights
+from .mlp import GatedMLP
+from .parallel import ParallelGroup, alone
+from .quantization.reader import inseparable_inputs, open_weights
 from .quantization.scheme import Scheme
 from .rotary import rotary_table
-from .weights import WeightReader, take_embedding_and_head
+from .sharding import check_sizes, share_heads, stage_layers
+from .vocabulary import Vocabulary
+from .weights import WeightReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,38 +92,39 @@ def read_settings(config: Any) -> GemmaSettings:
 class GemmaLayer:
     """Attention and gated MLP, each between two norms and added to the residual stream."""
 
-    def __init__(self, reader: WeightReader, prefix: str, settings: GemmaSettings, index: int) -> None:
-        s = settings
-        hidden, inner = s.hidden_size, s.intermediate_size
+    def __init__(
+        self, reader: WeightReader, prefix: str, settings: GemmaSettings, index: int, group: ParallelGroup
+    ) -> None:
+        s, hidden = settings, settings.hidden_size
+        share = share_heads(group, s.num_heads, s.num_kv_heads, s.head_dim)
         q_width, kv_width = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
         qkv = [f"{prefix}.self_attn.{name}_proj" for name in "qkv"]
-        qkv_widths = (q_width, kv_width, kv_width)
-        gate_up = [f"{prefix}.mlp.{name}_proj.weight" for name in ("gate", "up")]
+        qkv_widths, qkv_rows = (q_width, kv_width, kv_width), (share.q, share.kv, share.kv)
 
-        self.eps, self.act = s.eps, s.act
+        self.eps, self.group = s.eps, group
         self.window, self.softcap, self.scale = s.windows[index], s.attention_softcap, s.scale
-        self.num_heads, self.num_kv_heads, self.head_dim = s.num_heads, s.num_kv_heads, s.head_dim
-        self.widths = qkv_widths
+        self.num_heads, self.num_kv_heads, self.head_dim = share.num_heads, share.num_kv_heads, s.head_dim
+        self.widths = [rows.stop - rows.start for rows in qkv_rows]
         self.linear = linear_for(reader.dtype, reader.device)
 
         self.input_norm = take_gain(reader, f"{prefix}.input_layernorm.weight", hidden)
         self.qkv = reader.take_fused_linear(
-            (f"{name}.weight" for name in qkv), ((width, hidden) for width in qkv_widths)
+            (f"{name}.weight" for name in qkv), [(width, hidden) for width in qkv_widths], rows=qkv_rows
         )
         self.qkv_bias = (
-            reader.take_fused((f"{name}.bias" for name in qkv), ((width,) for width in qkv_widths))
+            reader.take_fused((f"{name}.bias" for name in qkv), [(width,) for width in qkv_widths], rows=qkv_rows)
             if s.attention_bias
             else None
         )
         self.q_norm = take_gain(reader, f"{prefix}.self_attn.q_norm.weight", s.head_dim) if s.qk_norm else None
         self.k_norm = take_gain(reader, f"{prefix}.self_attn.k_norm.weight", s.head_dim) if s.qk_norm else None
-        self.o = reader.take_linear(f"{prefix}.self_attn.o_proj.weight", hidden, q_width)
-        self.o_bias = reader.take(f"{prefix}.self_attn.o_proj.bias", hidden) if s.attention_bias else None
+        self.o = reader.take_linear(f"{prefix}.self_attn.o_proj.weight", hidden, q_width, columns=share.q)
+        o_bias = reader.take(f"{prefix}.self_attn.o_proj.bias", hidden) if s.attention_bias else None
+        self.o_bias = o_bias if group.tp_rank == 0 else None  # of the sum, it is part once
         self.post_attention_norm = take_gain(reader, f"{prefix}.post_attention_layernorm.weight", hidden)
 
         self.pre_mlp_norm = take_gain(reader, f"{prefix}.pre_feedforward_layernorm.weight", hidden)
-        self.gate_up = reader.take_fused_linear(gate_up, ((inner, hidden),) * 2)
-        self.down = reader.take_linear(f"{prefix}.mlp.down_proj.weight", hidden, inner)
+        self.mlp = GatedMLP(reader, f"{prefix}.mlp", hidden, s.intermediate_size, s.act, group)
         self.post_mlp_norm = take_gain(reader, f"{prefix}.post_feedforward_layernorm.weight", hidden)
 
     def forward(
@@ -141,11 +145,9 @@ class GemmaLayer:
         attended = paged_attention(
             q, cache.k, cache.v, batch, scale=self.scale, sliding_window=self.window, softcap=self.softcap
         )
-        attended = linear(attended.view(num_tokens, -1), self.o, self.o_bias)
+        attended = self.group.all_reduce(linear(attended.view(num_tokens, -1), self.o, self.o_bias))
         x.add_(rms_norm(attended, self.post_attention_norm, eps))
-
-        gate_up = linear(rms_norm(x, self.pre_mlp_norm, eps), self.gate_up, None)
-        x.add_(rms_norm(linear(self.act(gate_up), self.down, None), self.post_mlp_norm, eps))
+        x.add_(rms_norm(self.mlp.forward(rms_norm(x, self.pre_mlp_norm, eps)), self.post_mlp_norm, eps))
 
 
 def take_gain(reader: WeightReader, name: str, width: int) -> torch.Tensor:
@@ -167,6 +169,7 @@ class GemmaForCausalLM:
         dtype: of weights, activations and KV.
         max_model_len: positions to prepare for; None takes the configuration's.
         quantization: how the checkpoint's weights are quantised, or what to quantise them to; None: floating.
+        group: the ranks that serve the model together; None: this process alone.
 
     Raises:
         UnsupportedModelError: an option that is not implemented here.
@@ -182,22 +185,31 @@ class GemmaForCausalLM:
         device: torch.device,
         max_model_len: int | None = None,
         quantization: Scheme | Literal["int8", "int4"] | None = None,
+        group: ParallelGroup | None = None,
     ) -> None:
-        settings = read_settings(config)
+        settings = s = read_settings(config)
+        group = group or alone()
+        split_inputs = {"attention": s.num_heads * s.head_dim, "intermediate_size": s.intermediate_size}
+        check_sizes(
+            *(group, len(s.windows), s.num_heads, s.num_kv_heads, config.vocab_size, split_inputs),
+            unit=inseparable_inputs(folder, quantization),
+        )
+        layers = stage_layers(group, len(s.windows))
+        num_kv_heads = share_heads(group, s.num_heads, s.num_kv_heads, s.head_dim).num_kv_heads
         self.vocab_size: int = config.vocab_size
         self.max_position: int = config.max_position_embeddings
         self.dtype = dtype
         self.device = device
-        self.kv_cache_specs = tuple(
-            KVCacheSpec(settings.num_kv_heads, settings.head_dim, settings.head_dim) for _ in settings.windows
-        )
+        self.kv_cache_specs = tuple(KVCacheSpec(num_kv_heads, s.head_dim, s.head_dim) for _ in layers)
+        self.group = group
+        self._hidden_size = s.hidden_size
         self._eps = settings.eps
         self._final_softcap: float = config.final_logit_softcapping or 0.0
         self.softcap: Callable[[torch.Tensor, float], torch.Tensor] = softcap_
         # Rounded to the model's dtype, as the checkpoints were trained: 55.4256 is 55.5 in bfloat16.
         self._embedding_scale = float(torch.tensor(settings.hidden_size**0.5, dtype=dtype))
         # Gemma 3 has angles for each type of layer; Gemma 2 shares one set, named None.
-        self._angle_keys = settings.layer_types if settings.qk_norm else (None,) * len(settings.layer_types)
+        self._angle_keys = [settings.layer_types[index] if settings.qk_norm else None for index in layers]
         self.linear = linear_for(dtype, device)
         max_len = max_model_len or self.max_position
         self._cos_sin = {
@@ -208,12 +220,11 @@ class GemmaForCausalLM:
             torch.inference_mode(),
             open_weights(folder, dtype=dtype, device=device, quantization=quantization) as reader,
         ):
-            self._embedding, self._head = take_embedding_and_head(
-                reader, self.vocab_size, settings.hidden_size, tied=config.tie_word_embeddings
+            self.vocabulary = Vocabulary(
+                reader, self.vocab_size, settings.hidden_size, tied=config.tie_word_embeddings, group=group
             )
-            self.layers = [
-                GemmaLayer(reader, f"model.layers.{index}", settings, index) for index in range(len(settings.windows))
-            ]
+            self.layers = [GemmaLayer(reader, f"model.layers.{index}", settings, index, group) for index in layers]
+            reader.leave(*(f"model.layers.{index}." for index in range(len(settings.windows)) if index not in layers))
             self._norm = take_gain(reader, "model.norm.weight", settings.hidden_size)
             reader.finish()
 
@@ -221,14 +232,20 @@ class GemmaForCausalLM:
         self, input_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, kv_caches: list[KVCache]
     ) -> torch.Tensor:
         """See `CausalLM.forward`. Call under `torch.inference_mode()`."""
-        x = F.embedding(input_ids, self._embedding).mul_(self._embedding_scale)
+        if self.group.is_first_stage:
+            x = self.vocabulary.embed(input_ids).mul_(self._embedding_scale)
+        else:
+            x = self.group.receive_activations(len(input_ids), self._hidden_size, dtype=self.dtype, device=self.device)
         for layer, key, cache in zip(self.layers, self._angle_keys, kv_caches, strict=True):
             layer.forward(x, self._cos_sin[key], positions, batch, cache)
+        if not self.group.is_last_stage:
+            self.group.send_activations(x)
+            return x
         return rms_norm(x, self._norm, self._eps)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `CausalLM.compute_logits`."""
-        logits = self.linear(hidden, self._head, None).float()
+        logits = self.vocabulary.logits(hidden, self.linear)
         if self._final_softcap > 0:
             self.softcap(logits, self._final_softcap)
         return logits

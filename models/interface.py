@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from ..kernels.attention_batch import AttentionBatch
+from ..kernels.kv_quantization import row_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,9 @@ class KVCacheSpec:
     v_head_dim: int
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
-        return self.num_kv_heads * (self.k_head_dim + self.v_head_dim) * dtype.itemsize
+        """What one token takes in a cache of `dtype`, a quantised one's scales included."""
+        widths = row_width(self.k_head_dim, dtype) + row_width(self.v_head_dim, dtype)
+        return self.num_kv_heads * widths * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,8 @@ class KVCache:
     """One layer's cache, head-major so that a head's tokens within a block are contiguous.
 
     Attributes:
-        k: `[num_blocks, num_kv_heads, block_size, k_head_dim]`.
-        v: `[num_blocks, num_kv_heads, block_size, v_head_dim]`.
+        k: `[num_blocks, num_kv_heads, block_size, k_head_dim]`; four wider in int8 and fp8, see `kv_quantization`.
+        v: `[num_blocks, num_kv_heads, block_size, v_head_dim]`, likewise.
     """
 
     k: torch.Tensor
@@ -46,7 +49,7 @@ class CausalLM(Protocol):
     Attributes:
         vocab_size: width of the logits.
         max_position: longest context the checkpoint was made for.
-        dtype: of weights, activations and KV.
+        dtype: of weights and activations, and of KV unless the executor was told otherwise.
         device: where the weights are.
         kv_cache_specs: one entry for each layer that keeps KV; `kv_caches` come in the same order.
     """

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.gated_activation import gelu_tanh_and_mul, silu_and_mul
-from ..kernels.linear_bf16 import linear_bf16
+from ..kernels.linear_dense import linear_dense
 from ..kernels.linear_quantized import LinearWeight, linear_quantized
 from .errors import UnsupportedModelError
+
+_ROWS_BOUND_BY_MEMORY = 4
 
 GatedActivation = Callable[[torch.Tensor], torch.Tensor]
 Linear = Callable[[torch.Tensor, LinearWeight, torch.Tensor | None], torch.Tensor]
@@ -60,9 +62,11 @@ def cpu_multiplies_in(dtype: torch.dtype) -> bool:
 
 def linear_for(dtype: torch.dtype, device: torch.device) -> Linear:
     """The quickest `F.linear` for weights of `dtype` on `device`."""
-    if dtype is torch.bfloat16 and device.type == "cpu" and not cpu_multiplies_in(dtype):
-        return or_quantized(_linear_bf16, quick=True)
-    return or_quantized(F.linear, quick=True)
+    if device.type != "cpu":
+        return or_quantized(F.linear, quick=True)
+    if not cpu_multiplies_in(dtype) or (dtype is torch.float32 and not _torch_has_avx512()):
+        return or_quantized(linear_dense, quick=True)
+    return or_quantized(_linear_by_rows, quick=True)
 
 
 def or_quantized(dense: DenseLinear, *, quick: bool = False) -> Linear:
@@ -83,9 +87,14 @@ def or_quantized(dense: DenseLinear, *, quick: bool = False) -> Linear:
     return linear
 
 
-def _linear_bf16(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    out = linear_bf16(x, weight)
-    return out if bias is None else out.add_(bias)
+def _torch_has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _linear_by_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Up to four rows wait for memory alone, and ours reads it faster; for more torch has better instructions."""
+    few = x.shape[0] <= _ROWS_BOUND_BY_MEMORY or weight.dtype is not x.dtype
+    return (linear_dense if few else F.linear)(x, weight, bias)
 
 
 def layer_windows(config: Any, layer_types: list[str] | None) -> tuple[int, ...]:

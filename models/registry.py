@@ -16,6 +16,7 @@ from .gguf.reader import GGUFFile, is_gguf
 from .interface import CausalLM
 from .layers import cpu_multiplies_in
 from .llama import LlamaForCausalLM
+from .parallel import ParallelGroup
 from .plain_config import read_plain_config
 from .quantization.reader import Quantization
 from .quantization.scheme import Scheme, read_scheme
@@ -31,8 +32,10 @@ _LARGER_THAN_CACHES = 64 * 1024**2
 NATIVE: dict[str, tuple[str, type[LlamaForCausalLM] | type[GemmaForCausalLM]]] = {
     "llama": ("LlamaForCausalLM", LlamaForCausalLM),
     "mistral": ("MistralForCausalLM", LlamaForCausalLM),
+    "mixtral": ("MixtralForCausalLM", LlamaForCausalLM),
     "qwen2": ("Qwen2ForCausalLM", LlamaForCausalLM),
     "qwen3": ("Qwen3ForCausalLM", LlamaForCausalLM),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", LlamaForCausalLM),
     "smollm3": ("SmolLM3ForCausalLM", LlamaForCausalLM),
     "gemma2": ("Gemma2ForCausalLM", GemmaForCausalLM),
     "gemma3_text": ("Gemma3ForCausalLM", GemmaForCausalLM),
@@ -156,6 +159,7 @@ def load_model(
     max_model_len: int | None = None,
     quantization: Quantization = "auto",
     deterministic: bool = False,
+    group: ParallelGroup | None = None,
 ) -> CausalLM:
     """Load a checkpoint, natively where its family is and through `transformers` otherwise.
 
@@ -168,6 +172,7 @@ def load_model(
         max_model_len: longest context that will be served; None takes the checkpoint's.
         quantization: `int8` or `int4` quantises floating weights at load; `auto` takes them as they are stored.
         deterministic: a row's logits are the same bits alone and in any batch; native implementations only.
+        group: the ranks that serve the model together, each its part; None: this process alone.
 
     Raises:
         ModelLoadError: with a message that says what is missing.
@@ -186,15 +191,21 @@ def load_model(
     check_supported(config, folder)
     target = torch.device(device)
     implementation = None if model_impl == "transformers" else native_class(config)
+    is_parallel = group is not None and group.world_size > 1
     weights_are = weight_quantization(config, folder, quantization, native=implementation is not None)
     if implementation is not None:
         torch_dtype = resolve_dtype(dtype, config, folder, target, native=True)
         try:
             model = implementation(
-                folder, config, dtype=torch_dtype, device=target, max_model_len=max_model_len, quantization=weights_are
+                *(folder, config),
+                dtype=torch_dtype,
+                device=target,
+                max_model_len=max_model_len,
+                quantization=weights_are,
+                group=group,
             )
         except UnsupportedModelError as error:
-            if model_impl == "native" or weights_are is not None or deterministic:
+            if model_impl == "native" or weights_are is not None or deterministic or is_parallel:
                 raise UnsupportedModelError(f"{folder} cannot be served natively: {error}") from error
         else:
             return make_deterministic(model) if deterministic else model
@@ -208,6 +219,11 @@ def load_model(
         raise UnsupportedModelError(
             f"{folder} is {named}, which has no native implementation; native are "
             f"{_native_names()}. Leave --model-impl at auto"
+        )
+    if is_parallel:
+        raise UnsupportedModelError(
+            f"tensor_parallel_size and pipeline_parallel_size: {folder} is served through transformers, in one process "
+            f"only; native are {_native_names()}. Leave both at 1"
         )
     if plain is not None:
         config = load_config(folder, trust_remote_code=trust_remote_code)

@@ -120,7 +120,7 @@ class AttentionPlan:
         if call.writes:
             write_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), cache.k, cache.v, step.batch.slot_mapping)
         out = paged_attention(
-            query[0].transpose(0, 1).contiguous().to(cache.k.dtype),
+            query[0].transpose(0, 1).contiguous(),
             cache.k,
             cache.v,
             step.batch,

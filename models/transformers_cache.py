@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..kernels.attention_batch import AttentionBatch
+from ..kernels.kv_quantization import dequantize, is_quantized
 from ..kernels.paged_attention import write_kv
 from .interface import KVCache, KVCacheSpec
 
@@ -103,10 +104,14 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unt
         block_size = cache.k.shape[2]
         blocks, offsets = (slots // block_size)[:, None, :], (slots % block_size)[:, None, :]
         heads = torch.arange(cache.k.shape[1], device=slots.device)[None, :, None]
-        # [num_rows, num_kv_heads, context, head_dim], contiguous, as models expect it of a cache.
-        return cache.k[blocks, heads, offsets].to(key_states.dtype), cache.v[blocks, heads, offsets].to(
-            value_states.dtype
-        )
+
+        def read(paged: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            """`[num_rows, num_kv_heads, context, head_dim]`, contiguous, as models expect it of a cache."""
+            if not is_quantized(paged.dtype):
+                return paged[blocks, heads, offsets].to(dtype)
+            return dequantize(paged.view(torch.uint8)[blocks, heads, offsets].view(paged.dtype)).to(dtype)
+
+        return read(cache.k, key_states.dtype), read(cache.v, value_states.dtype)
 
     def get_seq_length(self) -> int:
         # Some models ask again after `update` and expect the new tokens to be counted.

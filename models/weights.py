@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..kernels import cpu_build
+from ..kernels.huge_pages import place, release_file_pages
 from ..kernels.linear_quantized import LinearWeight, QuantizedWeight, concatenate
 from .errors import WeightsError
 from .gguf.reader import is_gguf
@@ -23,6 +25,10 @@ _SINGLE = "model.safetensors"
 _IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
 
 _MAX_NAMES_SHOWN = 8
+
+ALL = slice(None)
+Part = tuple[slice, ...]
+"""A slice for each axis of a tensor."""
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -117,31 +123,58 @@ class WeightReader:
     def __contains__(self, name: str) -> bool:
         return name in self._handles
 
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        """The tensor called `name`, which must have this shape: a copy of our own, never a view of the file."""
-        return self._read(name, shape).to(device=self.device, dtype=self.dtype, copy=True)
+    def take(self, name: str, *shape: int, rows: slice = ALL) -> torch.Tensor:
+        """The tensor called `name`, which must have this shape, or some of its rows, which alone are read.
 
-    def take_fused(self, names: Iterable[str], shapes: Iterable[tuple[int, ...]]) -> torch.Tensor:
-        """Several tensors behind each other along their first axis, for one matrix product instead of several."""
-        parts = [self._read(name, shape).to(self.dtype) for name, shape in zip(names, shapes, strict=True)]
-        return torch.cat(parts).to(self.device)
+        A copy of our own, never a view of the file.
+        """
+        return self._placed([self._read(name, shape, (rows,))])
 
-    def take_linear(self, name: str, *shape: int) -> LinearWeight:
-        """The matrix of a linear layer: a tensor as `take` gives it, or quantised."""
-        return self.take_fused_linear((name,), (shape,))
+    def take_embedding(self, name: str, *shape: int, rows: slice = ALL) -> torch.Tensor:
+        """As `take`, in the dtype of a linear layer's matrix, which it may be too."""
+        return self._placed([self._read(name, shape, (rows,))], is_matrix=True)
 
-    def take_fused_linear(self, names: Iterable[str], shapes: Iterable[tuple[int, ...]]) -> LinearWeight:
-        """Several matrices behind each other along their outputs."""
-        return concatenate(
+    def take_fused(
+        self, names: Iterable[str], shapes: Sequence[tuple[int, ...]], rows: Iterable[slice] | None = None
+    ) -> torch.Tensor:
+        """Several tensors, or some rows of each, behind each other, for one matrix product instead of several."""
+        return self._placed(
             [
-                self._read_linear(name, (out_features, in_features))
-                for name, (out_features, in_features) in zip(names, shapes, strict=True)
+                self._read(name, shape, (part,))
+                for name, shape, part in zip(names, shapes, rows or [ALL] * len(shapes), strict=True)
             ]
         )
 
-    def tied_head(self, embedding: torch.Tensor) -> torch.Tensor | QuantizedWeight:
-        """The output projection that shares its weights with the token embedding."""
+    def take_linear(self, name: str, *shape: int, rows: slice = ALL, columns: slice = ALL) -> LinearWeight:
+        """The matrix of a linear layer, or some of its outputs or inputs: as `take` gives it, or quantised."""
+        return self.take_fused_linear((name,), (shape,), (rows,), columns)
+
+    def take_fused_linear(
+        self,
+        names: Iterable[str],
+        shapes: Sequence[tuple[int, ...]],
+        rows: Iterable[slice] | None = None,
+        columns: slice = ALL,
+    ) -> LinearWeight:
+        """Several matrices, or some rows of each, behind each other along their outputs."""
+        parts = [
+            self._read_linear(name, (out_features, in_features), (part, columns))
+            for name, (out_features, in_features), part in zip(names, shapes, rows or [ALL] * len(shapes), strict=True)
+        ]
+        floating = [part for part in parts if isinstance(part, torch.Tensor)]
+        if len(floating) == len(parts):
+            return self._placed(floating, is_matrix=True)
+        return concatenate(
+            [self._placed([part], is_matrix=True) if isinstance(part, torch.Tensor) else part for part in parts]
+        )
+
+    def tied_head(self, embedding: torch.Tensor, rows: slice = ALL) -> torch.Tensor | QuantizedWeight:
+        """The output projection that shares its weights with the token embedding, of which `rows` were taken."""
         return embedding
+
+    def leave(self, *beginnings: str) -> None:
+        """Leave the tensors whose names begin so to other ranks."""
+        self._taken.update(name for name in self._handles if name.startswith(beginnings))
 
     def finish(self) -> None:
         """Say that all has been taken.
@@ -167,43 +200,48 @@ class WeightReader:
                 mismatched=tuple(self._mismatched),
             )
 
-    def _read_linear(self, name: str, shape: tuple[int, int]) -> torch.Tensor | QuantizedWeight:
-        return self.take(name, *shape)
+    def _read_linear(
+        self, name: str, shape: tuple[int, int], part: Part = (ALL, ALL)
+    ) -> torch.Tensor | QuantizedWeight:
+        """One matrix, quantised or as it was read."""
+        return self._read(name, shape, part)
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def _placed(self, parts: list[torch.Tensor], *, is_matrix: bool = False) -> torch.Tensor:
+        """What was read, behind each other, in memory of our own; of a file that is mapped no page stays resident.
+
+        A matrix that is stored in 16 bits stays so where a kernel multiplies float32 by it: the same numbers, and half
+        of the memory to read each step.
+        """
+        dtype, stored = self.dtype, parts[0].dtype
+        keeps = dtype is torch.float32 and self.device.type == "cpu" and stored in (torch.bfloat16, torch.float16)
+        if is_matrix and keeps and all(part.dtype is stored for part in parts) and cpu_build.library() is not None:
+            dtype = stored
+        placed = place(parts, dtype).to(self.device)
+        for part in parts:
+            release_file_pages(part)
+        return placed
+
+    def _read(self, name: str, shape: tuple[int, ...], part: Part = (ALL,)) -> torch.Tensor:
         self._taken.add(name)
         handle = self._handles.get(name)
         if handle is None:
             self._missing.append(name)
-            return torch.zeros(shape)
+            return torch.zeros(shape)[part]
         found = tuple(handle.get_slice(name).get_shape())
         if found != shape:
             self._mismatched.append(name)
             self._problems.append(f"{name} {list(found)} instead of {list(shape)}")
-            return torch.zeros(shape)
-        tensor: torch.Tensor = handle.get_tensor(name)
+            return torch.zeros(shape)[part]
+        tensor = self._read_part(handle, name, part)
         if not tensor.is_floating_point():
             self._mismatched.append(name)
             self._problems.append(f"{name} holds {tensor.dtype} instead of floating point")
         return tensor
 
-
-def take_embedding_and_head(
-    reader: WeightReader, vocab_size: int, hidden_size: int, *, tied: bool
-) -> tuple[torch.Tensor, LinearWeight]:
-    """Token embedding and output projection, each `[vocab_size, hidden_size]`; one tensor where they are tied.
-
-    As `transformers` has it: a checkpoint that promises tied weights but brings two different ones keeps both.
-    """
-    embedding_name, head_name = "model.embed_tokens.weight", "lm_head.weight"
-    if tied and embedding_name not in reader and head_name in reader:
-        embedding_name = head_name
-    embedding = reader.take(embedding_name, vocab_size, hidden_size)
-    if tied and (head_name not in reader or head_name == embedding_name):
-        return embedding, reader.tied_head(embedding)
-    head = reader.take_linear(head_name, vocab_size, hidden_size)
-    is_same = tied and isinstance(head, torch.Tensor) and torch.equal(head, embedding)
-    return embedding, embedding if is_same else head
+    def _read_part(self, handle: Any, name: str, part: Part) -> torch.Tensor:
+        """Some of a tensor; of a file that is mapped into memory no other page is touched."""
+        tensor: torch.Tensor = handle.get_tensor(name) if all(s == ALL for s in part) else handle.get_slice(name)[part]
+        return tensor
 
 
 def checkpoint_dtype(folder: Path) -> torch.dtype:

@@ -6,46 +6,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from ...messages.base import Message
-from ...messages.errors import ModelNotFoundError, UnsupportedModelError
 from ...messages.ids import Epoch
 from ...messages.step import ExecuteStep
 from ...messages.system import ExecutorFailed, ExecutorReady, StartExecutor
-from ...models import errors as model_errors
-from ...models.checkpoint import resolve_checkpoint
-from .device import Device, ExecutorConfig
-from .runner import StepRunner
+from .config import ExecutorConfig
+from .device import Device
+from .runner import StepRunner, load_runner
 
 _STOP = None
-
-
-def locate_model(
-    model: str | None,
-    *,
-    revision: str | None = None,
-    offline: bool = False,
-    weights: bool = True,
-    trust_remote_code: bool = False,
-) -> tuple[Path, str]:
-    """Folder (or GGUF file) and name of a model: a folder, a file, a hub name, or None for the one that is shipped.
-
-    Raises:
-        ModelNotFoundError: no such folder or hub name, or the hub cannot be reached.
-        UnsupportedModelError: what was found cannot be loaded.
-    """
-    try:
-        folder = resolve_checkpoint(
-            model, revision=revision, offline=offline, weights=weights, trust_remote_code=trust_remote_code
-        )
-    except model_errors.ModelNotFoundError as error:
-        raise ModelNotFoundError(str(error)) from error
-    except model_errors.ModelLoadError as error:
-        raise UnsupportedModelError(str(error)) from error
-    if folder.is_file():  # of a GGUF file the name says what it is
-        return folder, folder.stem
-    return folder, folder.name if model is None or Path(model).is_dir() else model
 
 
 class ExecutorThread:
@@ -77,20 +47,8 @@ class ExecutorThread:
             UnsupportedModelError: the checkpoint cannot be served; the message names what is missing.
             KVCacheTooSmallError: the asked-for context does not fit.
         """
-        try:
-            device = Device(self._config)
-        except model_errors.ModelNotFoundError as error:
-            raise ModelNotFoundError(str(error)) from error
-        except model_errors.ModelLoadError as error:
-            raise UnsupportedModelError(str(error)) from error
-        self._runner = StepRunner(
-            device,
-            max_num_seqs=self._config.max_num_seqs,
-            pipeline_depth=self._config.pipeline_depth,
-            block_size=self._config.block_size,
-        )
-        self._runner.warm_up()
-        return device
+        self._runner = load_runner(self._config)
+        return self._runner.device
 
     def start(self) -> None:
         """Begin to take messages; `load` has to have returned."""
@@ -110,6 +68,7 @@ class ExecutorThread:
     def _run(self) -> None:
         runner = self._runner
         assert runner is not None, "load() comes before start()"
+        runner.bind_threads()
         has_failed = False
         while (message := self._inbox.get()) is not _STOP:
             if isinstance(message, StartExecutor):

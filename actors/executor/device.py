@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import numpy as np
@@ -13,46 +12,22 @@ import psutil
 import torch
 
 from ...kernels.attention_batch import AttentionBatch
+from ...kernels.kv_quantization import row_width
 from ...models.interface import CausalLM, KVCache
+from ...models.parallel import ParallelGroup, alone
 from ...models.registry import load_model
 from ..kv_allocator.sizing import KVCachePlan, size_kv_cache
+from .config import ExecutorConfig, KVCacheDtype
+from .cpu_affinity import CpuAffinity
 from .standing_batch import StepArrays
 
-
-class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Configuration of one executor.
-
-    Attributes:
-        model_path: folder of the checkpoint.
-        dtype: `auto`, or a torch dtype's name.
-        model_impl: `auto`, `native` or `transformers`.
-        max_model_len: None takes what checkpoint and KV cache allow.
-        max_num_seqs: requests in one step.
-        pipeline_depth: steps in flight.
-        block_size: tokens in a KV block.
-        num_blocks: exact number of blocks, or None.
-        kv_cache_memory_bytes: size of the KV cache, or None to measure free memory.
-        memory_utilization: share of the measured free memory to take.
-        num_threads: of torch; None leaves its choice.
-        trust_remote_code: run code that the checkpoint brings.
-        quantization: `int8` or `int4` quantises floating weights at load; `auto` takes them as they are stored.
-        deterministic: a row's logits are the same bits alone and in any batch.
-    """
-
-    model_path: str
-    dtype: str = "auto"
-    model_impl: Literal["auto", "native", "transformers"] = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int = 256
-    pipeline_depth: int = 2
-    block_size: int = 16
-    num_blocks: int | None = None
-    kv_cache_memory_bytes: int | None = None
-    memory_utilization: float = 0.5
-    num_threads: int | None = None
-    trust_remote_code: bool = False
-    quantization: Literal["auto", "int8", "int4"] = "auto"
-    deterministic: bool = False
+_KV_DTYPES: dict[KVCacheDtype, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 def plan_kv_cache(config: ExecutorConfig, *, bytes_per_token: int, max_position: int, free_bytes: int) -> KVCachePlan:
@@ -89,32 +64,59 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 class Device:
-    """A loaded model and its KV cache; the only code that touches weights and KV tensors."""
+    """A loaded model and its KV cache, or one rank's part of both; the only code that touches weights and KV tensors.
 
-    def __init__(self, config: ExecutorConfig) -> None:
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+    Args:
+        config: what to load and how much to hold.
+        group: the ranks that serve the model together; None: this process alone.
+    """
+
+    def __init__(self, config: ExecutorConfig, group: ParallelGroup | None = None) -> None:
+        self.group = group or alone()
+        self._affinity = CpuAffinity(config.cpu_affinity, config.num_threads, ranks=self.group.num_ranks_on_host())
+        torch.set_num_threads(self._affinity.choice.num_threads)
         started = time.monotonic()
-        self.model: CausalLM = load_model(
-            Path(config.model_path),
-            dtype=config.dtype,
-            model_impl=config.model_impl,
-            trust_remote_code=config.trust_remote_code,
-            max_model_len=config.max_model_len,
-            quantization=config.quantization,
-            deterministic=config.deterministic,
-        )
+        with self._affinity.near_memory():
+            self.model: CausalLM = load_model(
+                Path(config.model_path),
+                dtype=config.dtype,
+                model_impl=config.model_impl,
+                trust_remote_code=config.trust_remote_code,
+                max_model_len=config.max_model_len,
+                quantization=config.quantization,
+                deterministic=config.deterministic,
+                group=self.group,
+            )
         self.load_seconds = time.monotonic() - started
-        bytes_per_token = sum(spec.bytes_per_token(self.model.dtype) for spec in self.model.kv_cache_specs)
-        self.plan = plan_kv_cache(
-            config,
-            bytes_per_token=bytes_per_token,
-            max_position=self.model.max_position,
-            free_bytes=free_memory_bytes(self.model.device),
-        )
+        self.kv_dtype = _KV_DTYPES.get(config.kv_cache_dtype, self.model.dtype)
+        self.plan = self._plan(config)
         self._block_size = config.block_size
         self._kv_caches: list[KVCache] = []
         self.reset()
+
+    def bind_threads(self) -> None:
+        """Bind the calling thread and its workers to their cores; to be called once, on the thread that will step."""
+        self._affinity.apply()
+
+    def _plan(self, config: ExecutorConfig) -> KVCachePlan:
+        """As `plan_kv_cache`; of several ranks all take what the one with least room has, so that ids mean the same."""
+        group, device = self.group, self.model.device
+        bytes_per_token = sum(spec.bytes_per_token(self.kv_dtype) for spec in self.model.kv_cache_specs)
+        group.agree_on("the dtype", f"{self.model.dtype}, KV {self.kv_dtype}")
+        num_ranks_here = group.num_ranks_on_host()  # each has loaded now, and what is free stays so
+        free_bytes = free_memory_bytes(device)
+        if device.type == "cpu":
+            free_bytes //= num_ranks_here
+        if group.world_size > 1 and config.num_blocks is None:
+            kv_bytes = config.kv_cache_memory_bytes
+            if kv_bytes is None:
+                kv_bytes = int(free_bytes * config.memory_utilization)
+            bytes_per_block = bytes_per_token * config.block_size
+            least = group.minimum(kv_bytes // bytes_per_block) * bytes_per_block
+            config = msgspec.structs.replace(config, kv_cache_memory_bytes=least)
+        return plan_kv_cache(
+            config, bytes_per_token=bytes_per_token, max_position=self.model.max_position, free_bytes=free_bytes
+        )
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -127,17 +129,17 @@ class Device:
         for spec in self.model.kv_cache_specs:
             self._kv_caches.append(
                 KVCache(
-                    k=self._zeros(shape[0], spec.num_kv_heads, shape[1], spec.k_head_dim),
-                    v=self._zeros(shape[0], spec.num_kv_heads, shape[1], spec.v_head_dim),
+                    k=self._zeros(shape[0], spec.num_kv_heads, shape[1], row_width(spec.k_head_dim, self.kv_dtype)),
+                    v=self._zeros(shape[0], spec.num_kv_heads, shape[1], row_width(spec.v_head_dim, self.kv_dtype)),
                 )
             )
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         if self.model.device.type != "cpu":
-            return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+            return torch.zeros(shape, dtype=self.kv_dtype, device=self.model.device)
         # numpy asks the system for zero pages, which cost nothing until they are written; torch would write them all.
-        num_bytes = math.prod(shape) * self.model.dtype.itemsize
-        return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(self.model.dtype).view(shape)
+        num_bytes = math.prod(shape) * self.kv_dtype.itemsize
+        return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(self.kv_dtype).view(shape)
 
     @torch.inference_mode()
     def forward(self, arrays: StepArrays) -> torch.Tensor:

@@ -7,11 +7,16 @@ from dataclasses import replace
 
 import torch
 
+from ...messages import errors
 from ...messages.ids import BlockId, Epoch, RequestId, StepId
 from ...messages.request import TokenLogprobs
 from ...messages.sampling import SamplingParams
 from ...messages.step import ExecuteStep, StartRequest, StepExecuted
+from ...models.errors import ModelLoadError, ModelNotFoundError
+from ...models.parallel import ParallelGroup
+from .config import ExecutorConfig
 from .device import Device
+from .pending_tokens import PendingTokens
 from .sampler import SampledTokens, Sampler
 from .standing_batch import StandingBatch, StepArrays
 from .token_logprobs import prompt_logprobs
@@ -19,18 +24,51 @@ from .token_logprobs import prompt_logprobs
 PromptLogprobs = tuple[RequestId, int, tuple[TokenLogprobs, ...]]
 
 
+def load_runner(config: ExecutorConfig, group: ParallelGroup | None = None) -> StepRunner:
+    """Load the model, or one rank's part, allocate the KV cache and warm up. Blocks.
+
+    Raises:
+        ModelNotFoundError: there is no such checkpoint.
+        UnsupportedModelError: the checkpoint cannot be served; the message names what is missing.
+        KVCacheTooSmallError: the asked-for context does not fit.
+    """
+    try:
+        device = Device(config, group)
+    except ModelNotFoundError as error:
+        raise errors.ModelNotFoundError(str(error)) from error
+    except ModelLoadError as error:
+        raise errors.UnsupportedModelError(str(error)) from error
+    runner = StepRunner(
+        device,
+        max_num_seqs=config.max_num_seqs,
+        pipeline_depth=config.pipeline_depth,
+        block_size=config.block_size,
+        check_ranks=config.check_ranks,
+    )
+    runner.warm_up()
+    return runner
+
+
 class StepRunner:
     """Executes one `ExecuteStep` after the other; synchronous, for the executor's own thread.
+
+    Of several ranks each does so with its part of the model. Only the last stage of a pipeline samples, each of its
+    ranks by itself, as all have the same logits and the generator is keyed by seed and position. The others are told.
 
     Args:
         device: model and KV cache.
         max_num_seqs: requests in one step.
         pipeline_depth: steps in flight; requests that ended stand until the step that drops them.
         block_size: tokens in a KV block.
+        check_ranks: compare what the ranks of a stage sample.
     """
 
-    def __init__(self, device: Device, *, max_num_seqs: int, pipeline_depth: int, block_size: int) -> None:
-        self._device = device
+    def __init__(
+        self, device: Device, *, max_num_seqs: int, pipeline_depth: int, block_size: int, check_ranks: bool = False
+    ) -> None:
+        self.device = device
+        self._group = device.group
+        self._check_ranks = check_ranks
         self._batch = StandingBatch(
             max_num_rows=max_num_seqs * (pipeline_depth + 1),
             max_model_len=device.plan.max_model_len,
@@ -38,22 +76,39 @@ class StepRunner:
         )
         self._sampler = Sampler(device.model.vocab_size)
         self._wants_prompt_logprobs: dict[RequestId, tuple[int, int]] = {}
+        self._pending = PendingTokens(self._group.receive_tokens, self._batch.append)
+
+    def bind_threads(self) -> None:
+        """See `Device.bind_threads`."""
+        self.device.bind_threads()
+
+    def drain(self) -> None:
+        """Wait for what other ranks still have to say to this one, and let it go."""
+        self._pending.drain()
 
     def reset(self) -> None:
         """Forget every request and the KV: a new epoch begins."""
+        self.drain()
         self._batch.clear()
-        self._sampler = Sampler(self._device.model.vocab_size)
+        self._sampler = Sampler(self.device.model.vocab_size)
         self._wants_prompt_logprobs.clear()
-        self._device.reset()
+        self.device.reset()
 
     def execute(self, step: ExecuteStep) -> StepExecuted:
-        """Apply the step's changes, compute its rows in one forward pass, sample."""
+        """Apply the step's changes, compute its rows in one forward pass, sample.
+
+        On ranks before the last stage of a pipeline the result is empty.
+        """
         started_ns = time.monotonic_ns()
         self._apply(step)
         if not step.request_ids:
             return StepExecuted(step.epoch, step.step_id, (), ())
+        self._pending.settle(step.request_ids)
         arrays = self._batch.gather(step)
-        hidden = self._device.forward(arrays)
+        hidden = self.device.forward(arrays)
+        if not self._group.is_last_stage:
+            self._pending.expect(arrays.sampling_requests)
+            return StepExecuted(step.epoch, step.step_id, (), ())
         prompt_entries = self._prompt_logprobs(step, arrays, hidden)
         request_ids, sampled = self._sample(arrays, hidden)
         self._batch.append(request_ids, sampled.token_ids)
@@ -84,7 +139,10 @@ class StepRunner:
             if request_id in self._batch:
                 self._sampler.remove(request_id)
                 self._wants_prompt_logprobs.pop(request_id, None)
+                self._pending.forget(request_id)
         self._batch.apply(step)
+        if not self._group.is_last_stage:
+            return
         for start in step.start:
             token_ids = self._batch.token_ids(start.request_id)
             self._sampler.add(start.request_id, start.params, token_ids, start.num_prompt_tokens, start.eos_token_ids)
@@ -97,8 +155,11 @@ class StepRunner:
         if not request_ids:
             return (), SampledTokens([], [], [], [])
         is_every_token = len(request_ids) == len(arrays.input_ids)
-        logits = self._device.logits(hidden, None if is_every_token else torch.from_numpy(arrays.sampling_tokens))
+        logits = self.device.logits(hidden, None if is_every_token else torch.from_numpy(arrays.sampling_tokens))
         sampled = self._sampler.sample(logits, request_ids)
+        self._group.send_tokens(sampled.token_ids)
+        if self._check_ranks:
+            self._group.check_same(sampled.token_ids, "the tokens that were sampled")
         if not sampled.failed:
             return request_ids, sampled
         failed = dict(sampled.failed)
@@ -123,6 +184,6 @@ class StepRunner:
             count = min(end - begin, num_prompt_tokens - 1 - first)
             if count > 0:
                 targets = self._batch.token_ids(request_id)[first + 1 : first + 1 + count]
-                logits = self._device.logits(hidden[begin : begin + count])
+                logits = self.device.logits(hidden[begin : begin + count])
                 entries.append((request_id, first + 1, prompt_logprobs(logits, targets, num_top)))
         return tuple(entries)

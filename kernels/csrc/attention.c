@@ -5,9 +5,13 @@
  *   logit:  over head_dim, VL lanes, then a fixed tree;  weights: lane by lane over tiles;  output: key after key.
  * So the bits of a query's output depend on its own query, keys and values, not on the batch, the block size, the block
  * table, the chunk it was computed in, or the number of threads: a key that is masked adds an exact zero.
+ *
+ * Of a quantised cache the codes are multiplied as they are; a key's scale goes into its logits, a value's into its
+ * weights. So reading it costs a conversion, and less memory traffic.
  */
 #include <math.h>
 
+#include "kv_quantize.h"
 #include "vector.h"
 
 #define KEYS 64 /* keys in a tile: a multiple of VL and 8 */
@@ -124,15 +128,19 @@ INLINE void weigh_tile_of(float *acc, const float *weights, const float *rescale
 TILES(f32, F32)
 TILES(bf16, BF16)
 TILES(f16, F16)
+TILES(int8, INT8)
+TILES(fp8, FP8)
 
 static void (*const dot_tile[])(float *, const float *, const void *const *, int64_t, int64_t,
-                                int64_t) = {dot_f32, dot_bf16, dot_f16};
+                                int64_t) = {dot_f32, dot_bf16, dot_f16, dot_int8, dot_fp8};
 static void (*const weigh_tile[])(float *, const float *, const float *, const void *const *, int64_t, int64_t,
-                                  int64_t) = {weigh_f32, weigh_bf16, weigh_f16};
+                                  int64_t) = {weigh_f32, weigh_bf16, weigh_f16, weigh_int8, weigh_fp8};
 
-/* Turns a row's logits into weights relative to the maximum so far, and says how to rescale what came before. */
+/* Turns a row's logits into weights relative to the maximum so far, and says how to rescale what came before.
+ * k_scales, v_scales: [KEYS], what each logit and each weight is multiplied by; NULL for none. */
 static void softmax_tile(const attention_args *a, float *logits, float *maximum, float *rescale, float *sums,
-                         int64_t first_key, int64_t num_vectors, int64_t position, float slope) {
+                         int64_t first_key, int64_t num_vectors, int64_t position, float slope, const float *k_scales,
+                         const float *v_scales) {
     vf lane;
     for (int i = 0; i < VL; i++) lane[i] = (float)i;
     const vf minus_inf = splat(-INFINITY);
@@ -144,6 +152,7 @@ static void softmax_tile(const attention_args *a, float *logits, float *maximum,
     vf top = minus_inf;
     for (int64_t i = 0; i < num_vectors; i++) {
         vf x = load(logits, i * VL, F32) * a->scale;
+        if (k_scales) x = x * load(k_scales, i * VL, F32);
         vf key = lane + (float)(i * VL);
         if (a->softcap > 0) x = tanh_f(x / a->softcap) * a->softcap;
         if (a->alibi_slopes) x = x + slope * (key - (float)last);
@@ -157,8 +166,9 @@ static void softmax_tile(const attention_args *a, float *logits, float *maximum,
     vf sum = {0};
     for (int64_t i = 0; i < num_vectors; i++) {
         vf weight = exp_f(load(logits, i * VL, F32) - reference);
-        store(logits, i * VL, weight, F32);
         sum += weight;
+        if (v_scales) weight = weight * load(v_scales, i * VL, F32);
+        store(logits, i * VL, weight, F32);
     }
     vf factor = exp_f(splat(before - reference));
     store(sums, 0, load(sums, 0, F32) * factor + sum, F32);
@@ -175,9 +185,11 @@ static void attend(const attention_args *a, scratch *s, int64_t row, int64_t kv_
     int64_t num_new = a->query_start[row + 1] - a->query_start[row];
     int64_t position = a->context_lens[row] - num_new + first_query; /* of the tile's first query */
     const int32_t *blocks = a->block_tables + row * a->block_table_stride;
-    int64_t k_token = a->k_dim, k_head = a->block_size * k_token, k_block = a->num_kv_heads * k_head;
-    int64_t v_token = a->v_dim, v_head = a->block_size * v_token, v_block = a->num_kv_heads * v_head;
-    int64_t v_bytes = a->v_dim * size_of(dtype);
+    int quantized = is_quantized(dtype);
+    int64_t k_bytes = row_bytes(a->k_dim, dtype), k_head = a->block_size * k_bytes, k_block = a->num_kv_heads * k_head;
+    int64_t v_bytes = row_bytes(a->v_dim, dtype), v_head = a->block_size * v_bytes, v_block = a->num_kv_heads * v_head;
+    float code_unit = dtype == FP8 ? 256.0f : 1.0f; /* what a code is loaded as is so much too small */
+    float k_scales[KEYS], v_scales[KEYS];
     /* Widening pays for itself once a key is used by several rows; a ragged head_dim needs its padding. */
     int widen_k = (dtype != F32 && rows >= 4) || a->k_dim != k_pad;
     int widen_v = (dtype != F32 && rows >= 4) || a->v_dim != v_pad;
@@ -202,15 +214,25 @@ static void attend(const attention_args *a, scratch *s, int64_t row, int64_t kv_
         for (int64_t j = 0; j < num_keys;) {
             int64_t key = first_key + j, block = blocks[key / a->block_size], offset = key % a->block_size;
             int64_t run = min64(a->block_size - offset, num_keys - j);
-            const void *k = at(a->k_cache, block * k_block + kv_head * k_head + offset * k_token, dtype);
-            const void *v = at(a->v_cache, block * v_block + kv_head * v_head + offset * v_token, dtype);
+            const char *k = (const char *)a->k_cache + block * k_block + kv_head * k_head + offset * k_bytes;
+            const char *v = (const char *)a->v_cache + block * v_block + kv_head * v_head + offset * v_bytes;
             for (int64_t i = 0; i < run; i++, j++) {
-                keys[j] = at(k, i * k_token, dtype);
-                values[j] = at(v, i * v_token, dtype);
-                for (int64_t byte = 0; byte < v_bytes; byte += 64) __builtin_prefetch((const char *)values[j] + byte);
+                keys[j] = k + i * k_bytes;
+                values[j] = v + i * v_bytes;
+                for (int64_t byte = 0; byte < v_bytes; byte += 64) __builtin_prefetch(v + i * v_bytes + byte);
             }
         }
         for (int64_t j = num_keys; j < KEYS; j++) keys[j] = keys[0]; /* masked, but read */
+        if (quantized)
+            for (int64_t j = 0; j < KEYS; j++) {
+                float scales[2] = {0}; /* of a masked key: its weight is zero, and so must be what that is multiplied by */
+                if (j < num_keys) {
+                    memcpy(scales, (const char *)keys[j] + a->k_dim, sizeof *scales);
+                    memcpy(scales + 1, (const char *)values[j] + a->v_dim, sizeof *scales);
+                }
+                k_scales[j] = scales[0] * code_unit;
+                v_scales[j] = scales[1] * code_unit;
+            }
         int64_t num_vectors = (num_keys + VL - 1) / VL;
         if (widen_k) {
             for (int64_t j = 0; j < num_keys; j++) {
@@ -225,7 +247,8 @@ static void attend(const attention_args *a, scratch *s, int64_t row, int64_t kv_
         for (int64_t r = 0; r < rows; r++) {
             float slope = a->alibi_slopes ? a->alibi_slopes[kv_head * group + r % group] : 0.0f;
             softmax_tile(a, s->logits + r * KEYS, s->maxima + r, s->rescale + r, s->sums + r * VL, first_key,
-                         num_vectors, position + r / group, slope);
+                         num_vectors, position + r / group, slope, quantized ? k_scales : NULL,
+                         quantized ? v_scales : NULL);
         }
         if (widen_v) {
             for (int64_t j = 0; j < num_keys; j++) {
@@ -300,18 +323,19 @@ int octavo_paged_attention(const attention_args *a) {
     return failed ? -1 : 0;
 }
 
-/* One of K and V: cache[slot] = x[token], same dtype on both sides. Returns -1 at a slot outside the cache. */
-int octavo_write_kv(const char *x, char *cache, const int64_t *slots, int64_t num_tokens, int64_t num_kv_heads,
-                    int64_t num_blocks, int64_t block_size, int64_t head_bytes, int64_t stride_token,
-                    int64_t stride_head) {
+/* One of K and V: cache[slot] = x[token], converted or quantised. Returns -1 at a slot outside the cache. */
+int octavo_write_kv(const void *x, void *cache, const int64_t *slots, int64_t num_tokens, int64_t num_kv_heads,
+                    int64_t num_blocks, int64_t block_size, int64_t head_dim, int64_t stride_token, int64_t stride_head,
+                    int x_dtype, int cache_dtype) {
+    int64_t bytes = row_bytes(head_dim, cache_dtype);
     for (int64_t token = 0; token < num_tokens; token++) {
         int64_t slot = slots[token];
         if (slot < 0) continue;
         if (slot >= num_blocks * block_size) return -1;
         int64_t block = slot / block_size, offset = slot % block_size;
         for (int64_t head = 0; head < num_kv_heads; head++)
-            memcpy(cache + ((block * num_kv_heads + head) * block_size + offset) * head_bytes,
-                   x + token * stride_token + head * stride_head, head_bytes);
+            write_row_of((char *)cache + ((block * num_kv_heads + head) * block_size + offset) * bytes, x,
+                         token * stride_token + head * stride_head, head_dim, x_dtype, cache_dtype);
     }
     return 0;
 }

@@ -3,6 +3,7 @@
  * token alone. */
 #include <math.h>
 
+#include "kv_quantize.h"
 #include "vector.h"
 
 #define MAX_HEAD_DIM 1024 /* as in rotary.py */
@@ -90,7 +91,7 @@ typedef struct {
     int64_t q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head;
     int64_t num_tokens, num_heads, num_kv_heads, head_dim, v_head_dim, rotary_dim, max_position, num_blocks, block_size;
     float eps;
-    int32_t dtype, weight_dtype, num_threads;
+    int32_t dtype, weight_dtype, num_threads, cache_dtype;
 } rotary_args; /* mirrored by _RotaryArgs in rotary.py */
 
 INLINE void rotate_head(void *x, int64_t element, const void *weight, const float *cos_sin, const rotary_args *a,
@@ -112,7 +113,6 @@ INLINE void rotate_head(void *x, int64_t element, const void *weight, const floa
 
 static void rotate_token(const rotary_args *a, int64_t token) {
     const float *cos_sin = a->cos_sin + a->positions[token] * a->rotary_dim;
-    int64_t size = size_of(a->dtype);
     for (int64_t head = 0; head < a->num_heads; head++) {
         int64_t element = token * a->q_stride_token + head * a->q_stride_head;
         WITH_DTYPE(a->dtype, rotate_head(a->q, element, a->q_weight, cos_sin, a, T));
@@ -123,12 +123,13 @@ static void rotate_token(const rotary_args *a, int64_t token) {
     }
     if (!a->k_cache || a->slots[token] < 0) return;
     int64_t block = a->slots[token] / a->block_size, offset = a->slots[token] % a->block_size;
+    int64_t k_bytes = row_bytes(a->head_dim, a->cache_dtype), v_bytes = row_bytes(a->v_head_dim, a->cache_dtype);
     for (int64_t head = 0; head < a->num_kv_heads; head++) {
         int64_t slot = (block * a->num_kv_heads + head) * a->block_size + offset;
-        memcpy((char *)a->k_cache + slot * a->head_dim * size,
-               (char *)a->k + (token * a->k_stride_token + head * a->k_stride_head) * size, a->head_dim * size);
-        memcpy((char *)a->v_cache + slot * a->v_head_dim * size,
-               (const char *)a->v + (token * a->v_stride_token + head * a->v_stride_head) * size, a->v_head_dim * size);
+        write_row_of((char *)a->k_cache + slot * k_bytes, a->k, token * a->k_stride_token + head * a->k_stride_head,
+                     a->head_dim, a->dtype, a->cache_dtype);
+        write_row_of((char *)a->v_cache + slot * v_bytes, a->v, token * a->v_stride_token + head * a->v_stride_head,
+                     a->v_head_dim, a->dtype, a->cache_dtype);
     }
 }
 

@@ -26,16 +26,19 @@ typedef float vf __attribute__((vector_size(4 * VL)));
 typedef int32_t vi __attribute__((vector_size(4 * VL)));
 typedef uint32_t vu __attribute__((vector_size(4 * VL)));
 typedef uint16_t vh __attribute__((vector_size(2 * VL)));
+typedef int8_t vb __attribute__((vector_size(VL)));
 typedef float v8 __attribute__((vector_size(32)));
 typedef float v4 __attribute__((vector_size(16)));
 /* As they lie in memory: no more aligned than their elements. */
 typedef float vf_mem __attribute__((vector_size(4 * VL), aligned(4), may_alias));
 typedef uint16_t vh_mem __attribute__((vector_size(2 * VL), aligned(2), may_alias));
+typedef int8_t vb_mem __attribute__((vector_size(VL), aligned(1), may_alias));
 typedef float v4_mem __attribute__((vector_size(16), aligned(4), may_alias));
 
-enum { F32 = 0, BF16 = 1, F16 = 2 }; /* as in cpu_build.py */
+/* As in cpu_build.py and kv_quantization.py. FP8 is e4m3 and is loaded as 2^-8 of its value: see load. */
+enum { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, FP8 = 4 };
 
-INLINE int64_t size_of(int dtype) { return dtype == F32 ? 4 : 2; }
+INLINE int64_t size_of(int dtype) { return dtype == F32 ? 4 : dtype == INT8 || dtype == FP8 ? 1 : 2; }
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t round_up(int64_t n) { return (n + VL - 1) / VL * VL; }
@@ -70,8 +73,40 @@ INLINE vf fma_f(vf a, vf b, vf c) {
 #endif
 }
 
+/* An e4m3 number's bits, moved to where float16 has them, are that number times 2^-8, subnormal ones too. */
+INLINE vf load_byte(const int8_t *p, int dtype) {
+#if defined(__AVX2__) && VL == 8
+    __m128i bytes = _mm_loadl_epi64((const __m128i *)p);
+    if (dtype == INT8) return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#if defined(__F16C__)
+    __m128i half = _mm_slli_epi16(_mm_cvtepi8_epi16(bytes), 7); /* the sign is in bits 15 and 14 */
+    return (vf)_mm256_cvtph_ps(_mm_and_si128(half, _mm_set1_epi16((int16_t)0xbfff)));
+#endif
+#elif VL == 16
+    __m128i bytes = _mm_loadu_si128((const __m128i *)p);
+    if (dtype == INT8) return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#if defined(__F16C__)
+    __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+    return (vf)_mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16((int16_t)0xbfff)));
+#endif
+#endif
+    vi code = __builtin_convertvector((vb)(*(const vb_mem *)p), vi);
+    if (dtype == INT8) return __builtin_convertvector(code, vf);
+    return (vf)(((code & 0x7f) << 20) | (code & INT32_MIN)) * 0x1p112f;
+}
+
+/* c = a * b + c, as fma_f. In loops whose sums fill the registers GCC may overwrite a or b instead and move c to memory. */
+#if defined(__AVX512F__)
+#define ADD_PRODUCT(c, a, b) __asm__("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b))
+#elif defined(__FMA__)
+#define ADD_PRODUCT(c, a, b) __asm__("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b))
+#else
+#define ADD_PRODUCT(c, a, b) ((c) = fma_f(a, b, c))
+#endif
+
 INLINE vf load(const void *base, int64_t element, int dtype) {
     if (dtype == F32) return *(const vf_mem *)((const float *)base + element);
+    if (dtype == INT8 || dtype == FP8) return load_byte((const int8_t *)base + element, dtype);
     const uint16_t *p = (const uint16_t *)base + element;
 #if defined(__AVX2__) && VL == 8 /* for the general form below GCC 12 emits five instructions, not two */
     if (dtype == BF16) return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);

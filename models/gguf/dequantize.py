@@ -11,6 +11,7 @@ from typing import Final
 
 import torch
 
+from ...kernels.gguf_blocks import decode_blocks
 from .tensor_types import TensorType
 
 # Elements at a time: what they are made from stays in a core's cache, and no operation is so large that torch would
@@ -53,6 +54,8 @@ def dequantize(raw: torch.Tensor, kind: TensorType, out: torch.Tensor) -> None:
         kind: type of the blocks, one of `QUANTIZED`.
         out: `[num_blocks * block_size]` of any float dtype, to which float32 results are rounded.
     """
+    if decode_blocks(raw, kind.name, out):
+        return
     blocks_at_once = max(1, _CHUNK_ELEMENTS // kind.block_size)
     decode = QUANTIZED[kind.name]
     for start in range(0, raw.shape[0], blocks_at_once):

@@ -6,6 +6,7 @@ from typing import Final
 
 import torch
 
+from ...kernels.gguf_blocks import pack_blocks
 from ...kernels.linear_quantized import QuantizedWeight
 from .dequantize import QUANTIZED, Blocks
 from .tensor_types import TensorType
@@ -24,6 +25,11 @@ def packed_weight(rows: torch.Tensor, kind: TensorType) -> QuantizedWeight:
         rows: `[out_features, bytes of a row]` uint8, contiguous.
         kind: of the blocks, a quantised one.
     """
+    return pack_blocks(rows, kind.name) or packed_weight_ref(rows, kind)
+
+
+def packed_weight_ref(rows: torch.Tensor, kind: TensorType) -> QuantizedWeight:
+    """What `packed_weight` means, in torch, and the way for types that the C library does not know."""
     out_features = rows.shape[0]
     bits = 4 if kind.name in _FOUR_BITS else 8
     in_features = rows.shape[1] // kind.block_bytes * kind.block_size

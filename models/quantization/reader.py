@@ -7,12 +7,14 @@ from typing import Literal
 
 import torch
 
+from ...kernels.huge_pages import release_file_pages
 from ...kernels.linear_quantized import QuantizedWeight, quantize
-from ..errors import WeightsError
+from ..errors import UnsupportedModelError, WeightsError
 from ..gguf.reader import is_gguf
 from ..gguf.weight_reader import GGUFReader
-from ..weights import WeightReader
+from ..weights import ALL, Part, WeightReader
 from .formats import MalformedError, is_quantized, read_layer
+from .partition import part_of
 from .scheme import Scheme
 
 Quantization = Literal["auto", "int8", "int4"]
@@ -21,6 +23,7 @@ HEAD = "lm_head.weight"
 
 # Inputs that share a scale when floating weights are quantised at load: 8.25 and 4.5 bits a weight.
 _BITS_AND_GROUP = {"int8": (8, 64), "int4": (4, 32)}
+_LONGEST_GGUF_GROUP = 32
 
 
 class QuantizingReader(WeightReader):
@@ -34,9 +37,14 @@ class QuantizingReader(WeightReader):
         super().__init__(folder, dtype=dtype, device=device)
         self._to = to
 
-    def _read_linear(self, name: str, shape: tuple[int, int]) -> torch.Tensor | QuantizedWeight:
+    def _read_linear(
+        self, name: str, shape: tuple[int, int], part: Part = (ALL, ALL)
+    ) -> torch.Tensor | QuantizedWeight:
         bits, group_size = _BITS_AND_GROUP["int8" if name == HEAD else self._to]
-        return self._quantize(name, self._read(name, shape), bits, group_size)
+        floating = self._read(name, shape, part)
+        quantized = self._quantize(name, floating, bits, group_size)
+        release_file_pages(floating)
+        return quantized
 
     def _quantize(self, name: str, weight: torch.Tensor, bits: int, group_size: int) -> QuantizedWeight:
         try:
@@ -44,7 +52,7 @@ class QuantizingReader(WeightReader):
         except ValueError as error:
             raise WeightsError(f"{name} in {self._folder}: {error}") from error
 
-    def tied_head(self, embedding: torch.Tensor) -> torch.Tensor | QuantizedWeight:
+    def tied_head(self, embedding: torch.Tensor, rows: slice = ALL) -> torch.Tensor | QuantizedWeight:
         """See `WeightReader.tied_head`."""
         return self._quantize(HEAD, embedding, *_BITS_AND_GROUP["int8"])
 
@@ -57,10 +65,12 @@ class QuantizedReader(WeightReader):
         self._scheme = scheme
         self._layers: list[str] = []
 
-    def _read_linear(self, name: str, shape: tuple[int, int]) -> torch.Tensor | QuantizedWeight:
+    def _read_linear(
+        self, name: str, shape: tuple[int, int], part: Part = (ALL, ALL)
+    ) -> torch.Tensor | QuantizedWeight:
         layer = name.removesuffix(".weight")
         if not is_quantized(layer, self.__contains__, self._scheme):
-            return super()._read_linear(name, shape)
+            return super()._read_linear(name, shape, part)
         self._layers.append(layer)
 
         def take(suffix: str, expected: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
@@ -70,12 +80,16 @@ class QuantizedReader(WeightReader):
             return f"{layer}.{suffix}" in self
 
         try:
-            return read_layer(take, has, shape, self._scheme).to(self.device)
+            whole = read_layer(take, has, shape, self._scheme)
         except MalformedError as error:
             raise WeightsError(
                 f"the quantised weights of {layer} in {self._folder} cannot be used: {error}. "
                 "Check that config.json is of the same checkpoint and that the download is whole."
             ) from error
+        try:
+            return part_of(whole, *part).to(self.device)
+        except ValueError as error:
+            raise UnsupportedModelError(f"{layer} in {self._folder} cannot be divided among ranks: {error}") from error
 
     def _read_stored(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
         self._taken.add(name)
@@ -97,6 +111,15 @@ class QuantizedReader(WeightReader):
             if bias in self and bias not in self._taken and not self._handles[bias].get_tensor(bias).any():
                 self._taken.add(bias)
         super().finish()
+
+
+def inseparable_inputs(folder: Path, quantization: Scheme | Literal["int8", "int4"] | None) -> int:
+    """Consecutive inputs of a matrix that share a scale, so that no two ranks can have them; 1 for floating weights."""
+    if is_gguf(folder):
+        return _LONGEST_GGUF_GROUP
+    if isinstance(quantization, Scheme):
+        return max(1, quantization.group_size)  # -1: all inputs share one, of which each rank has a copy
+    return 1 if quantization is None else _BITS_AND_GROUP[quantization][1]
 
 
 def open_weights(

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from paged_runner import PagedRunner, run_paged
 from tiny_models import random_token_ids, save_tiny_model
 
 from octavo.kernels import cpu_build, linear_deterministic
+from octavo.models import layers
 from octavo.models.errors import UnsupportedModelError
 from octavo.models.interface import CausalLM
 from octavo.models.registry import load_model
@@ -27,6 +29,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with ragged widths": ("llama", {"hidden_size": 60, "intermediate_size": 100, "head_dim": 20}),
     "llama with exact gelu": ("llama", {"hidden_act": "gelu"}),
     "mistral": ("mistral", {}),
+    "mixtral": ("mixtral", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"tie_word_embeddings": True}),
     "smollm3": ("smollm3", {}),
@@ -95,8 +98,10 @@ def test_they_are_the_fast_paths_logits_up_to_rounding(folder: Path) -> None:
     torch.testing.assert_close(ours, run_paged(load_model(folder, dtype="float32"), PROMPT), rtol=1e-3, atol=1e-3)
 
 
-def test_without_the_switch_the_product_of_floats_does_differ(tmp_path: Path) -> None:
+def test_with_torchs_product_of_floats_they_do_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise nothing above would prove anything."""
+    monkeypatch.setattr(layers, "linear_dense", F.linear)
+    monkeypatch.setattr(layers, "_linear_by_rows", F.linear)
     save_tiny_model("llama", tmp_path, seed=3, hidden_size=256, intermediate_size=512)
     model = load_model(tmp_path, dtype="float32")
     alone = run_paged(model, PROMPT, [1] * len(PROMPT))

@@ -48,6 +48,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-window": ("mistral", {"sliding_window": 8}),
     "mistral-window-of-one": ("mistral", {"sliding_window": 1}),
+    "mixtral": ("mixtral", {"sliding_window": None}),
+    "mixtral-window": ("mixtral", {"sliding_window": 8, "num_experts_per_tok": 3, "num_local_experts": 5}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-max-window-layers": (
@@ -71,6 +73,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "num_hidden_layers": 3},
     ),
+    "qwen3-moe": ("qwen3_moe", {}),
+    "qwen3-moe-normalised": ("qwen3_moe", {"norm_topk_prob": True, "attention_bias": True}),
+    "qwen3-moe-dense-layers": ("qwen3_moe", {"num_hidden_layers": 4, "mlp_only_layers": [1], "decoder_sparse_step": 2}),
+    "qwen3-moe-one-expert": ("qwen3_moe", {"num_experts_per_tok": 1, "use_sliding_window": True, "sliding_window": 8}),
     "smollm3": ("smollm3", {}),
     "smollm3-tied": ("smollm3", {"tie_word_embeddings": True}),
     "smollm3-window": ("smollm3", {"use_sliding_window": True, "sliding_window": 8}),
@@ -128,7 +134,7 @@ def test_longrope_equals_transformers_at_the_served_length(served: int, tmp_path
     torch.testing.assert_close(run_paged(model, token_ids, chunks=(9, 14)), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mixtral", "qwen3_moe", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_as_near_to_float32_as_transformers_is(model_type: str, dtype: str, tmp_path: Path) -> None:
     exact_model = save_tiny_model(model_type, tmp_path, seed=5)

@@ -6,7 +6,9 @@ import torch
 from paged_runner import run_paged
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny_model, random_token_ids, reference_logits, save_tiny_model
+from transformers import AutoModelForCausalLM
 
+from octavo.kernels import cpu_build
 from octavo.models.errors import WeightsError
 from octavo.models.registry import load_model
 from octavo.models.weights import WeightReader, checkpoint_dtype, weight_files
@@ -112,3 +114,20 @@ def test_a_cut_off_file_is_refused_by_name(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(WeightsError, match=r"model.safetensors is not a whole safetensors file"):
         reader_of(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
+def test_matrices_stored_in_16_bits_stay_so_and_float32_logits_are_those_of_the_widened_model(
+    model_type: str, tmp_path: Path
+) -> None:
+    build_tiny_model(model_type, tie_word_embeddings=True).bfloat16().save_pretrained(tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    token_ids = random_token_ids(12)
+    model = load_model(tmp_path, dtype="float32", model_impl="native")
+    kept = torch.float32 if cpu_build.library() is None else torch.bfloat16
+    assert model.layers[0].qkv.dtype is kept
+    assert model.layers[0].input_norm.dtype is torch.float32
+    assert model.vocabulary.head is model.vocabulary.embedding
+    torch.testing.assert_close(
+        run_paged(model, token_ids), reference_logits(reference, token_ids), atol=1e-4, rtol=1e-4
+    )

@@ -10,7 +10,7 @@ import pytest
 from tiny_gguf import convert_checkpoint, tokenizer_metadata
 
 from octavo import LLM, SamplingParams
-from octavo.actors.executor.actor import locate_model
+from octavo.actors.executor.locate import locate_model
 from octavo.messages.errors import ModelNotFoundError, UnsupportedModelError
 from octavo.messages.request import ChatPrompt
 from octavo.models.checkpoint import SHIPPED

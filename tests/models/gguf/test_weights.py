@@ -215,7 +215,7 @@ def test_linear_layers_stay_packed_where_there_is_a_kernel_and_give_the_same_log
     if cpu_build.library() is not None:
         kept = load_model(path, dtype="float32")
         assert isinstance(kept.layers[0].qkv, QuantizedWeight)
-        assert isinstance(kept._head, QuantizedWeight)
+        assert isinstance(kept.vocabulary.head, QuantizedWeight)
     else:
         kept = None
     monkeypatch.setattr(cpu_build, "library", lambda: None)

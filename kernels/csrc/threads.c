@@ -1,0 +1,60 @@
+/* Which core each thread of an OpenMP team runs on: see thread_binding.py. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdint.h>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+/* cpus: [num_threads], one for each thread of the calling thread's team, the caller itself first. Returns 0, or the
+ * errno of a thread that could not be bound. */
+int octavo_bind_team(const int32_t *cpus, int num_threads) {
+#ifdef __linux__
+    int failed = 0;
+#pragma omp parallel num_threads(num_threads)
+    {
+#ifdef _OPENMP
+        int index = omp_get_thread_num();
+#else
+        int index = 0;
+#endif
+        cpu_set_t *set = CPU_ALLOC(cpus[index] + 1);
+        size_t size = CPU_ALLOC_SIZE(cpus[index] + 1);
+        int error = ENOMEM;
+        if (set) {
+            CPU_ZERO_S(size, set);
+            CPU_SET_S(cpus[index], size, set);
+            error = sched_setaffinity(0, size, set) ? errno : 0;
+            CPU_FREE(set);
+        }
+        if (error) {
+#pragma omp atomic write
+            failed = error;
+        }
+    }
+    return failed;
+#else
+    (void)cpus;
+    (void)num_threads;
+    return ENOSYS;
+#endif
+}
+
+/* cpus[i] = the core that thread i of the caller's team runs on. */
+void octavo_team_cpus(int32_t *cpus, int num_threads) {
+    for (int i = 0; i < num_threads; i++) cpus[i] = -1;
+#ifdef __linux__
+#pragma omp parallel num_threads(num_threads)
+    {
+#ifdef _OPENMP
+        cpus[omp_get_thread_num()] = sched_getcpu();
+#else
+        cpus[0] = sched_getcpu();
+#endif
+    }
+#endif
+}

@@ -1,0 +1,70 @@
+"""Memory for weights on huge pages, and the way to give back pages of a file that have been copied there.
+
+A step reads every weight once. On pages of 4 KiB the processor then waits for address translation, and its prefetcher
+stops at each page's end: on huge pages the same loop reads up to 1.4 times as fast.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import mmap
+from collections.abc import Sequence
+
+import torch
+
+_HUGE = 2 * 1024**2
+_LEAST = 512 * 1024  # bytes below which a tensor is not worth pages of its own
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """As `torch.empty` on the CPU, on huge pages where the system has them; it lives as long as the tensor."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes < _LEAST or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(tuple(shape), dtype=dtype)
+    # Whole huge pages from a multiple of their size on; what lies before it is never touched and costs nothing.
+    size = -(-num_bytes // _HUGE) * _HUGE
+    memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    offset = -start % _HUGE
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE, offset, size)
+    except OSError:  # a kernel without them
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.frombuffer(memory, dtype=torch.uint8, offset=offset, count=num_bytes).view(dtype).view(tuple(shape))
+
+
+def place(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """`torch.cat(parts).to(dtype)` in memory from `empty`, each part read once."""
+    rows = sum(part.shape[0] for part in parts)
+    out = empty((rows, *parts[0].shape[1:]), dtype)
+    start = 0
+    for part in parts:
+        out[start : start + part.shape[0]].copy_(part)
+        start += part.shape[0]
+    return out
+
+
+def release_file_pages(tensor: torch.Tensor) -> None:
+    """Take the pages of a tensor that is a view of a file out of this process; reading them again maps them again.
+
+    Nothing may have been written to the tensor.
+    """
+    libc = _libc()
+    if libc is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        libc.madvise(start, end - start, mmap.MADV_DONTNEED)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL | None:
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return None
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    libc.madvise.restype = ctypes.c_int
+    return libc

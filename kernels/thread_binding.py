@@ -1,0 +1,51 @@
+"""The threads that share an operation's work, each bound to a core of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+
+import torch
+
+from . import cpu_build
+
+
+def bind_team(cpus: Sequence[int]) -> None:
+    """Bind the calling thread and the workers that it computes with, one to each of `cpus`, for good.
+
+    OpenMP keeps a team of workers for each thread that computes, and torch and the C kernels share it: so this is said
+    on the thread that will run the steps, and touches no other thread of the process.
+
+    Raises:
+        OSError: a core that is not there or not allowed.
+        RuntimeError: there is no C library, or it was built without threads.
+    """
+    kernels = _kernels()
+    if kernels is None:
+        raise RuntimeError("threads are bound by the C kernels, and there are none")
+    torch.set_num_threads(len(cpus))
+    error = kernels.octavo_bind_team((ctypes.c_int32 * len(cpus))(*cpus), len(cpus))
+    if error:
+        raise OSError(error, f"{os.strerror(error)}: cannot bind threads to cores {', '.join(map(str, cpus))}")
+
+
+def team_cpus(num_threads: int) -> list[int]:
+    """The core that each thread of the calling thread's team is on now; -1 where that is not known."""
+    kernels = _kernels()
+    found = (ctypes.c_int32 * num_threads)(*[-1] * num_threads)
+    if kernels is not None:
+        kernels.octavo_team_cpus(found, num_threads)
+    return list(found)
+
+
+@functools.cache
+def _kernels() -> ctypes.CDLL | None:
+    kernels = cpu_build.library()
+    if kernels is not None:
+        kernels.octavo_bind_team.argtypes = (ctypes.POINTER(ctypes.c_int32), ctypes.c_int)
+        kernels.octavo_bind_team.restype = ctypes.c_int
+        kernels.octavo_team_cpus.argtypes = (ctypes.POINTER(ctypes.c_int32), ctypes.c_int)
+        kernels.octavo_team_cpus.restype = None
+    return kernels

@@ -1,0 +1,47 @@
+"""Memory on huge pages, and pages of files that are given back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from octavo.kernels.huge_pages import empty, place, release_file_pages
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 7), (700, 1024), (1024, 1025)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_memory_is_of_the_asked_shape_and_its_own(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    first, second = empty(shape, dtype), empty(shape, dtype)
+    assert (first.shape, first.dtype, first.is_contiguous()) == (torch.Size(shape), dtype, True)
+    first.fill_(1)
+    second.fill_(2)
+    assert bool((first == 1).all())
+
+
+def test_memory_lives_as_long_as_a_view_of_it() -> None:
+    view = empty((1024, 1024), torch.float32).fill_(3.0)[1000]
+    others = [empty((1024, 1024), torch.float32).fill_(4.0) for _ in range(3)]
+    assert torch.equal(view, torch.full((1024,), 3.0))
+    del others
+
+
+def test_large_memory_begins_on_a_huge_page() -> None:
+    assert empty((1024, 1024), torch.float32).data_ptr() % 2**21 == 0
+
+
+def test_parts_are_placed_behind_each_other_in_the_asked_dtype() -> None:
+    parts = [torch.randn(rows, 300) for rows in (3, 900, 1)]
+    assert torch.equal(place(parts, torch.bfloat16), torch.cat(parts).bfloat16())
+
+
+def test_released_pages_of_a_file_are_read_again_when_they_are_asked_for(tmp_path: Path) -> None:
+    weight = torch.randn(512, 512)
+    save_file({"weight": weight}, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        view = file.get_tensor("weight")
+        release_file_pages(view)
+        assert torch.equal(view, weight)
