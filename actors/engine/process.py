@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 import structlog
@@ -142,7 +144,8 @@ class _EngineProcess:
     def _set_up(self, setup: EngineSetup) -> None:
         self._scheduler = scheduler = SchedulerCore(setup.scheduler, self._spec.epoch)
         self._allocator = allocator = KVAllocatorCore(setup.allocator, self._spec.epoch)
-        handle_scheduler, handle_allocator = scheduler.handle, allocator.handle
+        handle_scheduler: Callable[[Any, int], Any] = scheduler.handle
+        handle_allocator: Callable[[Any, int], Any] = allocator.handle
         if setup.journal is not None:
             header = JournalHeader(
                 octavo=setup.octavo,

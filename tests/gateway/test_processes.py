@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import signal
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def test_whoever_is_killed_or_hangs_every_stream_goes_on_with_its_own_tokens(mod
                 ("executor 0", signal.SIGTERM),
             ):
                 victim = child(name)
-                got = await disturbed(engine, chance.randrange(1, 300), lambda: victim.send_signal(signum))
+                got = await disturbed(engine, chance.randrange(1, 300), partial(victim.send_signal, signum))
                 assert got == expected, (name, signum)
                 await replaced(name, victim.pid)
             stats = engine.stats()
@@ -210,11 +210,15 @@ def test_an_engine_leaves_no_process_socket_or_descriptor(model: Path) -> None:
 
     folders: list[Path] = []
     run(start_and_stop())
-    before = len(os.listdir("/proc/self/fd"))
+    before = num_descriptors()
     run(start_and_stop())
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert num_descriptors() == before
     assert not any(folder.exists() for folder in folders)
     assert psutil.Process().children(recursive=True) == []
+
+
+def num_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 async def until(condition: Callable[[], bool]) -> None:
