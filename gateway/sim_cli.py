@@ -133,7 +133,7 @@ def _add_validate(kinds: argparse._SubParsersAction[Parser]) -> None:
 
 def _add_replay(kinds: argparse._SubParsersAction[Parser]) -> None:
     replay = kinds.add_parser("replay", help="run a journal again and compare every decision")
-    replay.add_argument("journal", metavar="JOURNAL", help="file that an engine wrote with --journal")
+    replay.add_argument("journal", metavar="JOURNAL", help="folder of --journal, or one file in it")
     replay.add_argument("--until", type=int, metavar="STEP", help="stop after this step and show the state")
     replay.add_argument("--why", type=int, metavar="REQUEST", help="what kept this request waiting, step by step")
     replay.add_argument("--diff", metavar="OTHER", help="instead: the first message in which another journal differs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -31,15 +32,39 @@ def sim_replay(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 0:
             raise InvalidConfigError(f"--{name} is {value}, but must be from 0 up", field=name)
-    with progress_bar("replaying", "msg") as bar:
-        report = replay(
-            arguments.journal, until=arguments.until, why=arguments.why, progress=lambda done: bar.show(done, 0)
+    paths = _journals_in(arguments.journal)
+    if len(paths) > 1 and (arguments.until is not None or arguments.why is not None):
+        raise InvalidConfigError(
+            f"--until and --why are about one journal, but there are several: {', '.join(paths)}", field="journal"
         )
+    reports: list[ReplayReport] = []
+    for path in paths:
+        with progress_bar("replaying", "msg") as bar:
+            show = bar.show
+            report = replay(
+                path, until=arguments.until, why=arguments.why, progress=lambda done, show=show: show(done, 0)
+            )
+        reports.append(report)
+        if not arguments.json:
+            _print_replay(report, shows_state=arguments.until is not None, asked=arguments.why)
     if arguments.json:
-        _print_json(report)
-    else:
-        _print_replay(report, shows_state=arguments.until is not None, asked=arguments.why)
-    return 0 if report.is_identical else DIFFERENT
+        _print_json(reports if Path(arguments.journal).is_dir() else reports[0])
+    return 0 if all(report.is_identical for report in reports) else DIFFERENT
+
+
+def _journals_in(path: str) -> list[str]:
+    """A journal, or those in the folder of `--journal`: one of each engine that there was, the oldest first.
+
+    Raises:
+        InvalidConfigError: a folder without any.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return [path]
+    found = [file for file in folder.iterdir() if file.name.startswith("engine") and ".journal" in file.name]
+    if not found:
+        raise InvalidConfigError(f"there is no journal of an engine in {path}", field="journal")
+    return [str(file) for file in sorted(found, key=lambda file: (file.stat().st_mtime_ns, file.name))]
 
 
 def _diff(arguments: argparse.Namespace) -> int:
@@ -55,7 +80,7 @@ def _diff(arguments: argparse.Namespace) -> int:
     return 0 if report.is_same else DIFFERENT
 
 
-def _print_json(report: msgspec.Struct) -> None:
+def _print_json(report: msgspec.Struct | list[ReplayReport]) -> None:
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(report)).decode() + "\n")
 
 

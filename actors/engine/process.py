@@ -15,6 +15,7 @@ import structlog
 from ...messages.base import Message
 from ...messages.ids import Epoch
 from ...messages.kv import ResetPrefixCache
+from ...messages.nodes import Listening
 from ...messages.processes import EngineReport, PeerLeft, PeerStarted, SetUpEngine
 from ...messages.request import CancelRequest, StopMatched, SubmitRequest
 from ...messages.step import PlanDue, StepExecuted
@@ -22,7 +23,7 @@ from ...messages.system import Beat, Drain, EngineReady, ExecutorLost
 from ..journal.actor import Journal
 from ..journal.config import JournalHeader
 from ..kv_allocator.core import AllocatorConfig, KVAllocatorCore
-from ..runtime.addresses import EDGE, endpoint_of
+from ..runtime.addresses import EDGE, TcpSettings, endpoint_of
 from ..runtime.asyncio_port import AsyncioPort
 from ..runtime.clock import MonotonicClock
 from ..runtime.in_process import InProcessRuntime
@@ -71,6 +72,8 @@ class EngineProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
         edges, executors: names and incarnations.
         setup: None if it is not known yet: `SetUpEngine` brings it.
         log_format: as `configure_logs` takes it.
+        tcp: how it listens to other hosts, beside its own; None: not at all.
+        elsewhere: executors on other hosts.
     """
 
     name: str
@@ -81,6 +84,8 @@ class EngineProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     executors: tuple[tuple[str, int], ...]
     setup: EngineSetup | None = None
     log_format: str = "auto"
+    tcp: TcpSettings | None = None
+    elsewhere: tuple[PeerStarted, ...] = ()
 
 
 def run(arguments: bytes) -> int:
@@ -94,6 +99,8 @@ def run(arguments: bytes) -> int:
 
 async def _serve(spec: EngineProcessSpec) -> int:
     engine = _EngineProcess(spec)
+    # Only the journal cares for a polite end.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, engine.end)
     gc.freeze()
     try:
         return await engine.ended
@@ -112,14 +119,20 @@ class _EngineProcess:
         self._num_messages = 0
         self._last_step = (0, 0)  # steps so far, and when that was first seen
         allowed = {"edge": _FROM_EDGES, EDGE: _FROM_SUPERVISOR, "executor": (StepExecuted,)}
-        self._port = Port(spec.name, spec.incarnation, allowed=allowed)
+        keys = spec.tcp.read_keys() if spec.tcp is not None else None
+        self._port = Port(spec.name, spec.incarnation, keys=keys, allowed=allowed, allow_plain_loopback=keys is None)
         self._port.bind(endpoint_of(spec.run_dir, spec.name, spec.incarnation))
+        endpoint = self._port.bind(spec.tcp.endpoint) if spec.tcp is not None else ""
         self._peers: dict[str, int] = {}
         for name, incarnation in (*spec.edges, *spec.executors):
             self._connect(name, incarnation)
         self._edges = Edges([name for name, _ in spec.edges], self.send)
         self._executors = Executors([name for name, _ in spec.executors], self.send)
+        for peer in spec.elsewhere:
+            self._start_peer(peer)
         self._carrier = AsyncioPort(loop, self._port, self._take, self._on_link)
+        if endpoint:
+            self.send(EDGE, Listening(spec.name, spec.incarnation, endpoint))
         if spec.setup is not None:
             self._set_up(spec.setup)
         self._ticker = loop.call_soon(self._tick)
@@ -131,15 +144,21 @@ class _EngineProcess:
             await self._journal.close()
         self._port.close()
 
+    def end(self) -> None:
+        """Take no more."""
+        if not self.ended.done():
+            self.ended.set_result(0)
+
     def send(self, peer: str, message: Message) -> None:
         """Send, or give up: with a message lost, only a new engine knows that everybody has the same picture."""
         if not self._carrier.send(peer, message) and not self.ended.done():
             log.error("engine.cannot_send", peer=peer, message=type(message).__name__)
             self.ended.set_result(1)
 
-    def _connect(self, name: str, incarnation: int) -> None:
+    def _connect(self, name: str, incarnation: int, endpoint: str = "", server_key: str = "") -> None:
         self._peers[name] = incarnation
-        self._port.connect(name, incarnation, endpoint_of(self._spec.run_dir, name, incarnation))
+        endpoint = endpoint or endpoint_of(self._spec.run_dir, name, incarnation)
+        self._port.connect(name, incarnation, endpoint, server_key=server_key.encode())
 
     def _set_up(self, setup: EngineSetup) -> None:
         self._scheduler = scheduler = SchedulerCore(setup.scheduler, self._spec.epoch)
@@ -198,7 +217,7 @@ class _EngineProcess:
     def _start_peer(self, peer: PeerStarted) -> None:
         if peer.incarnation <= self._peers.get(peer.name, 0):
             return  # known already, and what is on its way to it must not be lost
-        self._connect(peer.name, peer.incarnation)
+        self._connect(peer.name, peer.incarnation, peer.endpoint, peer.server_key)
         group: Peers = self._edges
         if peer.name.startswith("executor"):
             group = self._executors

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
 from engines import engine_on, save_servable
 
 from octavo import Engine
+from octavo.gateway.cli import main as cli
 from octavo.gateway.config import make_config
 from octavo.gateway.flags import Parser, add_engine_flags, engine_fields
 from octavo.messages.errors import InvalidConfigError
@@ -14,6 +16,8 @@ from octavo.messages.sampling import SamplingParams
 from octavo.sim.journal.reader import JournalReader
 from octavo.sim.journal.replay import replay
 from octavo.sim.workload.from_journal import read_journal
+
+NAME = "engine.journal"
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +41,10 @@ async def use(engine: Engine) -> list[tuple[int, ...]]:
 
 
 def test_a_real_engine_is_replayed_from_its_journal(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "incident.journal"
+    path = tmp_path / "incident" / NAME
 
     async def main() -> tuple[list[tuple[int, ...]], int]:
-        async with engine_on(folder, num_blocks=40, journal=str(path)) as engine:
+        async with engine_on(folder, num_blocks=40, journal=str(path.parent)) as engine:
             tokens = await use(engine)
             return tokens, engine.stats().num_steps
 
@@ -65,8 +69,8 @@ def test_a_real_engine_is_replayed_from_its_journal(folder: Path, tmp_path: Path
 
 def test_prompts_stand_in_the_journal_only_if_asked_for(folder: Path, tmp_path: Path) -> None:
     async def main(name: str, journal_prompts: bool) -> bytes:
-        path = tmp_path / name
-        async with engine_on(folder, journal=str(path), journal_prompts=journal_prompts) as engine:
+        path = tmp_path / name / NAME
+        async with engine_on(folder, journal=str(path.parent), journal_prompts=journal_prompts) as engine:
             await engine.generate([97, 98, 99, 100, 101, 102, 103, 104], SamplingParams(max_tokens=2))
         assert replay(path).is_identical
         return path.read_bytes()
@@ -83,8 +87,8 @@ def test_a_journal_changes_no_token_and_an_engine_that_is_killed_leaves_a_readab
         async with engine_on(folder, **fields) as engine:
             return await use(engine)
 
-    path = tmp_path / "j"
-    assert asyncio.run(main()) == asyncio.run(main(journal=str(path)))
+    path = tmp_path / NAME
+    assert asyncio.run(main()) == asyncio.run(main(journal=str(tmp_path)))
     path.write_bytes(path.read_bytes()[:-30])
     report = replay(path)
     assert report.is_identical
@@ -93,7 +97,9 @@ def test_a_journal_changes_no_token_and_an_engine_that_is_killed_leaves_a_readab
     assert "not written to its end" in report.end.why
 
 
-def test_an_engine_starts_anew_beside_its_last_journal(folder: Path, tmp_path: Path) -> None:
+def test_an_engine_starts_anew_beside_its_last_journal(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     async def main() -> None:
         engine = engine_on(folder, journal=str(tmp_path / "j"))
         for _ in range(2):
@@ -102,16 +108,31 @@ def test_an_engine_starts_anew_beside_its_last_journal(folder: Path, tmp_path: P
             await engine.close()
 
     asyncio.run(main())
-    for name in ("j", "j.1"):
-        assert replay(tmp_path / name).num_requests == 1
+    for name in (NAME, f"{NAME}.1"):
+        assert replay(tmp_path / "j" / name).num_requests == 1
+    assert cli(["sim", "replay", str(tmp_path / "j")]) == 0
+    assert cli(["sim", "replay", str(tmp_path / "j"), "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("identical: every decision is the recorded one") == 2
+    assert [report["num_requests"] for report in json.loads(printed[printed.index("[\n") :])] == [1, 1]
+    assert cli(["sim", "replay", str(tmp_path / "j"), "--why", "0"]) == 2
+    assert "there are several" in capsys.readouterr().err
+    assert cli(["sim", "replay", str(folder)]) == 2
+    assert "no journal of an engine" in capsys.readouterr().err
 
 
 def test_a_journal_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     async def main() -> None:
-        async with Engine("no such model, which nobody looks for", journal=str(tmp_path / "none" / "j"), offline=True):
+        async with Engine("no such model, which nobody looks for", journal=str(tmp_path / "file"), offline=True):
             pass
 
-    with pytest.raises(InvalidConfigError, match=r"journal .* cannot be made"):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InvalidConfigError, match="is a file, but must be a folder"):
+        asyncio.run(main())
+    (tmp_path / "file").unlink()
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / NAME).write_text("of somebody else")
+    with pytest.raises(InvalidConfigError, match="is not a journal"):
         asyncio.run(main())
 
 

@@ -18,6 +18,7 @@ from octavo import Engine
 from octavo.gateway.process_graph import ProcessGraph
 from octavo.messages.errors import ExecutorLostError, InvalidConfigError, UnsupportedModelError
 from octavo.messages.sampling import SamplingParams
+from octavo.sim.journal.replay import replay
 
 PATIENCE_S = 120.0
 NUM_STREAMS = 8
@@ -128,6 +129,22 @@ def test_whoever_is_killed_or_hangs_every_stream_goes_on_with_its_own_tokens(mod
         assert psutil.Process().children(recursive=True) == []
 
     run(scenario())
+
+
+def test_an_incident_is_replayed_decision_by_decision(model: Path, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with engine_on(model, in_process=False, journal=str(tmp_path)) as engine:
+            expected = await answers(engine)
+            assert await disturbed(engine, 60, child("executor 0").kill) == expected
+            assert await disturbed(engine, 60, child("engine").kill) == expected
+
+    run(scenario())
+    first, second = (replay(tmp_path / name) for name in ("engine.journal.1", "engine.journal"))
+    assert first.is_identical and second.is_identical
+    assert first.num_executor_losses == 1
+    assert first.end is not None and not first.end.is_complete, "it was killed"
+    assert second.end is not None and second.end.is_complete
+    assert second.num_requests == sum(params_of(index).n for index in range(NUM_STREAMS))
 
 
 def test_the_same_tokens_come_out_of_one_process_and_of_several(model: Path) -> None:
