@@ -9,8 +9,9 @@ from collections.abc import Callable
 from .. import __version__
 from .bench_overload_cli import add_bench_overload
 from .chaos_cli import add_chaos
-from .flags import Parser, add_engine_flags, add_server_flags, named_path, positive, rate
+from .flags import Parser, add_engine_flags, add_nodes_flags, add_server_flags, named_path, positive, rate
 from .keys import add_keys
+from .node_cli import add_node
 from .sim_cli import add_sim
 
 
@@ -46,6 +47,7 @@ def build_parser() -> Parser:
     _add_run(commands)
     _add_bench(commands)
     add_sim(commands)
+    add_node(commands)
     add_chaos(commands)
     add_keys(commands)
     doctor = commands.add_parser("doctor", help="look at this machine and installation, and say what octavo would do")
@@ -57,6 +59,7 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     serve = commands.add_parser("serve", help="serve a model over an OpenAI-compatible HTTP API")
     add_engine_flags(serve)
     add_server_flags(serve)
+    add_nodes_flags(serve)
     group = serve.add_argument_group("log")
     group.add_argument(
         "--log-format", choices=["auto", "human", "json"], default="auto", help="auto: human on a terminal"

@@ -147,6 +147,45 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
 
 
+class NodesConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Other hosts that lend processes for executors (`octavo node`).
+
+    Attributes:
+        listen: `tcp://host:port` that nodes join at; `0.0.0.0` for every interface.
+        num_nodes: that are waited for before the model is loaded.
+        keys: key file of this host.
+        allow_list: file of the nodes' public keys.
+        plain_loopback: do without keys, on a loopback address.
+        local_executors: how many executors run on this host, the first ones; None: its even share, rounded down.
+        timeout_s: how long executors may wait for a node, at the start and whenever one was lost.
+
+    Raises:
+        InvalidConfigError: what is missing, or makes no sense.
+    """
+
+    listen: str
+    num_nodes: int = 1
+    keys: str = ""
+    allow_list: str = ""
+    plain_loopback: bool = False
+    local_executors: int | None = None
+    timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.num_nodes < 1:
+            raise InvalidConfigError(f"nodes is {self.num_nodes}, but must be at least 1", field="num_nodes")
+        if self.local_executors is not None and self.local_executors < 0:
+            raise InvalidConfigError("local_executors must not be negative", field="local_executors")
+        if bool(self.keys) != bool(self.allow_list):
+            raise InvalidConfigError(
+                "a key file needs an allow-list of the nodes' public keys beside it, and the other way round "
+                "(--keys FILE --allow-list FILE)",
+                field="keys" if self.allow_list else "allow_list",
+            )
+        if self.keys and self.plain_loopback:
+            raise InvalidConfigError("there are keys: leave plain_loopback out", field="plain_loopback")
+
+
 def make_config(fields: dict[str, Any]) -> EngineConfig:
     """An `EngineConfig` of loosely typed fields, such as keyword arguments or parsed flags.
 

@@ -17,7 +17,7 @@ from ..messages.kv import ResetPrefixCache
 from ..messages.request import ChatPrompt, PromptReady, TextDelta
 from ..messages.sampling import SamplingParams
 from ..messages.system import Drain
-from .config import EngineConfig, make_config
+from .config import EngineConfig, NodesConfig, make_config
 from .edge import MAX_N
 from .engine_setup import check_options, scheduler_config
 from .frontend import Sink
@@ -29,6 +29,9 @@ from .settings import ServerSettings
 from .stats import EngineStats
 
 __all__ = ["CompletionOutput", "Engine", "EngineStats", "RequestOutput", "StreamDelta", "Tap"]
+
+_FOR_EVER_S = 1e9
+"""Some thirty years; deadlines far beyond have no room in a message."""
 
 
 class Engine:
@@ -43,6 +46,7 @@ class Engine:
         tap: watches what scheduler and allocator hear and say (`octavo sim calibrate` times steps with one).
         log_format: of the processes that it starts, as `configure_logs` takes it.
         num_edges: processes that serve HTTP, this one among them; the others are started by `serve_beside`.
+        nodes: other hosts that run executors.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Engine:
         tap: Tap | None = None,
         log_format: str = "auto",
         num_edges: int = 1,
+        nodes: NodesConfig | None = None,
         **fields: Any,
     ) -> None:
         if config is None:
@@ -75,6 +80,7 @@ class Engine:
         self._tap = tap
         self._log_format = log_format
         self._num_edges = num_edges
+        self._nodes = nodes
         self._graph: Graph
 
     # ---- life ----
@@ -110,6 +116,10 @@ class Engine:
     async def _start(self) -> None:
         graph: Graph
         if self.config.in_process:
+            if self._nodes is not None:
+                raise InvalidConfigError(
+                    "executors on other hosts are other processes: leave in_process out", field="in_process"
+                )
             graph = await LocalGraph.start(self.config, self._tap)
         elif self._tap is not None:
             raise InvalidConfigError(
@@ -118,7 +128,9 @@ class Engine:
         else:
             from .process_graph import ProcessGraph
 
-            graph = await ProcessGraph.start(self.config, num_edges=self._num_edges, log_format=self._log_format)
+            graph = await ProcessGraph.start(
+                self.config, num_edges=self._num_edges, log_format=self._log_format, nodes=self._nodes
+            )
         self._open(graph)
 
     @classmethod
@@ -195,7 +207,7 @@ class Engine:
             cache_salt=cache_salt,
             add_special_tokens=add_special_tokens,
             truncate_prompt_tokens=truncate_prompt_tokens,
-            deadline_ns=0 if timeout_s is None else now_ns + int(timeout_s * 1e9),
+            deadline_ns=0 if timeout_s is None or timeout_s >= _FOR_EVER_S else now_ns + int(timeout_s * 1e9),
         )
 
     def cancel(self, request_id: RequestId) -> None:
@@ -333,8 +345,14 @@ class Engine:
         self._check_open()
         self._graph.send(ResetPrefixCache())
 
-    async def serve_beside(self, settings: ServerSettings, host: str, port: int, stop: asyncio.Event) -> None:
-        """Run the other `num_edges - 1` processes that serve HTTP on the same port, until `stop` is set.
+    async def serve_beside(
+        self, settings: ServerSettings, host: str, port: int, stop: asyncio.Event, abort: asyncio.Event
+    ) -> None:
+        """Run the other `num_edges - 1` processes that serve HTTP on the same port.
+
+        Args:
+            stop: set it to let their open responses end, then them.
+            abort: set it, too, to have the responses cut off.
 
         Raises:
             ProcessStartError: no process can be started.
@@ -347,7 +365,13 @@ class Engine:
             await graph.others.start(self.config, settings, graph.facts, host, port)
             await stop.wait()
             timeout_s = settings.shutdown_timeout_s
-            await graph.others.close(3600.0 if timeout_s is None else timeout_s + 2.0)
+            draining = asyncio.create_task(graph.others.close(3600.0 if timeout_s is None else timeout_s + 2.0))
+            aborting = asyncio.create_task(abort.wait())
+            await asyncio.wait([draining, aborting], return_when=asyncio.FIRST_COMPLETED)
+            aborting.cancel()
+            if not draining.done():
+                graph.others.cut()
+            await draining
 
     def crash_actor(self, actor: str) -> None:
         """Have an actor fail at its next message, for tests of recovery.

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from ..actors.ledger.core import LedgerCore
+from ..actors.ledger.core import LedgerCore, LedgerOutbox
 from ..actors.runtime.addresses import endpoint_of
+from ..actors.runtime.clock import Clock, MonotonicClock
+from ..actors.runtime.port import UnsendableError
+from ..actors.scheduler.quarantine import Quarantine
 from ..messages.base import Message
+from ..messages.errors import InvalidRequestError, RequestQuarantinedError
 from ..messages.ids import Epoch
 from ..messages.processes import EngineReport
-from ..messages.request import CancelRequest, RequestEnded, StopMatched, SubmitRequest
+from ..messages.request import CancelRequest, FinishReason, RequestEnded, StopMatched, SubmitRequest
 from ..messages.step import StepExecuted
 from ..messages.system import Drain, EngineLost
 
@@ -34,11 +38,15 @@ class EngineLink:
         run_dir: of the sockets.
         deliver: where steps and ends go that the edge's streams wait for.
         on_stuck: called when the engine takes no more messages, and only its end can help.
+        quarantine: of requests that this edge saw convicted; several links may share one.
+        clock: monotonic, the same in every process of this host.
 
     Attributes:
         ledger: through which every request passes.
         report: the engine's latest account; None before the first.
+        incarnation: of the engine that is talked to; 0 before the first.
         is_up: whether the engine listens; what is posted otherwise waits in the ledger.
+        is_gone: whether there will never be an engine again.
     """
 
     def __init__(
@@ -49,21 +57,28 @@ class EngineLink:
         *,
         deliver: Callable[[FromEngine], None],
         on_stuck: Callable[[], None] = lambda: None,
+        quarantine: Quarantine | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.name = name
         self.ledger = LedgerCore()
         self.report: EngineReport | None = None
+        self.incarnation = 0
         self.is_up = False
+        self.is_gone = False
         self._is_draining = False
         self._earlier: dict[str, int] = {}  # totals of engines before this one
         self._carrier = carrier
         self._run_dir = run_dir
         self._deliver = deliver
         self._on_stuck = on_stuck
+        self._quarantine = Quarantine() if quarantine is None else quarantine
+        self._clock = clock or MonotonicClock()
 
     def connect(self, incarnation: int) -> None:
         """Talk to this incarnation from now on, once it is up."""
         self.is_up = False
+        self.incarnation = incarnation
         self._carrier.port.connect(self.name, incarnation, endpoint_of(self._run_dir, self.name, incarnation))
 
     def post(self, message: Message) -> None:
@@ -77,23 +92,40 @@ class EngineLink:
 
     def send(self, message: Message) -> None:
         """Carry a message past the ledger; dropped while the engine is not up."""
-        if self.is_up and not self._carrier.send(self.name, message):
+        if not self.is_up:
+            return
+        try:
+            is_sent = self._carrier.send(self.name, message)
+        except UnsendableError as error:
+            if not isinstance(message, SubmitRequest):
+                raise
+            reason: FinishReason = "error" if message.output_token_ids else "refused"
+            self.take(RequestEnded(message.request_id, reason, error_code=InvalidRequestError.code, error=str(error)))
+            return
+        if not is_sent:
             log.error("engine.does_not_take", engine=self.name, message=type(message).__name__)
+            self.is_up = False  # with one message missing, no other may follow
             self._on_stuck()
 
     def take(self, message: FromEngine | EngineReport) -> None:
         """Take a message of the engine."""
+        if self.is_gone:
+            return  # what it had goes on elsewhere
         if isinstance(message, EngineReport):
             if self.report is not None and self.report.incarnation != message.incarnation:
-                self._earlier = {name: self.total(name) for name in EngineReport.__struct_fields__}
+                self._earlier = self._totals()
             self.report = message
             return
+        if isinstance(message, RequestEnded) and message.error_code == RequestQuarantinedError.code:
+            self._remember_quarantined(message)
         for onward in self.ledger.handle(message, 0):
             assert isinstance(onward, StepExecuted | RequestEnded)
             self._deliver(onward)
 
     def resubmit(self, epoch: Epoch, why: str) -> None:
         """Give a new engine, which is up, all that the old one had."""
+        for entry in self._quarantine.entries():  # before anybody sends one of them again
+            self.send(entry)
         again = self.ledger.handle(EngineLost(epoch, why), 0)
         log.error("engine.replaced", engine=self.name, epoch=epoch, why=why, num_resubmitted=len(again))
         for onward in again:
@@ -101,6 +133,23 @@ class EngineLink:
         if self._is_draining:
             self.send(Drain())
 
+    def give_up(self) -> list[LedgerOutbox]:
+        """The engine is gone for good: what other engines must hear to go on with what it had."""
+        self._earlier = self._totals()
+        self.report = None
+        self.is_up = False
+        self.is_gone = True
+        return self.ledger.hand_over()
+
     def total(self, name: str) -> int:
         """A total of `EngineReport`, over every engine that was connected."""
         return self._earlier.get(name, 0) + (getattr(self.report, name) if self.report is not None else 0)
+
+    def _totals(self) -> dict[str, int]:
+        return {name: self.total(name) for name in EngineReport.__struct_fields__}
+
+    def _remember_quarantined(self, ended: RequestEnded) -> None:
+        """An engine's memory dies with it; this edge's is for the next one."""
+        submit = self.ledger.submit_of(ended.request_id)
+        if ended.reason == "error" and submit is not None:
+            self._quarantine.add(submit, self._clock.now_ns())

@@ -14,6 +14,7 @@ from ..actors.journal.actor import check_journal_path
 from ..actors.kv_allocator.core import AllocatorConfig
 from ..actors.scheduler.config import SchedulerConfig
 from ..messages.errors import InvalidConfigError, InvalidRequestError
+from ..messages.processes import ExecutorLoaded
 from ..messages.system import StartProcess
 from .config import EngineConfig
 from .graph import ModelFacts
@@ -69,20 +70,26 @@ def executor_config(config: EngineConfig, folder: Path) -> ExecutorConfig:
 def executor_process_spec(
     config: EngineConfig,
     folder: str,
-    facts: ModelFacts | None,
+    facts: ModelFacts | ExecutorLoaded | None,
     start: StartProcess,
     *,
     rank: int,
     engine_name: str,
     run_dir: str,
     log_format: str,
+    edge_incarnation: int,
+    address: str = "",
 ) -> ExecutorProcessSpec:
-    """What an executor process is told; `facts`, once known, hold for every process that follows."""
+    """What an executor process is told; `facts`, once known, hold for every process that follows.
+
+    Args:
+        address: of this host for others; empty: the whole group is on this one, and meets by a file.
+    """
     executor = executor_config(config, Path(folder))
-    if config.tensor_parallel_size * config.pipeline_parallel_size > 1:
-        # The ranks of a group start together, so their incarnations name the place where they meet.
+    if config.tensor_parallel_size * config.pipeline_parallel_size > 1 and not address:
+        # The ranks of a group start in the same epoch, though one of them may have been started more often.
         executor = msgspec.structs.replace(
-            executor, init_method=f"file://{run_dir}/{engine_name.replace(' ', '-')}.group.{start.incarnation}"
+            executor, init_method=f"file://{run_dir}/{engine_name.replace(' ', '-')}.group.{start.epoch}"
         )
     if facts is not None:
         executor = msgspec.structs.replace(executor, num_blocks=facts.num_blocks, max_model_len=facts.max_model_len)
@@ -96,6 +103,8 @@ def executor_process_spec(
         run_dir=run_dir,
         config=executor,
         log_format=log_format,
+        edge_incarnation=edge_incarnation,
+        address=address,
     )
 
 

@@ -10,6 +10,8 @@ import sys
 from fractions import Fraction
 from typing import Any, NoReturn
 
+from ..messages.errors import InvalidConfigError
+
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([kKmMgG]?)([iI]?)[bB]?$")
 _FACTOR = {"": 0, "k": 1, "m": 2, "g": 3}
 
@@ -395,6 +397,54 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let clients make actors fail (POST /debug/crash), for `octavo chaos`; never on a public address",
     )
+
+
+def add_nodes_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `octavo serve` that become a `NodesConfig`."""
+    group = parser.add_argument_group("other hosts")
+    group.add_argument(
+        "--listen",
+        metavar="tcp://HOST:PORT",
+        help="where `octavo node --join` of other hosts finds this one; 0.0.0.0 for every interface",
+    )
+    group.add_argument(
+        "--nodes", type=positive, metavar="N", help="with --listen: nodes to wait for before loading; default: 1"
+    )
+    group.add_argument("--keys", metavar="FILE", help="this host's CURVE keys, made by `octavo keys FILE`")
+    group.add_argument("--allow-list", metavar="FILE", help="public keys of nodes that may join, one a line")
+    group.add_argument(
+        "--plain-loopback", action="store_true", help="let --listen on a loopback address do without keys"
+    )
+    group.add_argument(
+        "--local-executors",
+        type=number,
+        metavar="N",
+        help="executors that run on this host, the others on nodes; default: an even share, rounded down",
+    )
+    group.add_argument(
+        "--node-timeout", type=seconds, default=600.0, metavar="SECONDS", help="that executors may wait for a node"
+    )
+
+
+def nodes_fields(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Fields of `NodesConfig` from parsed flags; None without `--listen`."""
+    if arguments.listen is None:
+        for flag in ("nodes", "keys", "allow_list", "plain_loopback", "local_executors"):
+            if getattr(arguments, flag):
+                raise InvalidConfigError(
+                    f"--{flag.replace('_', '-')} is about nodes, which join at an address: --listen tcp://HOST:PORT",
+                    field=flag,
+                )
+        return None
+    return {
+        "listen": arguments.listen,
+        "num_nodes": arguments.nodes or 1,
+        "keys": arguments.keys or "",
+        "allow_list": arguments.allow_list or "",
+        "plain_loopback": arguments.plain_loopback,
+        "local_executors": arguments.local_executors,
+        "timeout_s": arguments.node_timeout,
+    }
 
 
 def server_fields(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -42,24 +42,30 @@ class Fleet:
 
     def set_up(self, index: int, *, is_up: bool) -> None:
         """Whether new requests may go to a replica."""
+        is_up = is_up and not self.links[index].is_gone
         if self._is_up[index] != is_up:
             self._is_up[index] = is_up
             self._router.handle(ReplicaUp(index) if is_up else ReplicaDown(index), 0)
 
     def abandon(self, index: int) -> bool:
         """A replica is gone for good: what it had goes on elsewhere. False if there is nowhere."""
-        self.set_up(index, is_up=False)
-        if not any(self._is_up):
-            return False
         lost = self.links[index]
-        lost.is_up = False
-        for recipe in lost.ledger.recipes():
-            if self._owners.get(recipe.request_id) is lost:
-                self._router.handle(RequestLeft(recipe.request_id), 0)
-                self._submit(recipe)
+        if lost.is_gone:
+            return True
+        messages = lost.give_up()
+        if all(link.is_gone for link in self.links):
+            return False
+        self.set_up(index, is_up=False)
+        for message in messages:
+            if isinstance(message, SubmitRequest):
+                self._router.handle(RequestLeft(message.request_id), 0)
+            self.post(message)
         return True
 
     def _submit(self, submit: SubmitRequest) -> None:
         for route in self._router.handle(submit, 0):
-            owner = self._owners[submit.request_id] = self.links[route.replica]
+            owner = self.links[route.replica]
+            if owner.is_gone:  # none is up: whichever comes back takes it
+                owner = next(link for link in self.links if not link.is_gone)
+            self._owners[submit.request_id] = owner
             owner.post(submit)

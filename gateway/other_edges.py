@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
 
-from ..actors.runtime.addresses import endpoint_of
+from ..actors.runtime.addresses import EDGE_INCARNATION, endpoint_of, remove_socket
 from ..actors.runtime.processes import ProcessSpec
 from ..actors.supervisor.actor import Supervisor
 from ..actors.supervisor.config import ChildConfig, SupervisorConfig
@@ -39,6 +40,7 @@ class EdgeProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
         engine_names: of all.
         host, port: to listen on, beside the other edges.
         log_format: as `configure_logs` takes it.
+        edge_incarnation: of edge 0.
     """
 
     name: str
@@ -52,6 +54,7 @@ class EdgeProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
     log_format: str = "auto"
+    edge_incarnation: int = EDGE_INCARNATION
 
 
 class OtherEdges:
@@ -64,6 +67,7 @@ class OtherEdges:
         engine_names: of all replicas.
         post_to_engines: says something to every engine.
         log_format: of the processes.
+        edge_incarnation: of edge 0.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class OtherEdges:
         engine_names: tuple[str, ...],
         post_to_engines: Callable[[Message], None],
         log_format: str,
+        edge_incarnation: int = EDGE_INCARNATION,
     ) -> None:
         self.names = [f"edge {number}" for number in range(1, num_edges)]
         self._carrier = carrier
@@ -82,6 +87,7 @@ class OtherEdges:
         self._engine_names = engine_names
         self._post_to_engines = post_to_engines
         self._log_format = log_format
+        self._edge_incarnation = edge_incarnation
         self._incarnations: dict[str, int] = {}
         self._engines: dict[str, EngineUp] = {}
         self._status = EdgeStatus("")
@@ -107,7 +113,11 @@ class OtherEdges:
         self._serve = (config, settings, facts, host, port)
         children = (ChildConfig("nursery of edges", "nursery"), *(ChildConfig(name, "edge") for name in self.names))
         self._supervisor = Supervisor(
-            SupervisorConfig(children=children), make_spec=self._make_spec, send=self._hear, modules=(EDGE_MODULE,)
+            SupervisorConfig(children=children),
+            make_spec=self._make_spec,
+            send=self._hear,
+            modules=(EDGE_MODULE,),
+            on_exit=self._forget,
         )
         await self._supervisor.start()
 
@@ -115,6 +125,13 @@ class OtherEdges:
         """Let them drain for so long, then end them."""
         if self._supervisor is not None:
             await self._supervisor.stop(grace_s)
+
+    def cut(self) -> None:
+        """Have those that drain cut their open responses off."""
+        if self._supervisor is not None:
+            for name in self.names:
+                if (process := self._supervisor.process(name)) is not None:
+                    process.kill(signal.SIGTERM)
 
     def take(self, beat: Beat) -> None:
         """Take a message of one of them."""
@@ -135,13 +152,17 @@ class OtherEdges:
     def _hear(self, message: Message) -> None:
         log.error("edges.given_up", message=message)
 
+    def _forget(self, name: str, incarnation: int) -> None:
+        """One has ended, and nobody waits any more for what it had asked for."""
+        if self._incarnations.get(name) == incarnation:
+            del self._incarnations[name]
+            self._carrier.port.disconnect(name)
+            remove_socket(self._run_dir, name, incarnation)
+            self._post_to_engines(PeerLeft(name, incarnation))
+
     def _make_spec(self, start: StartProcess) -> ProcessSpec:
-        """What to start; whoever waited for the incarnation before is gone."""
         name, incarnation = start.child, start.incarnation
         config, settings, facts, host, port = self._serve
-        before = self._incarnations.get(name, 0)
-        if before:
-            self._post_to_engines(PeerLeft(name, before))
         self._incarnations[name] = incarnation
         self._carrier.port.connect(name, incarnation, endpoint_of(self._run_dir, name, incarnation))
         self._carrier.send(name, self._status)
@@ -158,6 +179,7 @@ class OtherEdges:
             host=host,
             port=port,
             log_format=self._log_format,
+            edge_incarnation=self._edge_incarnation,
         )
         return ProcessSpec(
             title=name, target=f"{EDGE_MODULE}:run", arguments=msgspec.msgpack.encode(spec), incarnation=incarnation

@@ -3,66 +3,78 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import structlog
 
-from ..actors.runtime.addresses import EDGE, EDGE_INCARNATION, endpoint_of
+from ..actors.runtime.addresses import EDGE, EDGE_INCARNATION, TcpSettings, endpoint_of, split_endpoint
 from ..actors.runtime.asyncio_port import AsyncioPort
-from ..actors.runtime.clock import MonotonicClock
-from ..actors.runtime.in_process import InProcessRuntime
 from ..actors.runtime.port import Port
 from ..actors.runtime.process_title import set_title
-from ..actors.runtime.routes import Address
 from ..actors.runtime.run_dir import RunDir
+from ..actors.scheduler.quarantine import Quarantine
 from ..messages.base import Message
-from ..messages.errors import ExecutorLostError
-from ..messages.kv import ResetPrefixCache
-from ..messages.processes import EdgeStatus, ExecutorLoaded, LoadFailed
-from ..messages.request import RequestEnded
-from ..messages.system import Beat, Drain, ExecutorFailed, ExecutorReady
-from .config import EngineConfig
-from .edge import EdgeActors
-from .edge_port import FROM_ENGINE, edge_routes, fleet_stats, log_link_event
-from .engine_link import FromEngine
+from ..messages.errors import ExecutorLostError, InvalidConfigError
+from ..messages.nodes import Listening, PrepareNode
+from ..messages.processes import EdgeStatus, EngineStuck, ExecutorLoaded, LoadFailed
+from ..messages.system import Beat, ExecutorFailed, ExecutorReady
+from .checkpoint_digest import checkpoint_digest
+from .config import EngineConfig, NodesConfig
+from .edge_graph import EdgeGraph
+from .edge_port import FROM_ENGINE, log_link_event
 from .engine_setup import journal_file, load_tokenizer_of
-from .fleet import Fleet
-from .frontend import FrontEnd
 from .graph import ModelFacts
+from .nodes import FROM_NODE, FromNode, Nodes
 from .other_edges import OtherEdges
-from .replica import Replica
-from .stats import EngineStats
+from .replica import Replica, executor_names
+
+log = structlog.get_logger("octavo.graph")
 
 if TYPE_CHECKING:
     from ..actors.tokenizer.hf_tokenizer import HFTokenizer
 
-log = structlog.get_logger("octavo.graph")
-
-_FROM_EXECUTOR = (ExecutorLoaded, LoadFailed, ExecutorReady, ExecutorFailed)
+_FROM_EXECUTOR = (ExecutorLoaded, LoadFailed, ExecutorReady, ExecutorFailed, Listening)
 
 
-class ProcessGraph:
+class ProcessGraph(EdgeGraph):
     """The edge's actors here, the others in processes that are replaced when they die. Made by `ProcessGraph.start`.
 
     Attributes:
         others: the further edges, if there are any.
+        replicas: an engine and its executors each.
     """
 
-    def __init__(self, config: EngineConfig, folder: str, num_edges: int, log_format: str) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        folder: str,
+        num_edges: int,
+        log_format: str,
+        *,
+        nodes: NodesConfig | None = None,
+        digest: str = "",
+    ) -> None:
         loop = asyncio.get_running_loop()
-        self._config = config
-        self._broken_because = ""
         self._run_dir = RunDir()
         run_dir = str(self._run_dir.path)
-        self._facts: ModelFacts | None = None
-        self._edge: EdgeActors | None = None
         set_title(EDGE)
-        allowed = {"engine": FROM_ENGINE, "executor": _FROM_EXECUTOR, "beat": (Beat,), "edge": (Beat,)}
-        self._port = Port(EDGE, EDGE_INCARNATION, allowed=allowed)
-        self._port.bind(endpoint_of(run_dir, EDGE, EDGE_INCARNATION))
-        self._carrier = AsyncioPort(loop, self._port, self._take, log_link_event)
-        self._runtime = InProcessRuntime(edge_routes(), MonotonicClock(), self._on_actor_failure)
+        incarnation, tcp = EDGE_INCARNATION, None
+        if nodes is not None:
+            # Another in each run, so that what other hosts still say to the last one is not taken for this one's.
+            incarnation = time.time_ns() // 1_000_000
+            tcp = TcpSettings(host=split_endpoint(nodes.listen)[0], keys=nodes.keys, allow_list=nodes.allow_list)
+        port = _make_port(incarnation, nodes, tcp)
+        try:
+            port.bind(endpoint_of(run_dir, EDGE, incarnation))
+            if nodes is not None:
+                log.info("nodes.listening", endpoint=port.bind(nodes.listen))
+        except BaseException:
+            port.close()
+            self._run_dir.remove()
+            raise
+        self._carrier = AsyncioPort(loop, port, self._take, log_link_event)
         names = ["engine"]
         if config.data_parallel_size > 1:
             names = [f"engine {index}" for index in range(config.data_parallel_size)]
@@ -75,7 +87,19 @@ class ProcessGraph:
                 engine_names=tuple(names),
                 post_to_engines=self._post_to_engines,
                 log_format=log_format,
+                edge_incarnation=incarnation,
             )
+        self.nodes: Nodes | None = None
+        if nodes is not None:
+            self.nodes = Nodes(
+                nodes,
+                self._carrier,
+                incarnation=incarnation,
+                children=_children_elsewhere(config, nodes),
+                prepare=PrepareNode(config.model, config.revision, digest),
+                on_change=self._on_change,
+            )
+        quarantine = Quarantine()
         self.replicas = [
             Replica(
                 index,
@@ -88,22 +112,34 @@ class ProcessGraph:
                 on_change=self._on_change,
                 on_give_up=partial(self._on_give_up, index),
                 others=self.others,
+                quarantine=quarantine,
                 log_format=log_format,
+                edge_incarnation=incarnation,
+                nodes=self.nodes,
+                tcp=tcp,
             )
             for index, name in enumerate(names)
         ]
-        self._fleet = Fleet([replica.link for replica in self.replicas], config.routing)
+        super().__init__(config, port, [replica.link for replica in self.replicas])
         self._by_process = {
             name: replica for replica in self.replicas for name in (replica.engine_name, *replica.executor_names)
         }
 
     @classmethod
-    async def start(cls, config: EngineConfig, *, num_edges: int = 1, log_format: str = "auto") -> Self:
+    async def start(
+        cls,
+        config: EngineConfig,
+        *,
+        num_edges: int = 1,
+        log_format: str = "auto",
+        nodes: NodesConfig | None = None,
+    ) -> Self:
         """Start the processes, load the model, and return once a request would be served.
 
         Raises:
             ModelNotFoundError, UnsupportedModelError, KVCacheTooSmallError: what is wrong and what to change.
             ProcessStartError: the system gives no more processes.
+            NodesMissingError: other hosts did not join in time.
         """
         from ..actors.executor.locate import locate_model
 
@@ -115,9 +151,12 @@ class ProcessGraph:
             offline=config.offline,
             trust_remote_code=config.trust_remote_code,
         )
-        graph = cls(config, str(folder), num_edges, log_format)
+        digest = await asyncio.to_thread(checkpoint_digest, folder) if nodes is not None else ""
+        graph = cls(config, str(folder), num_edges, log_format, nodes=nodes, digest=digest)
+        tokenizing = asyncio.create_task(asyncio.to_thread(load_tokenizer_of, config, folder))
         try:
-            tokenizing = asyncio.create_task(asyncio.to_thread(load_tokenizer_of, config, folder))
+            if graph.nodes is not None:
+                await graph.nodes.complete()
             for replica in graph.replicas:
                 await replica.start()
             loaded = [await replica.loaded for replica in graph.replicas]
@@ -127,12 +166,14 @@ class ProcessGraph:
             if graph._broken_because:
                 raise ExecutorLostError(graph._broken_because)
         except BaseException:
+            tokenizing.cancel()
             await graph.close()
+            await asyncio.gather(tokenizing, return_exceptions=True)
             raise
         return graph
 
     def _build_edge(self, name: str, folder: str, loaded: list[ExecutorLoaded], tokenizer: HFTokenizer) -> None:
-        self._facts = facts = ModelFacts(
+        facts = ModelFacts(
             name=name,
             folder=folder,
             vocab_size=loaded[0].vocab_size,
@@ -142,40 +183,11 @@ class ProcessGraph:
             dtype=loaded[0].dtype,
             load_seconds=max(one.load_seconds for one in loaded),
         )
-        self._edge = EdgeActors(self._config, facts, tokenizer, self._runtime)
-        self._runtime.add("scheduler", self._fleet)
-        self._runtime.add("kv_allocator", self._fleet)
-        self._runtime.connect()
+        capacity = self._add_actors(facts, tokenizer).capacity
         for replica in self.replicas:
-            replica.set_up(facts, self._edge.capacity)
+            replica.set_up(facts, capacity)
 
     # ---- what the engine asks ----
-
-    @property
-    def facts(self) -> ModelFacts:
-        assert self._facts is not None
-        return self._facts
-
-    @property
-    def _actors(self) -> EdgeActors:
-        assert self._edge is not None
-        return self._edge
-
-    @property
-    def frontend(self) -> FrontEnd:
-        return self._actors.frontend
-
-    @property
-    def tokenizer(self) -> HFTokenizer:
-        return self._actors.tokenizer
-
-    @property
-    def num_submitting(self) -> int:
-        return self._actors.num_submitting
-
-    @property
-    def max_submitting(self) -> int:
-        return self._actors.max_submitting
 
     @property
     def why_not_ready(self) -> str:
@@ -184,25 +196,21 @@ class ProcessGraph:
         reasons = [replica.why_not_ready for replica in self.replicas]
         return reasons[0] if all(reasons) else ""
 
-    def send(self, message: Drain | ResetPrefixCache) -> None:
-        self._runtime.send("frontend", message)
-
-    def stats(self) -> EngineStats:
-        restarts: dict[str, int] = {"edge": self.others.num_restarts if self.others is not None else 0}
+    @property
+    def restarts(self) -> dict[str, int]:
+        restarts = {"edge": self.others.num_restarts if self.others is not None else 0}
         for replica in self.replicas:
             for kind, number in replica.restarts.items():
                 restarts[kind] = restarts.get(kind, 0) + number
-        return fleet_stats(self._fleet.links, self._actors, self._port, restarts)
-
-    def crash_actor(self, actor: str) -> None:
-        """See `EdgeActors.crash_actor`."""
-        self._actors.crash_actor(actor)
+        return restarts
 
     async def close(self) -> None:
         if self._edge is not None:
             await self._edge.close()
         if self.others is not None:
             await self.others.close(0.5)
+        if self.nodes is not None:
+            self.nodes.close()
         await asyncio.gather(*(replica.close() for replica in self.replicas))
         self._carrier.close()
         self._port.close()
@@ -212,40 +220,71 @@ class ProcessGraph:
 
     def _take(self, messages: list[tuple[str, Message]]) -> None:
         for peer, message in messages:
+            if self.nodes is not None and isinstance(message, FromNode) and peer.startswith("node "):
+                self.nodes.take(peer, message)
+                continue
             if isinstance(message, Beat):
                 replica = self._by_process.get(message.child)
                 if replica is None and self.others is not None:
                     self.others.take(message)
+            elif isinstance(message, EngineStuck):
+                replica = self._by_process.get(message.name)
             else:
                 replica = self._by_process.get(peer)
             if replica is not None:
                 replica.take(message)
-
-    def _deliver(self, message: FromEngine) -> None:
-        if isinstance(message, RequestEnded):
-            self._fleet.note_end(message)
-        self._runtime.send("scheduler", message)
 
     def _post_to_engines(self, message: Message) -> None:
         for replica in self.replicas:
             replica.link.send(message)
 
     def _on_change(self) -> None:
+        """Tell whoever must know which engines take requests."""
+        engines_down = []
         for index, replica in enumerate(self.replicas):
-            self._fleet.set_up(index, is_up=not replica.why_not_ready)
+            is_up = not replica.why_not_ready
+            self._fleet.set_up(index, is_up=is_up)
+            if not is_up:
+                engines_down.append(replica.engine_name)
         if self.others is not None:
-            self.others.tell(EdgeStatus(self.why_not_ready))
+            gone = (link.name for link in self._fleet.links if link.is_gone)
+            self.others.tell(
+                EdgeStatus(self.why_not_ready, tuple(self.restarts.items()), tuple(engines_down), tuple(gone))
+            )
 
     def _on_give_up(self, index: int, why: str) -> None:
         if not self._fleet.abandon(index):
             self._break(why)
+        self._on_change()
 
-    def _on_actor_failure(self, address: Address, error: Exception) -> None:
-        log.error("actor.failed", actor=address, exc_info=error)
-        self._break(f"the {address} failed: {type(error).__name__}")
 
-    def _break(self, why: str) -> None:
-        self._broken_because = self._broken_because or why
-        if self._edge is not None:
-            self.frontend.close(why)
-            self.frontend.end_all("executor_lost", why)
+def _make_port(incarnation: int, nodes: NodesConfig | None, tcp: TcpSettings | None) -> Port:
+    """Edge 0's port: who may tell it what."""
+    return Port(
+        EDGE,
+        incarnation,
+        keys=tcp.read_keys() if tcp is not None else None,
+        allowed={
+            "engine": (*FROM_ENGINE, Listening),
+            "executor": _FROM_EXECUTOR,
+            "beat": (Beat,),
+            "edge": (Beat, EngineStuck),
+            **({"node": FROM_NODE} if nodes is not None else {}),
+        },
+        allow_plain_loopback=nodes is not None and nodes.plain_loopback,
+    )
+
+
+def _children_elsewhere(config: EngineConfig, nodes: NodesConfig) -> tuple[str, ...]:
+    """The executors that run on nodes: all but this host's share."""
+    names = [name for index in range(config.data_parallel_size) for name in executor_names(config, index)]
+    num_local = nodes.local_executors
+    if num_local is None:
+        num_local = len(names) // (nodes.num_nodes + 1)
+    if num_local >= len(names):
+        raise InvalidConfigError(
+            f"local_executors is {num_local} of {len(names)}, so nodes have nothing to run: lower it, or leave out "
+            "where they join (--listen)",
+            field="local_executors",
+        )
+    return tuple(names[num_local:])

@@ -11,14 +11,24 @@ import structlog
 
 from .. import __version__
 from ..actors.engine.process import EngineProcessSpec, EngineSetup
-from ..actors.runtime.addresses import EDGE, EDGE_INCARNATION, endpoint_of
+from ..actors.runtime.addresses import EDGE, TcpSettings, endpoint_of, remove_socket, split_endpoint
 from ..actors.runtime.processes import ProcessSpec
+from ..actors.scheduler.quarantine import Quarantine
 from ..actors.supervisor.actor import Supervisor
 from ..actors.supervisor.config import ChildConfig, SupervisorConfig
 from ..messages import errors
 from ..messages.base import Message
-from ..messages.errors import OctavoError
-from ..messages.processes import EngineReport, EngineUp, ExecutorLoaded, LoadFailed, PeerStarted, SetUpEngine
+from ..messages.errors import InvalidConfigError, OctavoError
+from ..messages.nodes import Listening, MeetAt
+from ..messages.processes import (
+    EngineReport,
+    EngineStuck,
+    EngineUp,
+    ExecutorLoaded,
+    LoadFailed,
+    PeerStarted,
+    SetUpEngine,
+)
 from ..messages.request import RequestEnded
 from ..messages.step import StepExecuted
 from ..messages.system import (
@@ -39,6 +49,7 @@ from .graph import ModelFacts
 
 if TYPE_CHECKING:
     from ..actors.runtime.asyncio_port import AsyncioPort
+    from .nodes import Nodes
     from .other_edges import OtherEdges
 
 log = structlog.get_logger("octavo.replica")
@@ -46,6 +57,12 @@ log = structlog.get_logger("octavo.replica")
 ENGINE_MODULE = "octavo.actors.engine.process"
 EXECUTOR_MODULE = "octavo.actors.executor.process"
 PRELOAD_MODULE = "octavo.actors.executor.preload"
+
+
+def executor_names(config: EngineConfig, index: int) -> list[str]:
+    """The executors of a replica, by rank."""
+    num_ranks = config.tensor_parallel_size * config.pipeline_parallel_size
+    return [f"executor {index * num_ranks + rank}" for rank in range(num_ranks)]
 
 
 class Replica:
@@ -63,6 +80,10 @@ class Replica:
         on_change: called whenever `why_not_ready` may have changed.
         on_give_up: called once when restarts are no repair.
         log_format: of the processes.
+        edge_incarnation: of the edge.
+        nodes: other hosts, on which some of its executors run; None: all are here.
+        tcp: how its engine listens to those hosts.
+        quarantine: of requests that this edge saw convicted, at any replica.
 
     Attributes:
         link: to the engine.
@@ -84,11 +105,16 @@ class Replica:
         on_change: Callable[[], None] = lambda: None,
         others: OtherEdges | None = None,
         log_format: str,
+        edge_incarnation: int,
+        nodes: Nodes | None = None,
+        tcp: TcpSettings | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
-        num_ranks = config.tensor_parallel_size * config.pipeline_parallel_size
         self.engine_name = engine_name
-        self.executor_names = [f"executor {index * num_ranks + rank}" for rank in range(num_ranks)]
+        self.executor_names = executor_names(config, index)
         self.loaded: asyncio.Future[ExecutorLoaded] = asyncio.get_running_loop().create_future()
+        # Of several replicas that fail, the start tells of one.
+        self.loaded.add_done_callback(lambda loaded: loaded.cancelled() or loaded.exception())
         self.ready = asyncio.Event()
         self._config = config
         self._folder = folder
@@ -98,10 +124,19 @@ class Replica:
         self._on_change = on_change
         self._others = others
         self._log_format = log_format
+        self._edge_incarnation = edge_incarnation
+        self._nodes = nodes
+        self._tcp = tcp
+        self._is_elsewhere = nodes is not None and any(map(nodes.hosts, self.executor_names))
+        self._elsewhere: dict[str, PeerStarted] = {}  # who listens to other hosts, as of its present incarnation
+        self._meet_at = ("", 0)  # where the ranks of the group meet, and of which incarnation that is
         self._facts: ModelFacts | None = None
+        self._why_not_loaded = ""  # of the latest executor
         self._mailbox_capacity = 0
         self._incarnations: dict[str, int] = {}
-        self.link = EngineLink(self.engine_name, carrier, run_dir, deliver=deliver, on_stuck=self._kill_engine)
+        self.link = EngineLink(
+            self.engine_name, carrier, run_dir, deliver=deliver, on_stuck=self._kill_engine, quarantine=quarantine
+        )
         children = [
             ChildConfig(f"nursery {index}" if index else "nursery", "nursery"),
             ChildConfig(self.engine_name, "engine"),
@@ -113,7 +148,12 @@ class Replica:
             max_restarts = 8 + 2 * config.max_num_seqs.bit_length()
         supervisors = SupervisorConfig(max_restarts=max_restarts, children=tuple(children))
         self._supervisor = Supervisor(
-            supervisors, make_spec=self._make_spec, send=self._send, modules=(PRELOAD_MODULE, ENGINE_MODULE)
+            supervisors,
+            make_spec=self._make_spec,
+            send=self._send,
+            modules=(PRELOAD_MODULE, ENGINE_MODULE),
+            elsewhere=nodes,
+            on_change=self._take_note,
         )
 
     # ---- life ----
@@ -142,9 +182,12 @@ class Replica:
     def why_not_ready(self) -> str:
         core = self._supervisor.core
         if core.gave_up_because:
-            return f"processes failed too often: {core.gave_up_because}"
+            return f"processes failed too often: {self._why_not_loaded or core.gave_up_because}"
         if not core.is_executor_ready:
-            return "the executor is starting"
+            why_waiting = self._nodes.why_waiting if self._nodes is not None and self._is_elsewhere else ""
+            if self._why_not_loaded:
+                return f"the executor could not load: {self._why_not_loaded}"
+            return why_waiting or "the executor is starting"
         if not core.is_ready:
             return "the engine is starting"
         return ""
@@ -169,27 +212,85 @@ class Replica:
                 self.loaded.set_result(message)
         elif isinstance(message, LoadFailed):
             log.error("executor.cannot_load", child=message.child, why=message.error)
+            self._why_not_loaded = message.error
             if not self.loaded.done():
                 self.loaded.set_exception(_public_error(message))
         elif isinstance(message, EngineReady):
-            if message.incarnation == self._incarnations.get(self.engine_name):
-                self.link.is_up = True
-                for name in self.executor_names:
-                    if incarnation := self._incarnations.get(name):
-                        self.link.send(PeerStarted(name, incarnation))
-            self._supervise(message)
-            if self._others is not None and self.link.is_up:
-                self._others.tell(EngineUp(self.engine_name, message.incarnation, self._supervisor.core.epoch))
+            self._take_engine_ready(message)
+        elif isinstance(message, EngineStuck):
+            if message.incarnation == self.link.incarnation:
+                self._kill_engine()
         elif isinstance(message, Beat | ExecutorReady | ExecutorFailed):
-            self._supervise(message)
+            self._supervisor.handle(message)
+        elif isinstance(message, Listening):
+            self._handle_listening(message)
 
-    def _supervise(self, message: Message) -> None:
-        was_ready = self._supervisor.core.is_ready
+    def _take_engine_ready(self, message: EngineReady) -> None:
+        core = self._supervisor.core
+        if not core.is_starting(self.engine_name, message.incarnation):
+            self._supervisor.handle(message)  # late: it has been given up
+            return
+        self.link.is_up = True
+        for name in self.executor_names:
+            self._introduce(name)
+        if self._others is not None:
+            for name, incarnation in self._others.running:  # some may have started since this engine was described
+                self.link.send(PeerStarted(name, incarnation))
         self._supervisor.handle(message)
+        if self._others is not None:
+            self._others.tell(EngineUp(self.engine_name, message.incarnation, core.epoch))
+
+    def _take_note(self) -> None:
+        """Whether the replica is ready has changed."""
         if self._supervisor.core.is_ready:
+            self._why_not_loaded = ""
             self.ready.set()
-        if was_ready != self._supervisor.core.is_ready:
-            self._on_change()
+        self._on_change()
+
+    # ---- other hosts ----
+
+    def _hosts(self, child: str) -> bool:
+        return self._nodes is not None and self._nodes.hosts(child)
+
+    def _introduce(self, executor: str) -> None:
+        """Tell the engine where an executor listens, if that is known."""
+        if self._hosts(executor):
+            if executor in self._elsewhere:
+                self.link.send(self._elsewhere[executor])
+        elif incarnation := self._incarnations.get(executor):
+            self.link.send(PeerStarted(executor, incarnation))
+
+    def _handle_listening(self, message: Listening) -> None:
+        """Connect whoever listens to other hosts, and let those who need to know it know."""
+        child, incarnation = message.child, message.incarnation
+        if incarnation != self._incarnations.get(child):
+            return
+        if child == self.engine_name:
+            self._elsewhere[child] = PeerStarted(child, incarnation, message.endpoint)
+            for name in self.executor_names:
+                if name in self._elsewhere:
+                    self._carrier.send(name, self._elsewhere[child])
+            return
+        if message.meet_at:
+            self._meet_at = (message.meet_at, incarnation)
+        if self._nodes is not None and self._nodes.hosts(child):
+            try:
+                split_endpoint(message.endpoint)
+                server_key = self._nodes.key_of(child)
+                self._carrier.port.connect(child, incarnation, message.endpoint, server_key=server_key.encode())
+            except InvalidConfigError as error:
+                log.error("executor.not_reachable", child=child, endpoint=message.endpoint, why=str(error))
+                return
+            self._elsewhere[child] = PeerStarted(child, incarnation, message.endpoint, server_key)
+            if self.engine_name in self._elsewhere:
+                self._carrier.send(child, self._elsewhere[self.engine_name])
+            self.link.send(self._elsewhere[child])
+        meet_at, meeting = self._meet_at
+        for rank, name in enumerate(self.executor_names):
+            # The ranks of a group start together, each as often as the others.
+            is_there = name in self._elsewhere or not self._hosts(name)
+            if rank and meeting == self._incarnations.get(name) and is_there and (message.meet_at or name == child):
+                self._carrier.send(name, MeetAt(meet_at))
 
     def _kill_engine(self) -> None:
         if (process := self._supervisor.process(self.engine_name)) is not None:
@@ -209,49 +310,66 @@ class Replica:
             if not self.loaded.done():
                 self.loaded.set_exception(errors.ExecutorLostError(message.why))
             self.ready.set()
-            self._on_give_up(f"{message.kind} failed too often: {message.why}")
+            self._on_give_up(f"{message.kind} failed too often: {self._why_not_loaded or message.why}")
 
     # ---- processes ----
 
     def _make_spec(self, start: StartProcess) -> ProcessSpec:
         """What to start; from here on only this incarnation of the child is talked to."""
         child, incarnation = start.child, start.incarnation
+        remove_socket(self._run_dir, child, self._incarnations.get(child, 0))
         self._incarnations[child] = incarnation
+        self._elsewhere.pop(child, None)
         self._on_change()
         if child == self.engine_name:
             self.link.connect(incarnation)
             arguments: msgspec.Struct = self._engine_spec(start)
             target = f"{ENGINE_MODULE}:run"
         else:
-            self._carrier.port.connect(child, incarnation, endpoint_of(self._run_dir, child, incarnation))
-            self.link.send(PeerStarted(child, incarnation))
+            if not self._hosts(child):
+                self._carrier.port.connect(child, incarnation, endpoint_of(self._run_dir, child, incarnation))
+                self._introduce(child)
             rank = self.executor_names.index(child)
             arguments = executor_process_spec(
                 self._config,
                 self._folder,
-                self._facts,
+                self._facts or self._loaded_before,
                 start,
                 rank=rank,
                 engine_name=self.engine_name,
                 run_dir=self._run_dir,
                 log_format=self._log_format,
+                edge_incarnation=self._edge_incarnation,
+                address=self._tcp.host if self._tcp is not None and self._is_elsewhere else "",
             )
             target = f"{EXECUTOR_MODULE}:run"
         return ProcessSpec(
             title=child, target=target, arguments=msgspec.msgpack.encode(arguments), incarnation=incarnation
         )
 
+    @property
+    def _loaded_before(self) -> ExecutorLoaded | None:
+        """What the first executor made of the free memory: the engine counts on it, so the next ones do the same."""
+        is_known = self.loaded.done() and not self.loaded.cancelled() and self.loaded.exception() is None
+        return self.loaded.result() if is_known else None
+
     def _engine_spec(self, start: StartProcess) -> EngineProcessSpec:
-        executors = [(name, self._incarnations[name]) for name in self.executor_names if name in self._incarnations]
+        executors = [
+            (name, self._incarnations[name])
+            for name in self.executor_names
+            if name in self._incarnations and not self._hosts(name)
+        ]
         return EngineProcessSpec(
             name=self.engine_name,
             incarnation=start.incarnation,
             epoch=start.epoch,
             run_dir=self._run_dir,
-            edges=((EDGE, EDGE_INCARNATION), *(self._others.running if self._others else ())),
+            edges=((EDGE, self._edge_incarnation), *(self._others.running if self._others else ())),
             executors=tuple(executors),
             setup=self._setup() if self._facts is not None else None,
             log_format=self._log_format,
+            tcp=self._tcp if self._is_elsewhere else None,
+            elsewhere=tuple(self._elsewhere[name] for name in self.executor_names if name in self._elsewhere),
         )
 
     def _setup(self) -> EngineSetup:

@@ -13,9 +13,9 @@ import structlog
 
 from ..actors.runtime.logs import configure_logs
 from ..messages.errors import InvalidConfigError
-from .config import EngineConfig, make_config
+from .config import EngineConfig, NodesConfig, make_config
 from .engine import Engine
-from .flags import engine_fields, server_fields
+from .flags import engine_fields, nodes_fields, server_fields
 from .server import serve_http
 from .settings import ServerSettings
 
@@ -38,12 +38,15 @@ def serve(arguments: argparse.Namespace) -> int:
     if arguments.gateways > 1 and fields["in_process"]:
         raise InvalidConfigError("several gateways are several processes: leave --in-process out", field="in_process")
     config = make_config({**fields, "served_model_names": tuple(arguments.served_model_name)})
-    return asyncio.run(_serve(config, arguments))
+    nodes = nodes_fields(arguments)
+    return asyncio.run(_serve(config, arguments, None if nodes is None else NodesConfig(**nodes)))
 
 
-async def _serve(config: EngineConfig, arguments: argparse.Namespace) -> int:
+async def _serve(config: EngineConfig, arguments: argparse.Namespace, nodes: NodesConfig | None) -> int:
     started = time.monotonic()
-    async with Engine(config=config, log_format=arguments.log_format, num_edges=arguments.gateways) as engine:
+    async with Engine(
+        config=config, log_format=arguments.log_format, num_edges=arguments.gateways, nodes=nodes
+    ) as engine:
         # What is alive now lives as long as the process: keep full collections from walking it.
         gc.collect()
         gc.freeze()
@@ -51,13 +54,15 @@ async def _serve(config: EngineConfig, arguments: argparse.Namespace) -> int:
         fields = server_fields(arguments)
         fields["max_connections"] = connections_within_files(fields["max_connections"])
         settings = ServerSettings(served_model_names=names, **fields)
-        stop = asyncio.Event()
-        tasks = [asyncio.create_task(report_throughput(engine, arguments.log_interval))]
+        stop, abort = asyncio.Event(), asyncio.Event()
+        reporting = asyncio.create_task(report_throughput(engine, arguments.log_interval))
+        beside: list[asyncio.Task[None]] = []
 
         def on_listening(port: int) -> None:
             _greet(engine, names[0], arguments, port, time.monotonic() - started)
             if arguments.gateways > 1:
-                tasks.append(asyncio.create_task(engine.serve_beside(settings, arguments.host, port, stop)))
+                beside.append(asyncio.create_task(engine.serve_beside(settings, arguments.host, port, stop, abort)))
+                beside[0].add_done_callback(lambda _: stop.set())  # without the others there is no such server
 
         try:
             await serve_http(
@@ -66,13 +71,15 @@ async def _serve(config: EngineConfig, arguments: argparse.Namespace) -> int:
                 arguments.host,
                 arguments.port,
                 stop=stop,
+                abort=abort,
                 on_listening=on_listening,
                 is_port_shared=arguments.gateways > 1,
             )
         finally:
-            for task in tasks[:1]:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            stop.set()
+            reporting.cancel()
+            await asyncio.gather(reporting, return_exceptions=True)
+            await asyncio.gather(*beside)
     return 0
 
 

@@ -337,6 +337,7 @@ async def serve_http(
     port: int = 8000,
     *,
     stop: asyncio.Event | None = None,
+    abort: asyncio.Event | None = None,
     handle_signals: bool = True,
     on_listening: Callable[[int], None] | None = None,
     is_port_shared: bool = False,
@@ -344,13 +345,14 @@ async def serve_http(
     """Serve until told to stop, then let open responses end.
 
     Args:
-        stop: set it to stop; SIGTERM and SIGINT do the same, and a second one cuts open responses off.
+        stop: set it to stop; SIGTERM and SIGINT do the same.
+        abort: set it, too, to cut open responses off; a second signal does the same.
         handle_signals: whether to take those signals while serving.
         on_listening: called with the port once connections are accepted.
         is_port_shared: as of `start_http`.
     """
     stop = stop or asyncio.Event()
-    abort = asyncio.Event()
+    abort = abort or asyncio.Event()
     server = await start_http(engine, settings, host, port, is_port_shared=is_port_shared)
 
     def on_signal() -> None:

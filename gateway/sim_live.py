@@ -203,7 +203,9 @@ def _fit_to(engine: Engine, requests: list[TraceRequest]) -> list[TraceRequest]:
 
 
 def _sim_config(engine: Engine, profile: Profile) -> SimConfig:
-    return SimConfig(scheduler=engine.scheduler_config, ingress_ns=int(profile.meta.get("ingress_ns", 0)))
+    # The simulated executor's tokens are numbers without a meaning, so there is no vocabulary to hold them against.
+    scheduler = msgspec.structs.replace(engine.scheduler_config, vocab_size=0)
+    return SimConfig(scheduler=scheduler, ingress_ns=int(profile.meta.get("ingress_ns", 0)))
 
 
 def _at_speed(requests: Sequence[TraceRequest], speed: float) -> list[TraceRequest]:

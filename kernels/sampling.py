@@ -13,9 +13,13 @@ swap places of near ties, and change the token with the probability of the swapp
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from typing import NamedTuple
 
 import torch
+
+from . import cpu_build
 
 GREEDY_EPS = 1e-5
 """A temperature below this means greedy."""
@@ -106,6 +110,12 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
         `[N]` int64; `NO_TOKEN` where the largest is not finite (nothing left, or NaN or +inf among the logits).
     """
     num_rows, vocab_size = logits.shape
+    kernels = _kernels() if logits.device.type == "cpu" and logits.dtype is torch.float32 else None
+    if kernels is not None and logits.stride(1) == 1:  # in place of a dozen calls of torch, which a small model feels
+        out = torch.empty(num_rows, dtype=torch.int64)
+        threads = torch.get_num_threads()
+        kernels.octavo_greedy(logits.data_ptr(), logits.stride(0), num_rows, vocab_size, out.data_ptr(), threads)
+        return out
     num_chunks = vocab_size // _CHUNK
     if num_chunks < 2:
         values, token_ids = logits.max(dim=-1)
@@ -385,3 +395,13 @@ def logprobs_of(
     else:
         top_ids = torch.empty((len(logits), 0), dtype=torch.int64, device=logits.device)
     return logprobs.gather(1, column).squeeze(1), ranks, top_ids, logprobs.gather(1, top_ids)
+
+
+@functools.cache
+def _kernels() -> ctypes.CDLL | None:
+    kernels = cpu_build.library()
+    if kernels is not None:
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        kernels.octavo_greedy.argtypes = (pointer, size, size, size, pointer, ctypes.c_int)
+        kernels.octavo_greedy.restype = None
+    return kernels

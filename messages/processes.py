@@ -48,14 +48,41 @@ class SetUpEngine(Message, frozen=True):
 
 
 class PeerStarted(Message, frozen=True):
-    """Edge 0 -> engine: a peer's new incarnation listens where its name and incarnation say."""
+    """Edge 0 -> engine or executor: a peer's new incarnation listens.
+
+    Attributes:
+        name, incarnation: of the peer.
+        endpoint: where; empty: on this host, where its name and incarnation say.
+        server_key: its CURVE public key.
+    """
+
+    name: str
+    incarnation: int
+    endpoint: str = ""
+    server_key: str = ""
+
+
+class PeerLeft(Message, frozen=True):
+    """Edge 0 -> engine: a peer is gone; what it waited for is to be cancelled."""
 
     name: str
     incarnation: int
 
 
-class PeerLeft(Message, frozen=True):
-    """Edge 0 -> engine: a peer is gone; what it waited for is to be cancelled."""
+class RememberQuarantined(Message, frozen=True):
+    """Edge -> engine: an engine before it, or beside it, found that the executor dies of requests like this one.
+
+    Attributes:
+        digest: of what the executor computes from.
+        until_ns: how long such a request is refused, on the clock that the processes of a host share.
+    """
+
+    digest: bytes
+    until_ns: int
+
+
+class EngineStuck(Message, frozen=True):
+    """Other edge -> edge 0: this incarnation of an engine takes no more messages; only a new one can help."""
 
     name: str
     incarnation: int
@@ -107,7 +134,11 @@ class EdgeStatus(Message, frozen=True):
     Attributes:
         why_not_ready: empty if a request sent now would be served.
         restarts: `(kind, number)` of each kind of child.
+        engines_down: which are being replaced, or wait for an executor.
+        engines_gone: which will not be replaced.
     """
 
     why_not_ready: str
     restarts: tuple[tuple[str, int], ...] = ()
+    engines_down: tuple[str, ...] = ()
+    engines_gone: tuple[str, ...] = ()

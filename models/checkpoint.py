@@ -45,10 +45,12 @@ def resolve_checkpoint(
         WeightsError: a repository without safetensors.
         ModelLoadError: `revision` was given for a folder.
     """
-    if model is None:  # whatever of that name may lie in the current directory
-        model = SHIPPED / DEFAULT_MODEL
+    is_default = model is None
+    model = DEFAULT_MODEL if model is None else model
     folder = Path(model).expanduser()
-    if not folder.is_dir() and str(model) in shipped_models():
+    if is_default:  # whatever of that name may lie in the current directory
+        folder = SHIPPED / DEFAULT_MODEL
+    elif not folder.is_dir() and str(model) in shipped_models():
         folder = SHIPPED / str(model)
     if folder.is_dir():
         if revision is not None:

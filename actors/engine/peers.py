@@ -6,13 +6,33 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from ...messages.base import Message
+from ...messages.ids import RequestId
 from ...messages.request import RequestEnded
 from ...messages.step import ExecuteStep, StepExecuted
 
-EDGE_ID_BITS = 40
+_EDGE_BITS = 54
 """A request id's bits above these are the number of the edge that gave it."""
+_INCARNATION_BITS = 36
+"""Those between are that edge's incarnation; below, it counts."""
+_LAST_INCARNATION = (1 << (_EDGE_BITS - _INCARNATION_BITS)) - 1
 
 Send = Callable[[str, Message], None]
+
+
+def first_request_id(edge: str, incarnation: int) -> RequestId:
+    """The first id that an edge gives: no two edges, and no two incarnations of one, give the same."""
+    assert incarnation <= _LAST_INCARNATION
+    return RequestId(int(edge.rpartition(" ")[2]) << _EDGE_BITS | incarnation << _INCARNATION_BITS)
+
+
+def edge_of(request_id: RequestId) -> str:
+    """Name of the edge that gave an id."""
+    return f"edge {request_id >> _EDGE_BITS}"
+
+
+def incarnation_of(request_id: RequestId) -> int:
+    """Which incarnation of its edge gave an id."""
+    return request_id >> _INCARNATION_BITS & _LAST_INCARNATION
 
 
 class Peers:
@@ -37,7 +57,7 @@ class Edges(Peers):
 
     def post(self, message: Message) -> None:
         if isinstance(message, RequestEnded):
-            name = f"edge {message.request_id >> EDGE_ID_BITS}"
+            name = edge_of(message.request_id)
             if name in self.names:
                 self._send(name, message)
             return

@@ -13,10 +13,10 @@ import msgspec
 import structlog
 
 from ...messages.base import Message
-from ...messages.ids import Epoch
+from ...messages.ids import Epoch, RequestId
 from ...messages.kv import ResetPrefixCache
 from ...messages.nodes import Listening
-from ...messages.processes import EngineReport, PeerLeft, PeerStarted, SetUpEngine
+from ...messages.processes import EngineReport, PeerLeft, PeerStarted, RememberQuarantined, SetUpEngine
 from ...messages.request import CancelRequest, StopMatched, SubmitRequest
 from ...messages.step import PlanDue, StepExecuted
 from ...messages.system import Beat, Drain, EngineReady, ExecutorLost
@@ -31,14 +31,14 @@ from ..runtime.logs import configure_logs
 from ..runtime.port import LinkEvent, Port
 from ..runtime.routes import ROUTES, Address
 from ..scheduler.config import SchedulerConfig
-from ..scheduler.core import SchedulerCore
-from .peers import EDGE_ID_BITS, Edges, Executors, Peers
+from ..scheduler.core import Quarantine, SchedulerCore
+from .peers import Edges, Executors, Peers, edge_of, incarnation_of
 
 log = structlog.get_logger("octavo.engine")
 
 BEAT_S = 0.25
 
-_FROM_EDGES = (SubmitRequest, CancelRequest, StopMatched, ResetPrefixCache)
+_FROM_EDGES = (SubmitRequest, CancelRequest, StopMatched, ResetPrefixCache, RememberQuarantined)
 _FROM_SUPERVISOR = (*_FROM_EDGES, Drain, ExecutorLost, SetUpEngine, PeerStarted, PeerLeft)
 
 
@@ -98,7 +98,7 @@ def run(arguments: bytes) -> int:
 
 
 async def _serve(spec: EngineProcessSpec) -> int:
-    engine = _EngineProcess(spec)
+    engine = EngineProcess(spec)
     # Only the journal cares for a polite end.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, engine.end)
     gc.freeze()
@@ -108,7 +108,13 @@ async def _serve(spec: EngineProcessSpec) -> int:
         await engine.close()
 
 
-class _EngineProcess:
+class EngineProcess:
+    """Scheduler, KV allocator and a port, on the running loop.
+
+    Attributes:
+        ended: exit code, once there is nothing more to do.
+    """
+
     def __init__(self, spec: EngineProcessSpec) -> None:
         loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[int] = loop.create_future()
@@ -116,6 +122,7 @@ class _EngineProcess:
         self._clock = MonotonicClock()
         self._journal: Journal | None = None
         self._scheduler: SchedulerCore | None = None
+        self._quarantine = Quarantine()
         self._num_messages = 0
         self._last_step = (0, 0)  # steps so far, and when that was first seen
         allowed = {"edge": _FROM_EDGES, EDGE: _FROM_SUPERVISOR, "executor": (StepExecuted,)}
@@ -151,7 +158,9 @@ class _EngineProcess:
 
     def send(self, peer: str, message: Message) -> None:
         """Send, or give up: with a message lost, only a new engine knows that everybody has the same picture."""
-        if not self._carrier.send(peer, message) and not self.ended.done():
+        if self.ended.done():
+            return  # what came behind the lost one would look as if nothing were missing
+        if not self._carrier.send(peer, message):
             log.error("engine.cannot_send", peer=peer, message=type(message).__name__)
             self.ended.set_result(1)
 
@@ -161,7 +170,7 @@ class _EngineProcess:
         self._port.connect(name, incarnation, endpoint, server_key=server_key.encode())
 
     def _set_up(self, setup: EngineSetup) -> None:
-        self._scheduler = scheduler = SchedulerCore(setup.scheduler, self._spec.epoch)
+        self._scheduler = scheduler = SchedulerCore(setup.scheduler, self._spec.epoch, quarantine=self._quarantine)
         self._allocator = allocator = KVAllocatorCore(setup.allocator, self._spec.epoch)
         handle_scheduler: Callable[[Any, int], Any] = scheduler.handle
         handle_allocator: Callable[[Any, int], Any] = allocator.handle
@@ -205,6 +214,10 @@ class _EngineProcess:
                 continue  # nothing was asked of it yet
             elif isinstance(message, PeerLeft):
                 self._lose_edge(message)
+            elif isinstance(message, SubmitRequest) and not self._may_submit(message.request_id):
+                continue  # the last words of an edge that has left
+            elif isinstance(message, RememberQuarantined):
+                self._quarantine.remember(message)
             elif isinstance(message, ResetPrefixCache):
                 self._allocator_mailbox.post(message)
             elif isinstance(message, StepExecuted):
@@ -225,15 +238,28 @@ class _EngineProcess:
         if peer.name not in group.names:
             group.names.append(peer.name)
 
+    def _may_submit(self, request_id: RequestId) -> bool:
+        """Whether the edge that gave an id still waits for it; a new edge may be quicker than edge 0's news of it."""
+        edge, incarnation = edge_of(request_id), incarnation_of(request_id)
+        if edge == EDGE:
+            return True
+        self._start_peer(PeerStarted(edge, incarnation))
+        return edge in self._edges.names and self._peers[edge] == incarnation
+
     def _lose_edge(self, edge: PeerLeft) -> None:
+        self._peers[edge.name] = max(edge.incarnation, self._peers.get(edge.name, 0))
+        if self._peers.get(edge.name) == edge.incarnation:  # and not one that has taken its place
+            self._port.disconnect(edge.name)
+            if edge.name in self._edges.names:
+                self._edges.names.remove(edge.name)
+        # Behind what came before and waits in the mailbox.
+        asyncio.get_running_loop().call_soon(self._cancel_requests_of, edge)
+
+    def _cancel_requests_of(self, edge: PeerLeft) -> None:
         """Nobody waits any more for what an edge asked for."""
-        self._port.disconnect(edge.name)
-        if edge.name in self._edges.names:
-            self._edges.names.remove(edge.name)
-        number = int(edge.name.rpartition(" ")[2])
         assert self._scheduler is not None
         for request_id in self._scheduler.live_request_ids():
-            if request_id >> EDGE_ID_BITS == number:
+            if (edge_of(request_id), incarnation_of(request_id)) == (edge.name, edge.incarnation):
                 self._scheduler_mailbox.post(CancelRequest(request_id))
 
     def _on_link(self, event: LinkEvent) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from ...messages.ids import Epoch
+from ..runtime.addresses import EDGE_INCARNATION, TcpSettings
 
 KVCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "int8", "fp8"]
 
@@ -74,8 +75,12 @@ class ExecutorProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
         epoch: of the steps to come.
         engine_name, engine: name and incarnation of the engine that sends them; 0 if it is not there yet.
         run_dir: of the sockets.
-        config: the same for every rank.
+        config: the same for every rank. Of several ranks without an `init_method`, `MeetAt` brings it.
         log_format: as `configure_logs` takes it.
+        edge_incarnation: of edge 0.
+        tcp: how it listens, on another host than edge 0; None: by ipc.
+        edge_endpoint, edge_key: where edge 0 is, for another host, and the CURVE public key of edge 0's host.
+        address: of this host, for ranks on other hosts; empty: all are on this one.
     """
 
     child: str
@@ -87,3 +92,8 @@ class ExecutorProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str
     config: ExecutorConfig
     log_format: str = "auto"
+    edge_incarnation: int = EDGE_INCARNATION
+    tcp: TcpSettings | None = None
+    edge_endpoint: str = ""
+    edge_key: str = ""
+    address: str = ""

@@ -229,7 +229,8 @@ class CpuAffinity:
                 self._claims.release()
                 self.choice = choice = Choice((), choice.num_threads, str(error))
         bound = ",".join(map(str, choice.cpus)) or "not bound"
-        log.info("executor.threads", num_threads=choice.num_threads, cores=bound, reason=choice.reason)
+        if structlog.is_configured():  # otherwise it would be said on the standard output of an embedding program
+            log.info("executor.threads", num_threads=choice.num_threads, cores=bound, reason=choice.reason)
 
     def release(self) -> None:
         """Let other executors have the cores."""

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import threading
 import time
+from collections import deque
 
 import msgspec
+import psutil
 import structlog
 
+from ...messages.base import Message
 from ...messages.errors import ExecutorLostError, OctavoError
 from ...messages.ids import Epoch
-from ...messages.processes import ExecutorLoaded, LoadFailed
-from ...messages.step import ExecuteStep
+from ...messages.nodes import Listening, MeetAt
+from ...messages.processes import ExecutorLoaded, LoadFailed, PeerStarted
+from ...messages.step import ExecuteStep, StepExecuted
 from ...messages.system import Beat, ExecutorFailed, ExecutorReady, StartExecutor
-from ..runtime.addresses import EDGE, EDGE_INCARNATION, ENGINE, endpoint_of
+from ..runtime.addresses import EDGE, ENGINE, as_called_from, endpoint_of, in_brackets, is_everywhere
 from ..runtime.logs import configure_logs
-from ..runtime.port import Port
-from .config import ExecutorProcessSpec
+from ..runtime.port import Allowed, Port, UnsendableError
+from .config import ExecutorConfig, ExecutorProcessSpec
+from .oversized_step import without_logprobs
 from .rank import RankExecutor
 
 log = structlog.get_logger("octavo.executor")
 
 BEAT_S = 0.25
 _FLUSH_MS = 200
+_MAX_REPEATED = 16
+"""Answers kept for an engine that is heard before it is known where it is; more than there are steps in flight."""
+
+_FROM_EDGE = (StartExecutor, PeerStarted, MeetAt)
 
 
 def run(arguments: bytes) -> int:
@@ -53,16 +64,27 @@ class _ExecutorProcess:
         self._engine = 0
         self._speaks = False
         self._ready_epoch = spec.epoch
-        self._executor = RankExecutor(spec.config, spec.rank)
-        self._port = Port(spec.child, spec.incarnation, allowed={ENGINE: (ExecuteStep,), EDGE: (StartExecutor,)})
-        self._port.bind(endpoint_of(spec.run_dir, spec.child, spec.incarnation))
-        self._port.connect(EDGE, EDGE_INCARNATION, endpoint_of(spec.run_dir, EDGE, EDGE_INCARNATION))
-        self._connect_engine(spec.engine)
+        self._early: list[Message] = []  # came before this rank knew where to meet the others
+        self._answers: deque[StepExecuted] = deque(maxlen=_MAX_REPEATED)
+        self._executor: RankExecutor
+        self._port = _make_port(spec, spec.child, allowed={ENGINE: (ExecuteStep,), EDGE: _FROM_EDGE})
+        endpoint = ""
+        if spec.tcp is None:
+            self._port.bind(endpoint_of(spec.run_dir, spec.child, spec.incarnation))
+        else:
+            endpoint = self._port.bind(spec.tcp.endpoint)
+        self._meet_at = _free_endpoint(spec.address) if spec.address and spec.rank == 0 else ""
+        _connect_edge(spec, self._port)
+        if endpoint or self._meet_at:
+            self._port.send(EDGE, Listening(spec.child, spec.incarnation, endpoint, self._meet_at))
+        if spec.tcp is None:
+            self._connect_engine(spec.engine)
 
     def run(self) -> int:
         spec, port = self._spec, self._port
         threading.Thread(target=self._beat, name="octavo-beats", daemon=True).start()
         try:
+            self._executor = RankExecutor(self._met(), spec.rank)
             facts = self._executor.load()
         except Exception as error:
             code, why = (
@@ -90,16 +112,51 @@ class _ExecutorProcess:
                 ),
             )
             port.send(EDGE, ExecutorReady(spec.epoch))
+        early, self._early = self._early, []
+        for message in early:
+            if not self._take(message):
+                return 1
         while True:
             port.wait(1000)
-            for _, message in port.receive():
-                if isinstance(message, StartExecutor):
-                    self._connect_engine(message.engine)
-                    self._begin(message.epoch)
-                elif isinstance(message, ExecuteStep) and not self._execute(message):
-                    self._flush()
+            for _, received in port.receive():
+                if not self._take(received):
                     return 1
             port.events.clear()
+
+    def _take(self, message: Message) -> bool:
+        """React to a message; False if this process is of no use any more."""
+        if isinstance(message, StartExecutor):
+            if self._spec.tcp is None:
+                self._connect_engine(message.engine)
+            self._begin(message.epoch)
+        elif isinstance(message, PeerStarted):
+            self._connect_engine(message.incarnation, message.endpoint)
+        elif isinstance(message, ExecuteStep) and not self._execute(message):
+            self._flush()
+            return False
+        return True
+
+    def _met(self) -> ExecutorConfig:
+        """The configuration, with the place where the ranks of a group on several hosts meet."""
+        config, port = self._spec.config, self._port
+        if self._spec.address:
+            _use_interface_of(self._spec.address)
+        is_met = config.tensor_parallel_size * config.pipeline_parallel_size == 1 or bool(config.init_method)
+        meet_at = self._meet_at
+        # Until edge 0 hears where this rank is, too: loading leaves no time to talk. The supervisor ends long waits.
+        while not ((is_met or meet_at) and port.is_up(EDGE)):
+            port.wait(1000)
+            for _, message in port.receive():
+                if isinstance(message, MeetAt):
+                    meet_at = message.init_method
+                elif isinstance(message, StartExecutor | PeerStarted | ExecuteStep):
+                    self._early.append(message)
+            port.events.clear()
+        if is_met:
+            return config
+        if self._spec.edge_endpoint and self._spec.rank:
+            meet_at = as_called_from(meet_at, self._spec.edge_endpoint)
+        return msgspec.structs.replace(config, init_method=meet_at)
 
     def _execute(self, step: ExecuteStep) -> bool:
         """Compute a step; False if this process is of no use any more."""
@@ -127,8 +184,19 @@ class _ExecutorProcess:
         if took_ns > gauge.longest[0]:
             gauge.longest = (took_ns, num_tokens)
         if executed is not None:
-            self._port.send(self._spec.engine_name, executed)
+            return self._answer(executed)
         return True
+
+    def _answer(self, executed: StepExecuted) -> bool:
+        """Send a step's results; False if they cannot be sent, and the engine would wait for them for ever."""
+        name = self._spec.engine_name
+        try:
+            is_sent = self._port.send(name, executed)
+        except UnsendableError as error:
+            executed = without_logprobs(executed, f"{error}: ask for fewer log-probabilities")
+            is_sent = self._port.send(name, executed)
+        self._answers.append(executed)
+        return is_sent or bool(self._spec.tcp)  # what other hosts' engines miss they hear again
 
     def _begin(self, epoch: Epoch) -> None:
         if epoch > self._gauge.epoch:
@@ -138,11 +206,20 @@ class _ExecutorProcess:
             self._port.send(EDGE, ExecutorReady(epoch))
         self._ready_epoch = self._gauge.epoch
 
-    def _connect_engine(self, incarnation: int) -> None:
-        if incarnation > self._engine:
-            self._engine = incarnation
-            name = self._spec.engine_name
-            self._port.connect(name, incarnation, endpoint_of(self._spec.run_dir, name, incarnation))
+    def _connect_engine(self, incarnation: int, endpoint: str = "") -> None:
+        if incarnation <= self._engine:
+            return
+        spec = self._spec
+        self._engine = incarnation
+        name = spec.engine_name
+        if not endpoint:
+            self._port.connect(name, incarnation, endpoint_of(spec.run_dir, name, incarnation))
+            return
+        endpoint = as_called_from(endpoint, spec.edge_endpoint)
+        self._port.connect(name, incarnation, endpoint, server_key=spec.edge_key.encode())
+        for executed in self._answers:  # to steps of this engine that were quicker than the news of where it is
+            if executed.epoch == self._gauge.epoch:
+                self._port.send(name, executed)
 
     def _flush(self) -> None:
         """Give the last words a moment to leave."""
@@ -154,8 +231,8 @@ class _ExecutorProcess:
     def _beat(self) -> None:
         """Tell the supervisor four times a second that this process lives; by a port of this thread's own."""
         spec, gauge = self._spec, self._gauge
-        port = Port(f"beat {spec.child.rpartition(' ')[2]}", spec.incarnation)
-        port.connect(EDGE, EDGE_INCARNATION, endpoint_of(spec.run_dir, EDGE, EDGE_INCARNATION))
+        port = _make_port(spec, f"beat {spec.child.rpartition(' ')[2]}", allowed={})
+        _connect_edge(spec, port)
         while True:
             (longest_ns, longest_tokens), gauge.longest = gauge.longest, (0, 0)
             since_ns = gauge.busy_since_ns
@@ -175,3 +252,33 @@ class _ExecutorProcess:
                 port.wait(int(left_s * 1000) + 1)
                 port.receive()
                 port.events.clear()
+
+
+def _make_port(spec: ExecutorProcessSpec, name: str, allowed: Allowed) -> Port:
+    if spec.tcp is None:
+        return Port(name, spec.incarnation, allowed=allowed)
+    keys = spec.tcp.read_keys()
+    return Port(name, spec.incarnation, keys=keys, allowed=allowed, allow_plain_loopback=keys is None)
+
+
+def _connect_edge(spec: ExecutorProcessSpec, port: Port) -> None:
+    endpoint = spec.edge_endpoint or endpoint_of(spec.run_dir, EDGE, spec.edge_incarnation)
+    port.connect(EDGE, spec.edge_incarnation, endpoint, server_key=spec.edge_key.encode())
+
+
+def _free_endpoint(address: str) -> str:
+    """A TCP port of this host that is free now, as an endpoint."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((address, 0))
+        return f"tcp://{in_brackets(address)}:{probe.getsockname()[1]}"
+
+
+def _use_interface_of(address: str) -> None:
+    """Have tensors take the interface that messages take, unless the user chose one."""
+    if is_everywhere(address):
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == address for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

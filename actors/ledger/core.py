@@ -117,6 +117,18 @@ class LedgerCore:
             for recipe in recipes.values()
         ]
 
+    def submit_of(self, request_id: RequestId) -> SubmitRequest | None:
+        """A live request as the tokenizer made it."""
+        recipe = self._recipes.get(request_id)
+        return recipe.submit if recipe is not None else None
+
+    def hand_over(self) -> list[LedgerOutbox]:
+        """What another engine's ledger must hear to go on with every live request; none is live here afterwards."""
+        again = self._everything()
+        self._recipes.clear()
+        self._outputs.clear()
+        return again
+
     def check(self) -> None:
         """Assert that both tables hold the same recipes."""
         assert list(self._recipes) == list(self._outputs)
@@ -134,8 +146,12 @@ class LedgerCore:
             self.num_dropped_messages += 1
             return []
         self._epoch = lost.epoch
+        self.num_resubmitted += self.num_live
+        return self._everything()
+
+    def _everything(self) -> list[LedgerOutbox]:
+        """Recipes, then the cancels and stops that were said about them."""
         again: list[LedgerOutbox] = [*self.recipes()]
-        self.num_resubmitted += len(again)
         for request_id, recipe in self._recipes.items():
             if recipe.is_cancelled:
                 again.append(CancelRequest(request_id))

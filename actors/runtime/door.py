@@ -82,7 +82,18 @@ class Door:
         self._incoming: dict[str, IncomingLink] = {}  # by name
         self._by_routing_id: dict[bytes, IncomingLink] = {}
         self._lowest: dict[str, int] = {}  # incarnation below which a peer is stale
+        self._keys_of: dict[str, str] = {}  # by name: the only key that may speak for it
         self._is_discarding = False
+
+    def vouch(self, peer: str, key: str) -> None:
+        """From now on a peer's name may be used with this CURVE key alone; empty: on this host's sockets alone.
+
+        The allow-list must still have the key; that it may keep it for another name does not matter.
+        """
+        self._keys_of[peer] = key
+        link = self._incoming.get(peer)
+        if link is not None and link.key != key:
+            self._retire(link)
 
     def expect(self, peer: str, incarnation: int) -> None:
         """From now on a peer is stale below this incarnation."""
@@ -224,6 +235,9 @@ class Door:
         self._count("stale_incarnation", link.name)
         if not link.was_told:
             link.was_told = True
+            if link.key and self._allow_list is not None and not self._allow_list.allows(link.key):
+                self._refuse(router, routing_id, "revoked", f"the key of {link.name} was withdrawn")
+                return
             self._refuse(router, routing_id, "stale", f"{link.name} {link.incarnation} was replaced")
 
     # Hello
@@ -284,12 +298,12 @@ class Door:
             )
         if name not in self._allowed and role_of(name) not in self._allowed:
             return "unknown", f"{self._name} hears nothing from {name!r}"
-        if (hello.receiver, hello.receiver_incarnation) != (self._name, self._incarnation):
+        if hello.receiver != self._name or hello.receiver_incarnation not in (0, self._incarnation):
             return (
                 "receiver",
                 f"this is {self._name} {self._incarnation}, not {hello.receiver[:64]} {hello.receiver_incarnation}",
             )
-        if key and self._allow_list is not None and not self._allow_list.allows_name(key, name):
+        if not self._may_speak_for(key, name):
             return "key", f"this key does not speak for {name!r}"
         lowest = self._lowest.get(name, 0)
         if incarnation < lowest:
@@ -309,6 +323,11 @@ class Door:
         if hello.first_sequence < 1:
             return "sequence", "sequences begin with 1"
         return "", ""
+
+    def _may_speak_for(self, key: str, name: str) -> bool:
+        if name in self._keys_of:
+            return key == self._keys_of[name]
+        return not key or self._allow_list is None or self._allow_list.allows_name(key, name)
 
     def _refuse(self, router: zmq.Socket[bytes], routing_id: bytes, code: str, why: str, peer: str = "") -> None:
         self._count("refused_hello", peer, why)
@@ -330,7 +349,7 @@ class Door:
         if self._allow_list is None or not self._allow_list.reload():
             return
         for link in list(self._incoming.values()):
-            if link.key and not self._allow_list.allows_name(link.key, link.name):
+            if link.key and not (self._allow_list.allows(link.key) and self._may_speak_for(link.key, link.name)):
                 self._retire(link)
                 self._count("denied_key", link.name, "its key was withdrawn")
 
@@ -397,5 +416,5 @@ class Door:
 
 
 def role_of(name: str) -> str:
-    """A peer's name without its number: "executor 3" -> "executor"."""
-    return name.rstrip("0123456789").rstrip(" .-_/")
+    """What a peer is: the first word of its name, without a number: "executor 3" -> "executor"."""
+    return name.partition(" ")[0].rstrip("0123456789").rstrip(".-_/")

@@ -44,7 +44,8 @@ class OutgoingLink:
 
     Args:
         name, incarnation: of this process.
-        peer, peer_incarnation: whom to talk to; a welcome of anybody else is refused.
+        peer, peer_incarnation: whom to talk to; a welcome of anybody else is refused. 0: whichever incarnation welcomes
+            us first, and from then on no other.
         socket: a connected DEALER of this link's own.
         schema: this build's message hash.
         session: new, or what a former link to the same incarnation used.
@@ -160,6 +161,8 @@ class OutgoingLink:
             return self._on_refuse(frame)
         if head.version != PROTOCOL_VERSION:
             return "malformed"
+        if head.kind == WELCOME and not self.peer_incarnation:
+            self.peer_incarnation = head.incarnation
         if head.incarnation != self.peer_incarnation:
             return self._refuse("stale", f"{self.peer}'s endpoint is served by incarnation {head.incarnation}")
         if head.kind == GRANT:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -34,11 +34,15 @@ from .socket_options import set_options
 from .wire import Encoder
 from .zap import ZapHandler
 
-__all__ = ["MAX_BATCH", "Allowed", "LinkEvent", "Port", "role_of"]
+__all__ = ["MAX_BATCH", "Allowed", "LinkEvent", "Port", "UnsendableError", "role_of"]
 
 KEYS_INTERVAL_NS = 1_000_000_000
 
 _Reader = Callable[[], None]
+
+
+class UnsendableError(ValueError):
+    """No port would take this message: it is longer than any may be, or holds what cannot be written down."""
 
 
 class Port:
@@ -80,6 +84,7 @@ class Port:
         self._epoll = select.epoll()
         self._on_ready: dict[int, _Reader] = {}
         self._bound_path: Path | None = None
+        self._bound: list[str] = []  # ipc, tcp
         self._outgoing: dict[str, _Line] = {}
         self._sessions: dict[tuple[str, int], LinkSession] = {}
         self._keys_checked_ns = 0
@@ -104,18 +109,26 @@ class Port:
     # Set-up
 
     def bind(self, endpoint: str) -> str:
-        """Listen; once a port. Returns the endpoint with its real TCP port.
+        """Listen; once by each of `ipc://` and `tcp://`, where keys are asked for by TCP alone. Returns the endpoint
+        with its real TCP port.
 
         Raises:
             InvalidConfigError: others could reach the endpoint, or its path is not ours to take.
             OSError: the address is in use.
         """
-        assert self._door.router is None, "a port binds once"
+        scheme = endpoint.partition("://")[0]
+        if self._door.router is None:
+            self._bound.clear()
+        assert scheme not in self._bound, "a port binds once by each kind of endpoint"
         check_endpoint(endpoint, has_keys=self._keys is not None, allow_plain_loopback=self._allow_plain_loopback)
-        router = self._context.socket(zmq.ROUTER)
-        set_options(router, self._limits)
-        router.set(zmq.ROUTER_MANDATORY, 1)  # no ROUTER_HANDOVER: nobody takes another's place
-        router.set(zmq.BACKLOG, self._limits.backlog)
+        router = self._door.router
+        if router is None:
+            router = self._context.socket(zmq.ROUTER)
+            set_options(router, self._limits)
+            router.set(zmq.ROUTER_MANDATORY, 1)  # no ROUTER_HANDOVER: nobody takes another's place
+            router.set(zmq.BACKLOG, self._limits.backlog)
+        # Options are those of the endpoints that are bound from here on.
+        router.set(zmq.CURVE_SERVER, 0)
         if self._keys is not None and endpoint.startswith("tcp://"):
             router.set(zmq.CURVE_SERVER, 1)
             router.set(zmq.CURVE_PUBLICKEY, self._keys.public.encode())
@@ -128,13 +141,17 @@ class Port:
             if self._bound_path is not None:
                 self._bound_path.chmod(0o600)
         except BaseException as error:
-            router.close(0)
-            self._bound_path = None
+            if self._door.router is None:
+                router.close(0)
+            if scheme == "ipc":
+                self._bound_path = None
             if isinstance(error, zmq.ZMQError):
                 raise OSError(error.errno, f"cannot listen on {endpoint}: {error.strerror}") from error
             raise
-        self._door.router = router
-        self._watch(router, None)
+        self._bound.append(scheme)
+        if self._door.router is None:
+            self._door.router = router
+            self._watch(router, None)
         last = router.get(zmq.LAST_ENDPOINT)
         assert isinstance(last, bytes)
         return last.rstrip(b"\0").decode()
@@ -142,9 +159,11 @@ class Port:
     def connect(self, peer: str, incarnation: int, endpoint: str, *, server_key: bytes = b"") -> None:
         """Open the line to a peer; messages may be sent at once, they wait for the welcome.
 
-        Replaces the line to an earlier incarnation of it, whose messages no longer count from now on.
+        Replaces the line to an earlier incarnation of it, whose messages no longer count from now on. What is reached
+        by ipc is heard by ipc alone, and what is reached by TCP with its own key alone.
 
         Args:
+            incarnation: of the peer; 0: whichever answers first, and from then on no other.
             server_key: the peer's CURVE public key (Z85), for `tcp://`.
 
         Raises:
@@ -156,10 +175,12 @@ class Port:
             check_public_key(server_key.decode("ascii", "replace"))
         self.disconnect(peer)
         self.expect(peer, incarnation)
+        self.vouch(peer, server_key.decode("ascii") if has_keys and endpoint.startswith("tcp://") else "")
         dealer = self._context.socket(zmq.DEALER)
         set_options(dealer, self._limits)
         dealer.set(zmq.RECONNECT_IVL, 10)
         dealer.set(zmq.RECONNECT_IVL_MAX, 500)
+        dealer.set(zmq.CONNECT_TIMEOUT, self._limits.handshake_ms)  # the kernel's waits, then tries ever more seldom
         if has_keys and endpoint.startswith("tcp://"):
             assert self._keys is not None
             dealer.set(zmq.CURVE_SERVERKEY, server_key)
@@ -210,6 +231,10 @@ class Port:
             del self._sessions[key]
         self._door.expect(peer, incarnation)
 
+    def vouch(self, peer: str, key: str) -> None:
+        """From now on a peer's name may be used with this CURVE key alone; empty: by ipc or plain loopback alone."""
+        self._door.vouch(peer, key)
+
     def close(self) -> None:
         """Close every socket at once; what was not delivered is dropped."""
         for peer in list(self._outgoing):
@@ -232,18 +257,33 @@ class Port:
 
         Returns:
             False (and counted): no line to it, it refused us, or the queue's bound is reached.
+
+        Raises:
+            UnsendableError: the message itself is at fault; nothing was sent.
         """
         line = self._outgoing.get(peer)
         if line is None:
             self.counters["full"] += 1
             return False
-        body, tensors = self._encoder.encode(message)
+        body, tensors = self._encode(message)
         is_sent = line.link.send(body, tensors)
         if not is_sent:
             self._count("full", peer)
         if self._is_ready(line):
             self._read_line(line)
         return is_sent
+
+    def _encode(self, message: Message) -> tuple[bytes, Sequence[memoryview]]:
+        try:
+            body, tensors = self._encoder.encode(message)
+        except (msgspec.MsgspecError, ValueError, OverflowError) as error:  # a lone surrogate, an integer of 65 bits
+            raise UnsendableError(f"a value cannot be sent: {error}") from error
+        if len(body) > self._limits.max_message_bytes:
+            # The peer would drop the connection each time that it is sent again.
+            raise UnsendableError(
+                f"a message of {len(body)} bytes is above the limit of {self._limits.max_message_bytes} bytes"
+            )
+        return body, tensors
 
     def is_up(self, peer: str) -> bool:
         """Whether the peer has welcomed us and the connection stands."""

@@ -393,7 +393,7 @@ class Nursery:
         """Of the nursery process; 0 if there is none."""
         return self._link.process.pid if self._link is not None and self._link.is_alive else 0
 
-    async def start(self, timeout_s: float = 120.0) -> None:
+    async def start(self, timeout_s: float = 900.0) -> None:
         """Start the nursery, if there is none, and wait until it has imported everything.
 
         Raises:
@@ -401,7 +401,7 @@ class Nursery:
         """
         await self._ready_link(timeout_s)
 
-    async def spawn(self, spec: ProcessSpec, timeout_s: float = 120.0, fork_timeout_s: float = 5.0) -> ChildProcess:
+    async def spawn(self, spec: ProcessSpec, timeout_s: float = 900.0, fork_timeout_s: float = 5.0) -> ChildProcess:
         """Start a child; if the nursery has died, another nursery first.
 
         Args:

@@ -64,7 +64,8 @@ def _find_refusal(state: SchedulerState, sequence: Sequence) -> tuple[str, str] 
             f"{state.max_len - 1} fit (max_model_len={config.max_model_len}; the KV cache holds {config.num_blocks} "
             f"blocks of {config.block_size} = {config.num_blocks * config.block_size} tokens): shorten the prompt"
         )
-    if is_new and state.quarantine.holds(sequence.submit, state.now_ns):
+    # Whether an earlier engine accepted one without output is not known: it may have died before.
+    if (is_new or not sequence.submit.output_token_ids) and state.quarantine.holds(sequence.submit, state.now_ns):
         return RequestQuarantinedError.code, (
             "a request like this one made the model's process fail again and again, a short while ago: change the "
             "prompt or the parameters"

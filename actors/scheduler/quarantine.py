@@ -6,6 +6,7 @@ from hashlib import blake2b
 
 import msgspec
 
+from ...messages.processes import RememberQuarantined
 from ...messages.request import SubmitRequest
 
 PERIOD_NS = 600_000_000_000
@@ -28,9 +29,16 @@ class Quarantine:
 
     def add(self, submit: SubmitRequest, now_ns: int) -> None:
         """Remember a request from now on."""
-        digest = _digest(submit)
-        self._until_ns.pop(digest, None)
-        self._until_ns[digest] = now_ns + PERIOD_NS
+        self.remember(RememberQuarantined(_digest(submit), now_ns + PERIOD_NS))
+
+    def entries(self) -> list[RememberQuarantined]:
+        """What another quarantine must hear to know the same."""
+        return [RememberQuarantined(digest, until_ns) for digest, until_ns in self._until_ns.items()]
+
+    def remember(self, entry: RememberQuarantined) -> None:
+        """Remember a request that was convicted elsewhere."""
+        self._until_ns.pop(entry.digest, None)
+        self._until_ns[entry.digest] = entry.until_ns
         if len(self._until_ns) > MAX_REMEMBERED:
             del self._until_ns[next(iter(self._until_ns))]
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Coroutine, Sequence
+from typing import Protocol
 
 import structlog
 
@@ -22,7 +23,7 @@ from ...messages.system import (
     Tick,
 )
 from ..runtime.clock import Clock, MonotonicClock
-from ..runtime.processes import ChildProcess, Nursery, ProcessSpec, ProcessStartError
+from ..runtime.processes import Nursery, ProcessExit, ProcessSpec, ProcessStartError
 from .config import TICK_NS, ChildKind, SupervisorConfig
 from .core import SupervisorCore
 
@@ -30,6 +31,35 @@ log = structlog.get_logger("octavo.supervisor")
 
 _KILL_S = 10.0
 """After the grace, for SIGKILL to be obeyed."""
+
+
+class Process(Protocol):
+    """A process that was started, here or elsewhere."""
+
+    @property
+    def pid(self) -> int: ...  # on its own host; 0 if it is not known
+
+    def kill(self, signum: int = signal.SIGKILL) -> None: ...
+
+    async def wait(self) -> ProcessExit: ...
+
+    async def stop(self, grace_s: float = 5.0) -> ProcessExit: ...
+
+
+class Elsewhere(Protocol):
+    """Starts children on other hosts."""
+
+    def hosts(self, child: str) -> bool:
+        """Whether a child is one of those."""
+        ...
+
+    async def spawn(self, spec: ProcessSpec) -> Process:
+        """Start a child, once there is a host for it; raises `ProcessStartError` if there is none in time."""
+        ...
+
+    def withdraw(self, child: str) -> None:
+        """Nobody needs any more what was asked to be spawned; if it has no host yet, that fails."""
+        ...
 
 
 class Supervisor:
@@ -42,7 +72,10 @@ class Supervisor:
         send: where what the core says to other actors goes (`StartExecutor`, `ExecutorLost`, `EngineLost`,
             `SupervisorGaveUp`).
         modules: imported by the nursery, so that the children need not.
+        elsewhere: where some of the children run; None: all are here.
         clock: monotonic.
+        on_change: called after a message that changed whether the core is ready.
+        on_exit: called with name and incarnation of each child that has ended, before the core hears of it.
     """
 
     def __init__(
@@ -52,7 +85,10 @@ class Supervisor:
         make_spec: Callable[[StartProcess], ProcessSpec],
         send: Callable[[Message], None],
         modules: Sequence[str] = (),
+        elsewhere: Elsewhere | None = None,
         clock: Clock | None = None,
+        on_change: Callable[[], None] = lambda: None,
+        on_exit: Callable[[str, int], None] = lambda child, incarnation: None,
     ) -> None:
         self.core = SupervisorCore(config)
         self.nursery = Nursery(modules, self._on_nursery_lost)
@@ -60,7 +96,10 @@ class Supervisor:
         self._make_spec = make_spec
         self._send = send
         self._clock = clock or MonotonicClock()
-        self._processes: dict[str, ChildProcess] = {}
+        self._on_change = on_change
+        self._on_exit = on_exit
+        self._elsewhere = elsewhere
+        self._processes: dict[str, Process] = {}
         self._doomed: dict[str, int] = {}  # child -> incarnation that is to die as soon as it is there
         self._nursery_incarnation = 0
         self._tasks: dict[asyncio.Task[None], None] = {}
@@ -68,7 +107,7 @@ class Supervisor:
         self._waker: asyncio.TimerHandle | None = None
         self._stopped = asyncio.Event()
 
-    def process(self, child: str) -> ChildProcess | None:
+    def process(self, child: str) -> Process | None:
         """The running process of a child; None between two incarnations."""
         return self._processes.get(child)
 
@@ -83,8 +122,11 @@ class Supervisor:
 
     def handle(self, message: Message) -> None:
         """Take a message for the supervisor, from another actor or a child."""
+        was_ready = self.core.is_ready
         for answer in self.core.handle(message, self._clock.now_ns()):
             self._obey(answer)
+        if self.core.is_ready != was_ready:
+            self._on_change()
         self._arm_waker()
         if self.core.is_stopped:
             self._stopped.set()
@@ -133,11 +175,14 @@ class Supervisor:
 
     async def _spawn(self, message: StartProcess, spec: ProcessSpec) -> None:
         try:
-            process = await self.nursery.spawn(spec)
+            if self._elsewhere is not None and self._elsewhere.hosts(message.child):
+                process: Process = await self._elsewhere.spawn(spec)
+            else:
+                process = await self.nursery.spawn(spec)
         except ProcessStartError as error:
             self._doomed.pop(message.child, None)
             log.error("process.not_started", child=message.child, incarnation=message.incarnation, why=str(error))
-            self.handle(ProcessExited(message.child, message.incarnation, str(error)))
+            self._note_exit(message, str(error))
             return
         self._processes[message.child] = process
         log.info("process.started", child=message.child, incarnation=message.incarnation, pid=process.pid)
@@ -147,7 +192,11 @@ class Supervisor:
         ended = await process.wait()
         del self._processes[message.child]
         log.info("process.exited", child=message.child, incarnation=message.incarnation, why=ended.why)
-        self.handle(ProcessExited(message.child, message.incarnation, ended.why))
+        self._note_exit(message, ended.why)
+
+    def _note_exit(self, message: StartProcess, why: str) -> None:
+        self._on_exit(message.child, message.incarnation)
+        self.handle(ProcessExited(message.child, message.incarnation, why))
 
     async def _start_nursery(self, message: StartProcess) -> None:
         try:
@@ -163,7 +212,12 @@ class Supervisor:
         elif (process := self._processes.get(message.child)) is not None:
             process.kill()
         else:
-            self._doomed[message.child] = message.incarnation
+            self._doom(message)
+
+    def _doom(self, message: KillProcess | StopProcess) -> None:
+        self._doomed[message.child] = message.incarnation
+        if self._elsewhere is not None and self._elsewhere.hosts(message.child):
+            self._elsewhere.withdraw(message.child)
 
     def _stop(self, message: StopProcess) -> None:
         if self._kinds[message.child] == "nursery":
@@ -171,11 +225,13 @@ class Supervisor:
         elif (process := self._processes.get(message.child)) is not None:
             self._run(_stop_process(process, message.grace_ns / 1e9))
         else:
-            self._doomed[message.child] = message.incarnation
+            self._doom(message)
 
     async def _close_nursery(self, message: StopProcess) -> None:
         """End the nursery once its children have ended, whom it would take with it."""
-        for process in list(self._processes.values()):
+        for child, process in list(self._processes.items()):
+            if self._elsewhere is not None and self._elsewhere.hosts(child):
+                continue
             await process.wait()  # each was told to end, and is killed if it does not
         await self.nursery.close()
         self.handle(ProcessExited(message.child, message.incarnation, "was stopped"))
@@ -216,5 +272,5 @@ class Supervisor:
             self._waker = asyncio.get_running_loop().call_later(delay_s, self.handle, Tick())
 
 
-async def _stop_process(process: ChildProcess, grace_s: float) -> None:
+async def _stop_process(process: Process, grace_s: float) -> None:
     await process.stop(grace_s)

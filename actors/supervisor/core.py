@@ -190,6 +190,11 @@ class SupervisorCore:
         absent = [child.start_at_ns for child in self._children.values() if child.state == "absent"]
         return min((start_at_ns for start_at_ns in absent if start_at_ns >= 0), default=-1)
 
+    def is_starting(self, child: str, incarnation: int) -> bool:
+        """Whether this incarnation of a child is the present one, and not ready yet."""
+        current = self._current(child, incarnation)
+        return current is not None and current.state == "starting"
+
     @property
     def is_stopped(self) -> bool:
         """Whether `StopAll` is done: no child is left."""
@@ -296,9 +301,11 @@ class SupervisorCore:
         for child in self._children.values():
             if not child.is_running:
                 continue
-            silence_ns = now_ns - child.heard_ns if child.heard_ns >= 0 else 0
+            silence_ns = now_ns - (child.heard_ns if child.heard_ns >= 0 else child.since_ns)
             if child.state == "starting":
-                limit_ns = self._config.max_silence_at_start_ns
+                # An engine loads nothing: its beats come at once.
+                is_quick = child is self._engine
+                limit_ns = self._config.max_engine_start_silence_ns if is_quick else self._config.max_silence_at_start_ns
                 if now_ns - child.since_ns > self._config.max_start_ns:
                     seconds = self._config.max_start_ns / 1e9
                     self._lose(child, f"{child.config.name} was not ready within {seconds:.0f} s", now_ns)

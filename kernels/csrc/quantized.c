@@ -31,8 +31,10 @@
 #define PASS_ROWS 768 /* rows widened at once: what bounds the scratch memory; a multiple of MAX_ROWS */
 #define PAD 64 /* inputs: rows of codes are filled up to a multiple of it */
 #define X_BLOCK 32 /* inputs that share a power of two, the quick way */
-#define QUICK_ROWS 4 /* the most rows for it */
+#define QUICK_ROWS 8 /* the most rows for it */
+#define QUICK_TILE 4 /* rows multiplied at once, the quick way */
 #define SEGMENT 16 /* inputs that share their factors, at least: so many have one entry in `factors` */
+#define AHEAD 4096
 #define NUM_ACC (VL / 8)
 
 typedef int32_t i8 __attribute__((vector_size(32)));
@@ -208,38 +210,45 @@ INLINE void decode_rows(float *to, const quantized *w, int64_t col, int64_t cols
     }
 }
 
-/* sums[r * MAX_COLS + c] += x[r] . w[c] over num_vectors * VL inputs, for TILE rows and COLS columns. */
-INLINE void dot_tile(float *sums, const float *x, const float *w, int64_t num_vectors) {
+/* Tiles differ in height by one row at most. */
+INLINE int64_t tile_start(int64_t tile, int64_t num_rows, int64_t num_tiles) {
+    return tile * (num_rows / num_tiles) + min64(tile, num_rows % num_tiles);
+}
+
+/* sums[r * MAX_COLS + c] += x[r] . w[c] over num_vectors * VL inputs, for `rows` rows and COLS columns. */
+INLINE void dot_tile(float *sums, const float *x, const float *w, int64_t num_vectors, int rows) {
     vf acc[TILE * COLS] = {{0}};
     for (int64_t i = 0; i < num_vectors; i++) {
         vf a[TILE];
-        UNROLL for (int r = 0; r < TILE; r++) {
-            a[r] = load(x, (i * TILE + r) * VL, F32);
+        UNROLL for (int r = 0; r < rows; r++) {
+            a[r] = load(x, (i * rows + r) * VL, F32);
             KEEP(a[r]);
         }
         UNROLL for (int c = 0; c < COLS; c++) {
             vf b = load(w, (i * COLS + c) * VL, F32);
             KEEP(b);
-            UNROLL for (int r = 0; r < TILE; r++) acc[r * COLS + c] = fma_f(a[r], b, acc[r * COLS + c]);
+            UNROLL for (int r = 0; r < rows; r++) acc[r * COLS + c] = fma_f(a[r], b, acc[r * COLS + c]);
         }
     }
-    UNROLL for (int r = 0; r < TILE; r++) {
+    UNROLL for (int r = 0; r < rows; r++) {
         v4_mem *to = (v4_mem *)(sums + r * MAX_COLS);
         *to = *to + sum_four(acc + r * COLS);
     }
 }
 
-/* Row `row` of `from` [num_rows, size], laid out for tiles in the order of `decode`; zeros where there is nothing. */
-INLINE void pack_row(float *to, const void *from, int64_t row, int64_t num_rows, int64_t x_rows, int64_t size,
-                     int64_t padded, int64_t tile, int bits, int dtype) {
+/* Row r of tile `tile` of `from` [num_rows, size], laid out in the order of `decode`; zeros where there is nothing. */
+INLINE void pack_row(float *to, const void *from, int64_t tile, int64_t r, int64_t num_rows, int64_t num_tiles,
+                     int64_t size, int64_t padded, int bits, int dtype) {
+    int64_t first = tile_start(tile, num_rows, num_tiles), row = first + r;
+    int64_t height = tile_start(tile + 1, num_rows, num_tiles) - first;
     for (int64_t k = 0; k < padded; k += BLOCK_K) {
         int64_t dim = min64(BLOCK_K, padded - k), rest = size - k;
-        float *block = to + k * x_rows + row / tile * tile * dim + row % tile * VL;
+        float *block = to + k * num_rows + first * dim + r * VL;
         const void *x = at(from, row * size + k, dtype);
         for (int64_t i = 0; i < dim; i += PAD) {
             float wide[PAD];
             for (int64_t j = 0; j < PAD; j += VL)
-                store(wide, j, row < num_rows && i + j < rest ? load_upto(x, i + j, rest - i - j, dtype) : (vf){0}, F32);
+                store(wide, j, i + j < rest ? load_upto(x, i + j, rest - i - j, dtype) : (vf){0}, F32);
             UNROLL for (int t = 0; t < 8; t++) {
                 v8 vector;
                 if (bits == 4) {
@@ -249,7 +258,7 @@ INLINE void pack_row(float *to, const void *from, int64_t row, int64_t num_rows,
                 } else {
                     vector = *(const v8_mem *)(wide + 8 * t);
                 }
-                *(v8_mem *)(block + (i + t / NUM_ACC * VL) * tile + t % NUM_ACC * 8) = vector;
+                *(v8_mem *)(block + (i + t / NUM_ACC * VL) * height + t % NUM_ACC * 8) = vector;
             }
         }
     }
@@ -303,37 +312,64 @@ INLINE __m256i multiply_add(__m256i sum, __m256i a, __m256i b) {
 #endif
 }
 
-/* sums[r * MAX_COLS + c] += x[row + r] . w[col + c] over size inputs. */
-INLINE void dot_whole(float *sums, const whole *x, int64_t row, const quantized *w, int64_t col, int64_t cols, int64_t k,
-                      int64_t size, int bits, int rows, int num_cols) {
-    factors f[COLS];
-    v8 acc[QUICK_ROWS * COLS] = {{0}};
+/* sums[r * MAX_COLS + c * apart] += x[row + r] . w[col + c * apart] over size inputs; of columns from col on there are
+ * `cols`. */
+INLINE void dot_whole(float *sums, const whole *x, int64_t row, const quantized *w, int64_t col, int64_t cols,
+                      int64_t apart, int64_t k, int64_t size, int bits, int rows, int num_cols) {
+    float scale[QUICK_TILE * COLS][BLOCK_K / X_BLOCK]; /* of x's whole numbers times the weight's codes */
+    v8 acc[QUICK_TILE * COLS] = {{0}};
     const uint8_t *codes[COLS];
     int64_t num_blocks = w->padded_in / X_BLOCK, n_groups = ((size - 1) >> w->shift) + 1;
     const int16_t *integers = x->integers + row * w->padded_in + k;
-    const float *x_scale = x->scale + row * num_blocks + k / X_BLOCK;
-    int has_offsets = bits == 4 || w->zeros || w->offsets, shift = w->shift;
-    float extra[QUICK_ROWS * COLS] = {0};
+    int has_offsets = bits == 4 || w->zeros || w->offsets, spread = w->shift - 5;
+    __m256i lane = _mm256_srl_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm_cvtsi32_si128(spread));
+    float extra[QUICK_TILE * COLS] = {0};
+    int is_plain = bits == 4 && !w->zeros && !w->offsets && w->scale_dtype == BF16 && w->group_size == X_BLOCK &&
+                   size % (8 * X_BLOCK) == 0 && (k + size) / X_BLOCK <= w->num_groups; /* as `quantize` makes them */
     UNROLL for (int c = 0; c < num_cols; c++) {
-        int64_t out = col + min64(c, cols - 1);
-        load_factors(&f[c], w, out, k, size, 8);
+        factors f;
+        int64_t out = col + min64(c * apart, cols - 1);
         codes[c] = w->codes + out * w->row_bytes + k * bits / 8;
-        for (int r = 0; has_offsets && r < rows; r++) {
+        __builtin_prefetch(at(w->scales, (out + 4) * w->num_groups + k / w->group_size, w->scale_dtype));
+        if (is_plain) { /* what load_factors would make of it, in registers */
+            const uint16_t *from = (const uint16_t *)w->scales + out * w->num_groups + k / X_BLOCK;
+            for (int64_t n = 0; n < size / X_BLOCK; n += 8) {
+                __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(from + n)));
+                v8 scales = (v8)_mm256_slli_epi32(wide, 16);
+                UNROLL for (int r = 0; r < rows; r++) {
+                    int64_t at = (row + r) * num_blocks + k / X_BLOCK + n;
+                    *(v8_mem *)(scale[r * num_cols + c] + n) = scales * *(const v8_mem *)(x->scale + at);
+                    acc[r * num_cols + c] =
+                        fma8(scales * -8.0f, *(const v8_mem *)(x->group_sum + at), acc[r * num_cols + c]);
+                }
+            }
+            continue;
+        }
+        load_factors(&f, w, out, k, size, 8);
+        UNROLL for (int r = 0; r < rows; r++) {
+            const float *x_scale = x->scale + (row + r) * num_blocks + k / X_BLOCK;
+            int64_t n = 0, end = size / X_BLOCK;
+            for (; n + 8 <= end; n += 8) {
+                __m256 scales = _mm256_loadu_ps(f.scale + (n >> spread));
+                v8 product = (v8)_mm256_permutevar8x32_ps(scales, lane) * *(const v8_mem *)(x_scale + n);
+                *(v8_mem *)(scale[r * num_cols + c] + n) = product;
+            }
+            for (; n < end; n++) scale[r * num_cols + c][n] = f.scale[n >> spread] * x_scale[n];
+            if (!has_offsets) continue;
             const float *group_sum = x->group_sum + (row + r) * num_blocks + k / X_BLOCK;
             int64_t g = 0;
             for (; g + 8 <= n_groups; g += 8)
-                acc[r * num_cols + c] = fma8(*(const v8_mem *)(f[c].offset + g), *(const v8_mem *)(group_sum + g),
-                                             acc[r * num_cols + c]);
-            for (; g < n_groups; g++) extra[r * num_cols + c] += f[c].offset[g] * group_sum[g];
+                acc[r * num_cols + c] =
+                    fma8(*(const v8_mem *)(f.offset + g), *(const v8_mem *)(group_sum + g), acc[r * num_cols + c]);
+            for (; g < n_groups; g++) extra[r * num_cols + c] += f.offset[g] * group_sum[g];
         }
     }
     const __m256i low = _mm256_set1_epi16(15);
-    int64_t ahead = num_cols * w->row_bytes;
     for (int64_t i = 0; i < size; i += PAD) {
         UNROLL for (int c = 0; c < num_cols; c++) {
             const uint8_t *from = codes[c] + i * bits / 8;
             __m256i code[4];
-            __builtin_prefetch(from + ahead);
+            __builtin_prefetch(from + AHEAD);
             if (bits == 4) {
                 __m256i words = _mm256_loadu_si256((const __m256i *)from);
                 code[0] = _mm256_and_si256(words, low);
@@ -344,22 +380,20 @@ INLINE void dot_whole(float *sums, const whole *x, int64_t row, const quantized 
                 UNROLL for (int s = 0; s < 4; s++)
                     code[s] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(from + 16 * s)));
             }
-            UNROLL for (int half = 0; half < 2; half++) {
-                v8 scale = splat8(f[c].scale[(i + half * X_BLOCK) >> shift]);
+            UNROLL for (int half = 0; half < 2; half++)
                 UNROLL for (int r = 0; r < rows; r++) {
                     const __m256i *a = (const __m256i *)(integers + r * w->padded_in + i + half * X_BLOCK);
                     __m256i sum = _mm256_madd_epi16(code[2 * half], _mm256_loadu_si256(a));
                     sum = multiply_add(sum, code[2 * half + 1], _mm256_loadu_si256(a + 1));
-                    v8 product = (v8)_mm256_cvtepi32_ps(sum) * splat8(x_scale[r * num_blocks + i / X_BLOCK + half]);
-                    acc[r * num_cols + c] = fma8(product, scale, acc[r * num_cols + c]);
+                    v8 factor = splat8(scale[r * num_cols + c][i / X_BLOCK + half]);
+                    acc[r * num_cols + c] = fma8((v8)_mm256_cvtepi32_ps(sum), factor, acc[r * num_cols + c]);
                 }
-            }
         }
     }
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < num_cols; c++) {
             v8 a = acc[r * num_cols + c];
-            sums[r * MAX_COLS + c] +=
+            sums[r * MAX_COLS + c * apart] +=
                 (((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]))) + extra[r * num_cols + c];
         }
 }
@@ -368,17 +402,20 @@ INLINE void dot_whole(float *sums, const whole *x, int64_t row, const quantized 
 INLINE void quick_block(const whole *x, const quantized *w, void *out, int64_t num_rows, int64_t col, int64_t num_cols,
                         float *sums, int bits, int dtype) {
     memset(sums, 0, QUICK_ROWS * MAX_COLS * sizeof *sums);
-    int64_t step = num_rows == 1 ? COLS : num_rows == 2 ? 2 : 1;
-    for (int64_t c = 0; c < num_cols; c += step)
-        for (int64_t k = 0; k < w->padded_in; k += BLOCK_K) { /* as the codes lie in memory */
-            int64_t size = min64(BLOCK_K, w->padded_in - k);
-            switch (num_rows) {
-            case 1: dot_whole(sums + c, x, 0, w, col + c, num_cols - c, k, size, bits, 1, COLS); break;
-            case 2: dot_whole(sums + c, x, 0, w, col + c, num_cols - c, k, size, bits, 2, 2); break;
-            case 3: dot_whole(sums + c, x, 0, w, col + c, num_cols - c, k, size, bits, 3, 1); break;
-            default: dot_whole(sums + c, x, 0, w, col + c, num_cols - c, k, size, bits, 4, 1);
+    int64_t step = num_rows == 1 ? COLS : num_rows == 2 ? 2 : 1, apart = (num_cols + step - 1) / step;
+    int64_t tiles = (num_rows + QUICK_TILE - 1) / QUICK_TILE;
+    for (int64_t c = 0; c < apart; c++)
+        for (int64_t k = 0; k < w->padded_in; k += BLOCK_K) /* as the codes lie in memory */
+            for (int64_t t = 0; t < tiles; t++) {
+                int64_t size = min64(BLOCK_K, w->padded_in - k), row = num_rows * t / tiles;
+                float *to = sums + row * MAX_COLS + c;
+                int64_t rows = num_rows * (t + 1) / tiles - row, cols = num_cols - c;
+                if (step == COLS) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 1, COLS);
+                if (step == 2) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 2, 2);
+                if (step == 1 && rows == 2) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 2, 1);
+                if (step == 1 && rows == 3) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 3, 1);
+                if (step == 1 && rows == 4) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 4, 1);
             }
-        }
     for (int64_t r = 0; r < num_rows; r++)
         for (int64_t c = 0; c < num_cols; c += VL)
             store_upto(out, r * w->out_features + col + c, load(sums, r * MAX_COLS + c, F32), num_cols - c, dtype);
@@ -422,46 +459,60 @@ typedef struct {
     const float *x;
     const quantized *w;
     void *out;
-    int64_t x_rows; /* rows that x is laid out for: 1, or a multiple of TILE */
+    int64_t num_rows, num_tiles;
     int out_dtype;
 } operands;
 
-/* out[row.., col..] for at most MAX_ROWS x MAX_COLS; row is a multiple of TILE. */
-INLINE void linear_block(const operands *o, int64_t row, int64_t num_rows, int64_t col, int64_t num_cols, float *sums,
-                         float *packed, int bits, int segment) {
+/* out[rows of the tiles, col..] for at most MAX_ROWS x MAX_COLS. */
+INLINE void linear_block(const operands *o, int64_t first_tile, int64_t last_tile, int64_t col, int64_t num_cols,
+                         float *sums, float *packed, int bits, int segment) {
     const quantized *w = o->w;
-    int64_t tiles = (num_rows + TILE - 1) / TILE;
-    memset(sums, 0, tiles * TILE * MAX_COLS * sizeof *sums);
+    int64_t first = tile_start(first_tile, o->num_rows, o->num_tiles);
+    int64_t num_rows = tile_start(last_tile, o->num_rows, o->num_tiles) - first;
+    memset(sums, 0, num_rows * MAX_COLS * sizeof *sums);
     for (int64_t k = 0; k < w->padded_in; k += BLOCK_K) {
         int64_t size = min64(BLOCK_K, w->padded_in - k);
-        const float *x = o->x + k * o->x_rows + row * size;
+        const float *x = o->x + k * o->num_rows;
         for (int64_t c = 0; c < num_cols; c += COLS) {
-            if (o->x_rows == 1) {
+            if (o->num_rows == 1) {
                 dot_row(sums + c, x, w, col + c, num_cols - c, k, size, bits, segment);
                 continue;
             }
             decode_rows(packed, w, col + c, num_cols - c, k, size, bits, segment);
-            for (int64_t t = 0; t < tiles; t++)
-                dot_tile(sums + t * TILE * MAX_COLS + c, x + t * TILE * size, packed, size / VL);
+            for (int64_t t = first_tile; t < last_tile; t++) {
+                int64_t row = tile_start(t, o->num_rows, o->num_tiles);
+                const float *tile = x + row * size;
+                float *to = sums + (row - first) * MAX_COLS + c;
+                switch (tile_start(t + 1, o->num_rows, o->num_tiles) - row) {
+                case 1: dot_tile(to, tile, packed, size / VL, 1); break;
+                case 2: dot_tile(to, tile, packed, size / VL, 2); break;
+#ifdef __AVX512F__
+                case 3: dot_tile(to, tile, packed, size / VL, 3); break;
+                case 4: dot_tile(to, tile, packed, size / VL, 4); break;
+                case 5: dot_tile(to, tile, packed, size / VL, 5); break;
+#endif
+                default: dot_tile(to, tile, packed, size / VL, TILE);
+                }
+            }
         }
     }
     for (int64_t r = 0; r < num_rows; r++)
         for (int64_t c = 0; c < num_cols; c += VL)
-            store_upto(o->out, (row + r) * w->out_features + col + c, load(sums, r * MAX_COLS + c, F32), num_cols - c,
+            store_upto(o->out, (first + r) * w->out_features + col + c, load(sums, r * MAX_COLS + c, F32), num_cols - c,
                        o->out_dtype);
 }
 
-static void linear_block_4(const operands *o, int64_t row, int64_t num_rows, int64_t col, int64_t num_cols, float *sums,
-                           float *packed) {
-    linear_block(o, row, num_rows, col, num_cols, sums, packed, 4, 32);
+static void linear_block_4(const operands *o, int64_t first_tile, int64_t last_tile, int64_t col,
+                           int64_t num_cols, float *sums, float *packed) {
+    linear_block(o, first_tile, last_tile, col, num_cols, sums, packed, 4, 32);
 }
 
-static void linear_block_8(const operands *o, int64_t row, int64_t num_rows, int64_t col, int64_t num_cols, float *sums,
-                           float *packed) {
+static void linear_block_8(const operands *o, int64_t first_tile, int64_t last_tile, int64_t col,
+                           int64_t num_cols, float *sums, float *packed) {
     if (o->w->group_size % 32)
-        linear_block(o, row, num_rows, col, num_cols, sums, packed, 8, 16);
+        linear_block(o, first_tile, last_tile, col, num_cols, sums, packed, 8, 16);
     else
-        linear_block(o, row, num_rows, col, num_cols, sums, packed, 8, 32);
+        linear_block(o, first_tile, last_tile, col, num_cols, sums, packed, 8, 32);
 }
 
 /* A weight as linear_quantized.py describes it; fields in its order. */
@@ -504,9 +555,7 @@ int octavo_linear_quantized(const void *x, int x_dtype, const weight *from, void
 #else
     (void)may_be_quick;
 #endif
-    int64_t tile = num_rows == 1 ? 1 : TILE;
-    int64_t pass_rows = (min64(num_rows, PASS_ROWS) + tile - 1) / tile * tile;
-    float *wide = aligned_alloc(64, pass_rows * padded_in * 4);
+    float *wide = aligned_alloc(64, min64(num_rows, PASS_ROWS) * padded_in * 4);
     if (!wide) return -1;
     /* Enough parts for each thread to find more when another is held up. */
     int64_t cols = min64((out_features / (threads * 4) + COLS) / COLS * COLS, MAX_COLS);
@@ -520,29 +569,27 @@ int octavo_linear_quantized(const void *x, int x_dtype, const weight *from, void
             failed = 1;
         }
         for (int64_t first = 0; first < num_rows; first += PASS_ROWS) {
-            int64_t rows = min64(PASS_ROWS, num_rows - first), x_rows = (rows + tile - 1) / tile * tile;
-            if (num_rows == 1) x_rows = 1;
+            int64_t rows = min64(PASS_ROWS, num_rows - first), tiles = (rows + TILE - 1) / TILE;
             int64_t row_blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
-            int64_t block_rows = ((rows + TILE - 1) / TILE + row_blocks - 1) / row_blocks * TILE;
+            const void *from_x = at(x, first * in_features, x_dtype);
 #pragma omp for
-            for (int64_t r = 0; r < x_rows; r++)
-                if (bits == 4)
-                    pack_row(wide, at(x, first * in_features, x_dtype), r, rows, x_rows, in_features, padded_in, tile, 4,
-                             x_dtype);
-                else
-                    pack_row(wide, at(x, first * in_features, x_dtype), r, rows, x_rows, in_features, padded_in, tile, 8,
-                             x_dtype);
-            char *to = (char *)out + first * out_features * size_of(x_dtype);
-            operands o = {wide, &w, to, x_rows, x_dtype};
+            for (int64_t t = 0; t < tiles; t++)
+                for (int64_t r = 0; r < tile_start(t + 1, rows, tiles) - tile_start(t, rows, tiles); r++)
+                    if (bits == 4)
+                        pack_row(wide, from_x, t, r, rows, tiles, in_features, padded_in, 4, x_dtype);
+                    else
+                        pack_row(wide, from_x, t, r, rows, tiles, in_features, padded_in, 8, x_dtype);
+            operands o = {wide, &w, (char *)out + first * out_features * size_of(x_dtype), rows, tiles, x_dtype};
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < col_blocks * row_blocks; task++) {
-                int64_t row = task % row_blocks * block_rows, col = task / row_blocks * cols;
-                if (!packed || row >= rows) continue;
-                int64_t some_rows = min64(block_rows, rows - row), some_cols = min64(cols, out_features - col);
+                int64_t part = task % row_blocks, col = task / row_blocks * cols;
+                int64_t first_tile = tiles * part / row_blocks, last_tile = tiles * (part + 1) / row_blocks;
+                int64_t some_cols = min64(cols, out_features - col);
+                if (!packed) continue;
                 if (bits == 4)
-                    linear_block_4(&o, row, some_rows, col, some_cols, sums, packed);
+                    linear_block_4(&o, first_tile, last_tile, col, some_cols, sums, packed);
                 else
-                    linear_block_8(&o, row, some_rows, col, some_cols, sums, packed);
+                    linear_block_8(&o, first_tile, last_tile, col, some_cols, sums, packed);
             }
         }
         free(packed);

@@ -478,13 +478,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "F-30 class: a message lands in another actor's mailbox",
     ),
     Mutant(
-        "only the first of several receivers hears",
-        _R,
-        "for receiver in receivers)",
-        "for receiver in receivers[:1])",
-        "F-26: a message is lost on one of two edges",
-    ),
-    Mutant(
         "an actor's exception is swallowed",
         _R,
         "            self._on_failure(address, error)",
@@ -507,13 +500,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "vllm#57061: a cancel overtakes the request that it cancels; I7",
     ),
     # -- detokenizer ---------------------------------------------------------------------------------------------------
-    Mutant(
-        "the end overtakes the last tokens",
-        _D + "core.py",
-        'if stream.remaining and missing > 0 and ended.reason != "error":',
-        'if stream.remaining and missing > 0 and ended.reason == "abort":',
-        "F-28, F-38: the end is on another link than the tokens",
-    ),
     Mutant(
         "ended streams are kept",
         _D + "core.py",

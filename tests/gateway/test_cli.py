@@ -139,6 +139,15 @@ def test_flags_set_every_field_that_they_name_and_default_to_the_struct_s() -> N
         "--max-logprobs": ("max_logprobs", 7),
         "--journal": ("journal", "incident.journal"),
         "--journal-prompts": ("journal_prompts", True),
+        "--kv-cache-dtype": ("kv_cache_dtype", "int8"),
+        "--tensor-parallel-size": ("tensor_parallel_size", 2),
+        "--pipeline-parallel-size": ("pipeline_parallel_size", 3),
+        "--data-parallel-size": ("data_parallel_size", 4),
+        "--enable-expert-parallel": ("enable_expert_parallel", True),
+        "--routing": ("routing", "round_robin"),
+        "--max-restarts": ("max_restarts", 0),
+        "--cpu-affinity": ("cpu_affinity", "0-1"),
+        "--no-in-process": ("in_process", False),
     }
     assert {name for name, _ in flags.values()} | {"model"} == set(ENGINE_FIELDS)
     argv = ["serve", "here"]

@@ -173,7 +173,7 @@ async def test_an_engine_leaves_nothing_behind_and_can_be_opened_again(folder: P
     for _ in range(2):
         async with engine:
             assert engine.is_ready
-            device = weakref.ref(engine._graph.executor._runner._device)  # type: ignore[union-attr]  # it runs
+            device = weakref.ref(engine._graph.executor._runner.device)  # type: ignore[union-attr]  # it runs
             outputs.append(await tokens_of(engine, GREEDY))
             live = asyncio.create_task(engine.generate(PROMPT, LONG))
             await until(lambda: engine.stats().num_running == 1)

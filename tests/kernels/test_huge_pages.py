@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from octavo.kernels import huge_pages
 from octavo.kernels.huge_pages import empty, place, release_file_pages
 
 
@@ -45,3 +47,15 @@ def test_released_pages_of_a_file_are_read_again_when_they_are_asked_for(tmp_pat
         view = file.get_tensor("weight")
         release_file_pages(view)
         assert torch.equal(view, weight)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no huge pages")
+@pytest.mark.parametrize("slow_ns", [-1, 10**12])
+def test_what_is_placed_is_the_same_whether_huge_pages_come_fast_or_not(
+    slow_ns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huge_pages, "_SLOW_NS", slow_ns)
+    parts = [torch.randn(rows, 1024) for rows in (3, 2000)]
+    placed = place(parts, torch.float32)
+    assert torch.equal(placed, torch.cat(parts))
+    assert placed.data_ptr() % 2**21 == 0

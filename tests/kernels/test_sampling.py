@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.kernels import sampling
+from octavo.kernels import cpu_build, sampling
 
 WIDTHS = (1, 2, 63, 64, 65, 127, 128, 1000, 4096, 20_001)
 
@@ -23,14 +23,26 @@ def best_first(row: torch.Tensor) -> list[int]:
     return sorted(range(len(values)), key=lambda column: (-values[column], column))
 
 
+@pytest.fixture(params=["c", "torch"])
+def _each_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the C library and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(sampling, "_kernels", lambda: None)
+    elif cpu_build.library() is None:
+        pytest.skip("there is no C library")
+
+
+@pytest.mark.usefixtures("_each_path")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("ties", [False, True])
 def test_greedy_takes_the_largest_and_the_lowest_id_among_equals(width: int, ties: bool) -> None:
     logits = logits_of(9, width, 1, ties=ties)
+    logits[8, 1:] = -math.inf
     assert sampling.greedy(logits).tolist() == [best_first(row)[0] for row in logits]
 
 
-@pytest.mark.parametrize("width", [10, 130, 1000])
+@pytest.mark.usefixtures("_each_path")
+@pytest.mark.parametrize("width", [10, 130, 1000, 1024, 3001])
 @pytest.mark.parametrize("place", [0, 9, -1])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_row_with_nan_or_infinity_has_no_token(width: int, place: int, value: float) -> None:

@@ -13,9 +13,11 @@ import pytest
 from port_tools import Pump, RawPeer, cancel, open_port, with_data
 
 from octavo.actors.runtime import envelope
-from octavo.actors.runtime.port import Port, role_of
+from octavo.actors.runtime.port import Port, UnsendableError, role_of
 from octavo.actors.runtime.port_limits import PortLimits
-from octavo.messages.request import CancelRequest, StopMatched
+from octavo.messages.ids import RequestId
+from octavo.messages.request import CancelRequest, StopMatched, SubmitRequest
+from octavo.messages.sampling import SamplingParams
 
 
 @pytest.fixture
@@ -63,6 +65,29 @@ def test_messages_sent_before_the_welcome_arrive_in_order(house: House) -> None:
     assert pump.numbers(engine, "edge 0") == list(range(5000))
     assert edge.is_up("engine")
     assert not any(engine.counters.values()) and not any(edge.counters.values())
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        SubmitRequest(RequestId(1), bytes(4 << 16), SamplingParams()),
+        SubmitRequest(RequestId(1), bytes(4), SamplingParams(), cache_salt="\ud800"),
+        SubmitRequest(RequestId(1), bytes(4), SamplingParams(), deadline_ns=2**64),
+    ],
+    ids=["too long", "half a character", "65 bits"],
+)
+def test_a_message_that_cannot_be_sent_is_told_from_a_peer_that_takes_none(
+    house: House, message: SubmitRequest
+) -> None:
+    engine, endpoint = house.port()
+    edge, _ = house.port("edge 0", limits=PortLimits(max_message_bytes=1 << 16))
+    edge.connect("engine", 1, endpoint)
+    edge.send("engine", cancel(0))
+    with pytest.raises(UnsendableError):
+        edge.send("engine", message)
+    edge.send("engine", cancel(1))
+    pump = Pump(engine, edge)
+    pump.until(lambda: pump.numbers(engine) == [0, 1])  # the connection stands
 
 
 def test_a_blocking_process_waits_for_messages(house: House) -> None:

@@ -82,3 +82,13 @@ def test_a_known_poison_is_refused_and_others_are_not() -> None:
     assert scheduler.handle(submit(3, [4, 5, 6]), 1) == []
     assert scheduler.handle(replace(POISON, request_id=RequestId(4)), PERIOD_NS) == []
     assert scheduler.live_request_ids() == [3, 4]
+
+
+def test_of_requests_taken_up_again_only_those_that_gained_a_token_pass() -> None:
+    quarantine = Quarantine()
+    quarantine.add(POISON, 0)
+    core = SchedulerCore(SchedulerConfig(num_blocks=64, block_size=4, max_model_len=64), quarantine=quarantine)
+    assert core.handle(replace(POISON, output_token_ids=pack([5]), is_taken_up_again=True), 1) == []
+    (refused,) = core.handle(replace(POISON, request_id=RequestId(2), is_taken_up_again=True), 1)
+    assert isinstance(refused, RequestEnded)
+    assert refused.error_code == "request_quarantined"

@@ -130,6 +130,16 @@ def test_a_killed_engine_is_replaced_and_everybody_hears_of_it(tmp_path: Path) -
         assert EngineLost(epoch, "engine was killed by SIGKILL", 2) in stage.said
         assert stage.incarnation("executor 0") == 1, "it keeps its weights"
 
+    on_stage(tmp_path, test, children=CHILDREN[:-1])
+
+
+def test_a_killed_engine_takes_a_group_of_several_ranks_along(tmp_path: Path) -> None:
+    async def test(stage: Stage) -> None:
+        await stage.until_ready(engine=1, executor_0=1, executor_1=1)
+        os.kill(stage.pid("engine"), signal.SIGKILL)  # it may have told one of them of a step, and not the other
+        await stage.until_ready(engine=2, executor_0=2, executor_1=2)
+        assert EngineLost(stage.supervisor.core.epoch, "engine was killed by SIGKILL", 2) in stage.said
+
     on_stage(tmp_path, test)
 
 

@@ -231,6 +231,15 @@ def test_a_child_that_is_loading_has_longer_and_not_for_ever() -> None:
     assert said[0] == KillProcess("executor 0", 1, "executor 0 was not ready within 60 s")
 
 
+def test_an_engine_that_is_stopped_before_its_first_beat_is_not_waited_for() -> None:
+    core = core_of(ENGINE, EXECUTOR, is_ready=False)
+    said: list[Message] = []
+    for now_ms in range(100, 3200, 100):
+        core.handle(Beat(EXECUTOR.name, 1), now_ms * MS)
+        said += core.handle(Tick(), now_ms * MS)
+    assert said == [KillProcess(ENGINE.name, 1, "engine hangs: no beat for 3.1 s")]
+
+
 def test_an_executor_that_never_begins_its_epoch_is_replaced() -> None:
     core = core_of(EXECUTOR)
     core.handle(ExecutorFailed(Epoch(0), "boom"), 0)

@@ -190,7 +190,8 @@ def test_another_precision_changes_weights_and_kv() -> None:
     assert TINY.with_dtype("float32").kv_dtype == "float32"
     half = TINY.with_dtype("fp8")
     assert (half.weight_dtype, half.kv_dtype, half.weight_bytes) == ("fp8", "bfloat16", TINY.num_params)
-    assert TINY.with_dtype("auto", "fp8").kv_bytes_per_token() == TINY.kv_bytes_per_token() // 2
+    num_scales = TINY.num_layers * TINY.num_kv_heads * 2  # float32, of keys and of values
+    assert TINY.with_dtype("auto", "fp8").kv_bytes_per_token() == TINY.kv_bytes_per_token() // 2 + 4 * num_scales
     with pytest.raises(InvalidConfigError, match="dtype is 'float7'"):
         TINY.with_dtype("float7")
     with pytest.raises(InvalidConfigError, match="kv_dtype is 'float7'"):

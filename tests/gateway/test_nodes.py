@@ -1,0 +1,359 @@
+"""Executors on other hosts, made of network namespaces: killed, cut off, and let in by their keys alone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from engines import save_servable
+from netns_hosts import Network, network, why_no_network
+
+from octavo import Engine
+from octavo.actors.runtime.curve import CurveKeys, make_keys, write_keys
+from octavo.gateway.config import NodesConfig, make_config
+from octavo.gateway.nodes import NodesMissingError
+from octavo.gateway.process_graph import ProcessGraph
+from octavo.messages.sampling import SamplingParams
+
+PATIENCE_S = 60.0
+NUM_STREAMS = 6
+PORT = 17001
+
+
+def run(coroutine: Awaitable[Any]) -> Any:
+    async def bounded() -> Any:
+        return await asyncio.wait_for(coroutine, PATIENCE_S)
+
+    return asyncio.run(bounded())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_servable("llama", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Network]:
+    if why := why_no_network():
+        pytest.skip(why)
+    with network(2) as made:
+        yield made
+
+
+class Keys:
+    """Key files of two hosts, each of which lets the other in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.server, self.node = make_keys(), make_keys()
+        self.server_file, self.node_file, self.allow_list = folder / "server", folder / "node", folder / "allowed"
+        write_keys(self.server, self.server_file)
+        write_keys(self.node, self.node_file)
+        self.allow(self.node)
+
+    def allow(self, *keys: CurveKeys) -> None:
+        self.allow_list.write_text("".join(f"{each.public}\n" for each in keys))
+
+    def nodes(self, address: str, **fields: Any) -> NodesConfig:
+        return NodesConfig(
+            **{
+                "listen": f"tcp://{address}:{PORT}",
+                "keys": str(self.server_file),
+                "allow_list": str(self.allow_list),
+                "timeout_s": 60.0,
+                **fields,
+            }
+        )
+
+    def flags(self, address: str) -> list[str]:
+        return [f"--join=tcp://{address}:{PORT}", f"--keys={self.node_file}", f"--server-key={self.server.public}"]
+
+
+@contextlib.contextmanager
+def node_on(hosts: Network, host: str, *flags: str, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A node on a host, killed in the end."""
+    command = [*hosts.inside(host), sys.executable, "-m", "octavo", "node", f"--name={host}", *flags]
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("ab")) if log is not None else None
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT if output else None)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def engine_of(model: Path, nodes: NodesConfig, **fields: Any) -> Engine:
+    config = make_config(
+        {
+            "model": str(model),
+            "dtype": "float32",
+            "num_blocks": 256,
+            "block_size": 4,
+            "max_model_len": 128,
+            "num_threads": 1,
+            "in_process": False,
+            **fields,
+        }
+    )
+    return Engine(config=config, nodes=nodes)
+
+
+async def answers(engine: Engine, on_token: Callable[[int], None] = lambda count: None) -> list[list[int]]:
+    count = 0
+
+    async def one(index: int) -> list[int]:
+        nonlocal count
+        params = SamplingParams(temperature=0.0 if index % 2 else 0.9, seed=index, max_tokens=90, ignore_eos=True)
+        tokens: list[int] = []
+        async for delta in engine.stream(list(range(10 + index, 30 + index)), params):
+            tokens += delta.token_ids
+            count += len(delta.token_ids)
+            on_token(count)
+        return tokens
+
+    return list(await asyncio.gather(*(one(index) for index in range(NUM_STREAMS))))
+
+
+async def disturbed(engine: Engine, after: int, disturb: Callable[[], None]) -> list[list[int]]:
+    """`answers`, with a disturbance once `after` tokens have come."""
+    is_done = False
+
+    def on_token(count: int) -> None:
+        nonlocal is_done
+        if count >= after and not is_done:
+            is_done = True
+            disturb()
+
+    return await answers(engine, on_token)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def executor_of(node: subprocess.Popen[bytes], name: str = "executor 0") -> psutil.Process:
+    """A node's running executor."""
+    for process in psutil.Process(node.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE and process.cmdline()[:1] == [f"octavo: {name}"]:
+                return process
+    raise AssertionError(f"the node has no {name}")
+
+
+def has_executor(node: subprocess.Popen[bytes], name: str = "executor 0") -> bool:
+    try:
+        executor_of(node, name)
+    except (AssertionError, psutil.NoSuchProcess):
+        return False
+    return True
+
+
+def counters(engine: Engine) -> dict[str, int]:
+    return engine.stats().messages_dropped
+
+
+async def expected_answers(model: Path) -> list[list[int]]:
+    fields = {"dtype": "float32", "num_blocks": 256, "block_size": 4, "max_model_len": 128, "num_threads": 1}
+    async with Engine(str(model), **fields) as engine:
+        return await answers(engine)
+
+
+def test_an_executor_on_another_host_may_die_hang_or_be_cut_off_while_every_stream_goes_on(
+    model: Path, hosts: Network, tmp_path: Path
+) -> None:
+    first, second = hosts.hosts
+    keys = Keys(tmp_path)
+
+    async def scenario() -> None:
+        expected = await expected_answers(model)
+        flags = keys.flags(hosts.address)
+        with node_on(hosts, first, *flags) as node:
+            async with engine_of(model, keys.nodes(hosts.address)) as engine:
+                assert await answers(engine) == expected
+                for signum in (signal.SIGKILL, signal.SIGSTOP):
+                    victim = executor_of(node)
+                    assert await disturbed(engine, 60, lambda: victim.send_signal(signum)) == expected, signum  # noqa: B023
+
+                # The engine, too, is replaced under an executor that is reached by TCP.
+                assert await disturbed(engine, 60, engine_process().kill) == expected
+
+                # Short enough for TCP, and so long that the node is given up; it begins again when it is back.
+                for cut_s in (0.3, 4.0):
+
+                    def partition(cut_s: float = cut_s) -> None:
+                        hosts.cut(first)
+                        asyncio.get_running_loop().call_later(cut_s, hosts.heal, first)
+
+                    assert await disturbed(engine, 60, partition) == expected, cut_s
+
+                # Another host takes over from one that is cut off for good; what the old executor still computes and
+                # says reaches nobody once it is back.
+                with node_on(hosts, second, *flags) as other:
+                    graph = engine._graph
+                    assert isinstance(graph, ProcessGraph) and graph.nodes is not None
+                    await until(
+                        lambda: len(graph.nodes._nodes) == 2 and all(n.is_prepared for n in graph.nodes._nodes.values())
+                    )
+                    assert await disturbed(engine, 60, lambda: hosts.cut(first)) == expected
+                    assert has_executor(other)
+                    hosts.heal(first)
+                    assert await answers(engine) == expected
+                    await until(lambda: not has_executor(node) and len(graph.nodes._nodes) == 2)
+                    # The whole node dies: back to the first.
+                    assert await disturbed(engine, 60, other.kill) == expected
+                    assert has_executor(node)
+                await until(lambda: engine.is_ready and engine.stats().kv_cache_usage == 0.0)
+                assert engine.stats().actor_restarts["executor"] >= 5
+            await until(lambda: not has_executor(node))
+
+    def engine_process() -> psutil.Process:
+        for process in psutil.Process().children(recursive=True):
+            if process.cmdline()[:1] == ["octavo: engine"] and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        raise AssertionError
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "sizes"),
+    [(1, {"tensor_parallel_size": 2}), (2, {"pipeline_parallel_size": 2})],
+    ids=["first-rank-here", "both-elsewhere"],
+)
+def test_the_ranks_of_a_group_meet_across_hosts_and_are_replaced_as_one(
+    model: Path, hosts: Network, tmp_path: Path, num_nodes: int, sizes: dict[str, int]
+) -> None:
+    keys = Keys(tmp_path)
+
+    async def scenario() -> None:
+        expected = await expected_answers(model)
+        with contextlib.ExitStack() as stack:
+            nodes = [
+                stack.enter_context(node_on(hosts, host, *keys.flags(hosts.address), "--slots=1"))
+                for host in list(hosts.hosts)[:num_nodes]
+            ]
+            async with engine_of(model, keys.nodes(hosts.address, num_nodes=num_nodes), **sizes) as engine:
+                assert await answers(engine) == expected
+                last = next(node for node in nodes if has_executor(node, "executor 1"))
+                victim = executor_of(last, "executor 1")
+                assert await disturbed(engine, 60, victim.kill) == expected
+                assert executor_of(last, "executor 1").pid != victim.pid
+
+    run(scenario())
+
+
+def test_only_hosts_whose_keys_are_on_the_list_are_heard(model: Path, hosts: Network, tmp_path: Path) -> None:
+    first = next(iter(hosts.hosts))
+    keys = Keys(tmp_path)
+    stranger = make_keys()
+    stranger_file = tmp_path / "stranger"
+    write_keys(stranger, stranger_file)
+
+    async def scenario() -> None:
+        expected = await expected_answers(model)
+        join = f"--join=tcp://{hosts.address}:{PORT}"
+        with_server_key = f"--server-key={keys.server.public}"
+        for wrong in (
+            [join, f"--keys={stranger_file}", with_server_key],  # nobody knows this host
+            [join, f"--keys={keys.node_file}", f"--server-key={stranger.public}"],  # it takes another for the engine
+        ):
+            with node_on(hosts, first, *wrong), pytest.raises(NodesMissingError, match="0 of 1 nodes"):
+                async with engine_of(model, keys.nodes(hosts.address, timeout_s=4.0)):
+                    pass
+
+        with node_on(hosts, first, *keys.flags(hosts.address)) as node:
+            async with engine_of(model, keys.nodes(hosts.address)) as engine:
+
+                def revoke() -> None:
+                    keys.allow(stranger)
+                    asyncio.get_running_loop().call_later(4.0, keys.allow, keys.node)
+
+                got = asyncio.create_task(disturbed(engine, 60, revoke))
+                graph = engine._graph
+                assert isinstance(graph, ProcessGraph) and graph.nodes is not None
+                await until(lambda: "no node has room" in graph.why_not_ready)
+                assert not engine.is_ready and counters(engine)["denied_key"] > 0
+                await until(lambda: not has_executor(node))
+                assert await got == expected
+                await until(lambda: engine.is_ready)
+                assert has_executor(node)
+                assert await answers(engine) == expected
+
+    run(scenario())
+
+
+def test_a_node_serves_the_next_run_of_an_engine_and_nothing_of_the_last(
+    model: Path, hosts: Network, tmp_path: Path
+) -> None:
+    first = next(iter(hosts.hosts))
+    keys = Keys(tmp_path)
+    serve = [sys.executable, "-m", "octavo", "serve", str(model), "--port=0", "--num-gpu-blocks-override=64"]
+    serve += [f"--listen=tcp://{hosts.address}:{PORT}", f"--keys={keys.server_file}", f"--allow-list={keys.allow_list}"]
+
+    async def scenario() -> None:
+        expected = await expected_answers(model)
+        with node_on(hosts, first, *keys.flags(hosts.address)) as node:
+            last_run = subprocess.Popen(serve)
+            try:
+                await until(lambda: has_executor(node))
+                old = executor_of(node).pid
+            finally:
+                last_run.kill()
+                last_run.wait()
+            async with engine_of(model, keys.nodes(hosts.address)) as engine:
+                assert await answers(engine) == expected
+                assert executor_of(node).pid != old and not psutil.pid_exists(old)
+            node.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(node.wait) == 0
+
+    run(scenario())
+
+
+def test_a_node_with_another_checkpoint_is_turned_away_and_both_sides_say_why(
+    model: Path, hosts: Network, tmp_path: Path
+) -> None:
+    first = next(iter(hosts.hosts))
+    keys = Keys(tmp_path)
+    other_model = tmp_path / "model"
+    save_servable("llama", other_model, seed=1)  # the same configuration, other weights
+    log = tmp_path / "log"
+
+    async def scenario() -> None:
+        with node_on(hosts, first, *keys.flags(hosts.address), f"--model={other_model}", log=log) as node:
+            with pytest.raises(NodesMissingError, match=r"unfit: .*is not the engine's"):
+                async with engine_of(model, keys.nodes(hosts.address, timeout_s=8.0)):
+                    pass
+            assert await asyncio.to_thread(node.wait) == 2
+        assert "Give the same one with --model" in log.read_text()
+
+    run(scenario())
+
+
+def test_of_two_nodes_of_one_name_the_first_ends_and_says_so(model: Path, hosts: Network, tmp_path: Path) -> None:
+    first, second = hosts.hosts
+    keys = Keys(tmp_path)
+    log = tmp_path / "log"
+
+    async def scenario() -> None:
+        expected = await expected_answers(model)
+        flags = [*keys.flags(hosts.address), "--name=twin"]
+        with node_on(hosts, first, *flags, log=log) as node:
+            async with engine_of(model, keys.nodes(hosts.address)) as engine:
+                with node_on(hosts, second, *flags) as twin:
+                    assert await asyncio.to_thread(node.wait) == 2
+                    await until(lambda: has_executor(twin) and engine.is_ready)
+                    assert await answers(engine) == expected
+        assert "another node joined as twin" in log.read_text()
+
+    run(scenario())

@@ -1,0 +1,141 @@
+"""Requests that kill the real executor process, and requests that many clients leave at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from engines import engine_on, save_servable
+
+from octavo import Engine
+from octavo.messages.errors import RequestQuarantinedError
+from octavo.messages.sampling import SamplingParams
+
+PATIENCE_S = 120.0
+NUM_STREAMS = 16
+POISON = [255, 254, 253, 255]
+
+KILLS_ITSELF = f"""
+import array, os, signal, sys
+
+# The nursery is started like this; its children inherit what is done here.
+if any(part.endswith("runtime.nursery") for part in sys.orig_argv):
+    from octavo.actors.executor.runner import StepRunner
+
+    poison = array.array("i", {POISON}).tobytes()
+    execute = StepRunner.execute
+
+    def execute_or_die(self, step):
+        if any(poison in start.token_ids for start in step.start):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return execute(self, step)
+
+    StepRunner.execute = execute_or_die
+"""
+"""Put where every Python looks at its start: the product has no hook for this."""
+
+
+def run(coroutine: Awaitable[Any]) -> Any:
+    async def bounded() -> Any:
+        return await asyncio.wait_for(coroutine, PATIENCE_S)
+
+    return asyncio.run(bounded())
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(KILLS_ITSELF)
+    monkeypatch.syspath_prepend(str(hook))  # the nursery looks where this process looks
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_servable("llama", folder)
+    return folder
+
+
+def pids_of(name: str) -> list[int]:
+    """The living processes with that name, of this one's."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if process.cmdline()[:1] == [f"octavo: {name}"]:
+                found.append(process.pid)
+    return found
+
+
+def child(name: str) -> psutil.Process:
+    return psutil.Process(pids_of(name)[0])
+
+
+async def tokens_of(engine: Engine, index: int, max_tokens: int = 90) -> list[int]:
+    params = SamplingParams(temperature=0.8, seed=index, max_tokens=max_tokens, ignore_eos=True)
+    output = await engine.generate(list(range(10 + index, 30 + index)), params)
+    return list(output.outputs[0].token_ids)
+
+
+def test_f_31_a_poison_request_is_found_refused_and_remembered_and_the_others_lose_nothing(model: Path) -> None:
+    async def poison(engine: Engine) -> str:
+        with pytest.raises(RequestQuarantinedError) as refused:
+            await engine.generate([1, 2, 3, *POISON], SamplingParams(temperature=0.0, max_tokens=5))
+        return str(refused.value)
+
+    async def scenario() -> None:
+        async with engine_on(model, in_process=False) as engine:
+            expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS)))
+            assert engine.stats().actor_restarts["executor"] == 0
+            *got, why = await asyncio.gather(
+                *(tokens_of(engine, index) for index in range(NUM_STREAMS)), poison(engine)
+            )
+            assert got == expected
+            assert "times in a row" in why
+            num_restarts = engine.stats().actor_restarts["executor"]
+            assert 2 < num_restarts <= 8
+            assert "a short while ago" in await poison(engine)
+            engine_process = child("engine")
+            engine_process.kill()
+            await asyncio.to_thread(engine_process.wait)
+            assert "a short while ago" in await poison(engine), "the next engine knows it as well"
+            assert engine.stats().actor_restarts["executor"] == num_restarts
+            assert engine.stats().num_quarantined == 1
+
+    run(scenario())
+
+
+def test_f_55_half_of_the_clients_leave_at_once_and_the_others_notice_nothing(model: Path) -> None:
+    async def scenario() -> None:
+        async with engine_on(model, in_process=False, num_blocks=2048) as engine:
+            expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS)))
+            tasks = [asyncio.create_task(tokens_of(engine, index)) for index in range(2 * NUM_STREAMS)]
+            before = engine.stats().generation_tokens
+            while engine.stats().generation_tokens < before + 2 * NUM_STREAMS:
+                await asyncio.sleep(0.01)
+            for task in tasks[NUM_STREAMS:]:
+                task.cancel()
+            assert await asyncio.gather(*tasks[:NUM_STREAMS]) == expected
+            while engine.stats().num_running or engine.stats().kv_cache_usage:
+                await asyncio.sleep(0.01)
+            assert engine.stats().num_live == 0
+
+    run(scenario())
+
+
+def test_f_08_an_executor_that_hung_is_dead_before_another_takes_its_place(model: Path) -> None:
+    async def scenario() -> None:
+        async with engine_on(model, in_process=False) as engine:
+            expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS)))
+            old = child("executor 0")
+            tasks = [asyncio.create_task(tokens_of(engine, index)) for index in range(NUM_STREAMS)]
+            await asyncio.sleep(0)
+            old.suspend()
+            while not [pid for pid in pids_of("executor 0") if pid != old.pid]:
+                await asyncio.sleep(0.01)
+            assert old.pid not in pids_of("executor 0"), "nobody can let it go on"
+            assert await asyncio.gather(*tasks) == expected
+
+    run(scenario())

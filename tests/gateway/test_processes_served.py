@@ -1,0 +1,156 @@
+"""`octavo serve --gateways 2` with real processes: faults of edges and under edges, drain, sudden ends."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import psutil
+import pytest
+from engines import save_servable
+from served_processes import Client, Served, streams, wait_until
+
+NUM_STREAMS = 12
+MAX_TOKENS = 600
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_servable("llama", folder, max_position_embeddings=8192)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[Served]:
+    with Served(model, "--gateways", "2", "--max-model-len", "4096") as server:
+        server.serving_edge("edge 1")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def expected(server: Served) -> list[str]:
+    """What each stream says when nothing happens."""
+    clients = asyncio.run(streams(server.url, NUM_STREAMS, MAX_TOKENS))
+    assert {client.finish_reason for client in clients} == {"length"}
+    return [client.text for client in clients]
+
+
+def of_edge(clients: list[Client], edge: psutil.Process) -> list[Client]:
+    found = [client for client in clients if client.is_served_by(edge)]
+    assert 0 < len(found) < len(clients), "the system gave all connections to one edge"
+    return found
+
+
+async def metric(url: str, name: str) -> float:
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as response:
+        lines = (await response.text()).splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [("engine", signal.SIGKILL), ("executor 0", signal.SIGKILL), ("engine", signal.SIGSTOP)],
+    ids=["engine killed", "executor killed", "engine stopped"],
+)
+def test_streams_of_every_edge_survive_what_is_under_them(
+    server: Served, expected: list[str], victim: str, number: signal.Signals
+) -> None:
+    before = server.child(victim)
+
+    def disturb(clients: list[Client]) -> None:
+        of_edge(clients, server.child("edge 1"))
+        before.send_signal(number)
+
+    clients = asyncio.run(streams(server.url, NUM_STREAMS, MAX_TOKENS, disturb))
+    assert [client.text for client in clients] == expected
+    assert server.child(victim).pid != before.pid
+
+
+def test_f_23_an_edge_that_dies_takes_its_own_streams_along_and_no_others(server: Served, expected: list[str]) -> None:
+    edge = server.serving_edge("edge 1")
+    lost: list[Client] = []
+
+    def disturb(clients: list[Client]) -> None:
+        lost.extend(of_edge(clients, edge))
+        edge.kill()
+
+    clients = asyncio.run(streams(server.url, NUM_STREAMS, MAX_TOKENS, disturb))
+    for client in clients:
+        if client in lost:
+            assert client.error == "reset" and not client.finish_reason
+        else:
+            assert client.text == expected[client.index]
+    server.serving_edge("edge 1", other_than=edge.pid)
+    wait_until(lambda: asyncio.run(metric(server.url, "vllm:num_requests_running")) == 0)
+    again = asyncio.run(streams(server.url, NUM_STREAMS, MAX_TOKENS))
+    assert [client.text for client in again] == expected
+
+
+def test_an_edge_that_hangs_is_replaced(server: Served, expected: list[str]) -> None:
+    edge = server.serving_edge("edge 1")
+    edge.suspend()
+    server.serving_edge("edge 1", other_than=edge.pid)
+    clients = asyncio.run(streams(server.url, NUM_STREAMS, MAX_TOKENS))
+    assert [client.text for client in clients] == expected
+
+
+def test_f_48_edge_0_stands_still_and_kills_nobody_for_the_silence(server: Served, expected: list[str]) -> None:
+    before = {process.pid for process in server.family()}
+
+    def disturb(clients: list[Client]) -> None:
+        server.process.suspend()
+        asyncio.get_running_loop().call_later(4.0, server.process.resume)
+
+    clients = asyncio.run(streams(server.url, NUM_STREAMS, MAX_TOKENS, disturb))
+    assert [client.text for client in clients] == expected
+    assert {process.pid for process in server.family()} == before
+
+
+def test_f_52_open_streams_of_every_edge_end_well_when_the_server_is_told_to_stop(
+    server: Served, expected: list[str]
+) -> None:
+    """The last of those that share a server."""
+    edge = server.serving_edge("edge 1")
+    family = server.family()
+
+    def stop(clients: list[Client]) -> None:
+        of_edge(clients, edge)
+        server.process.terminate()
+
+    clients = asyncio.run(streams(server.url, NUM_STREAMS, MAX_TOKENS, stop))
+    assert [client.text for client in clients] == expected
+    assert server.end() == 0
+    assert not any(process.is_running() for process in family)
+
+
+def test_f_53_a_second_signal_cuts_the_streams_of_every_edge(model: Path) -> None:
+    with Served(model, "--gateways", "2", "--max-model-len", "8192") as server:
+        edge = server.serving_edge("edge 1")
+        family = server.family()
+
+        def stop_now(clients: list[Client]) -> None:
+            of_edge(clients, edge)
+            server.process.terminate()
+            wait_until(lambda: "server.draining" in server.log)
+            server.process.terminate()
+
+        clients = asyncio.run(streams(server.url, NUM_STREAMS, 8000, stop_now))
+        assert {client.error for client in clients} == {"server_shutdown"}
+        assert server.end() == 0
+        assert not any(process.is_running() for process in family)
+
+
+def test_f_53_whatever_is_killed_first_nothing_is_left(model: Path) -> None:
+    with Served(model, "--gateways", "2", "--max-model-len", "4096") as server:
+        server.serving_edge("edge 1")
+        family = server.family()
+        assert len(family) == 5  # two nurseries, an engine, an executor, an edge
+        server.child("executor 0").suspend()
+        server.popen.kill()
+        server.end()
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert not alive, "not even one that was stopped"
