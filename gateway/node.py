@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import structlog
@@ -293,7 +293,8 @@ class Membership:
     async def last(self, stop: asyncio.Event) -> End:
         """Serve until it ends, or `stop` is set; none of the executors is left then."""
         stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait([self._ended, stopped], return_when=asyncio.FIRST_COMPLETED)
+        ending: list[asyncio.Future[Any]] = [self._ended, stopped]
+        await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
         end: End = self._ended.result() if self._ended.done() else "stopped"
         stopped.cancel()
         self._end("stopped", "it was told to stop")

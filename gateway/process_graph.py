@@ -57,15 +57,17 @@ class ProcessGraph(EdgeGraph):
         digest: str = "",
     ) -> None:
         loop = asyncio.get_running_loop()
-        self._run_dir = RunDir()
-        run_dir = str(self._run_dir.path)
-        set_title(EDGE)
         incarnation, tcp = EDGE_INCARNATION, None
+        elsewhere: tuple[str, ...] = ()
         if nodes is not None:
+            elsewhere = _children_elsewhere(config, nodes)
             # Another in each run, so that what other hosts still say to the last one is not taken for this one's.
             incarnation = time.time_ns() // 1_000_000
             tcp = TcpSettings(host=split_endpoint(nodes.listen)[0], keys=nodes.keys, allow_list=nodes.allow_list)
         port = _make_port(incarnation, nodes, tcp)
+        self._run_dir = RunDir()
+        run_dir = str(self._run_dir.path)
+        set_title(EDGE)
         try:
             port.bind(endpoint_of(run_dir, EDGE, incarnation))
             if nodes is not None:
@@ -95,7 +97,7 @@ class ProcessGraph(EdgeGraph):
                 nodes,
                 self._carrier,
                 incarnation=incarnation,
-                children=_children_elsewhere(config, nodes),
+                children=elsewhere,
                 prepare=PrepareNode(config.model, config.revision, digest),
                 on_change=self._on_change,
             )

@@ -328,6 +328,7 @@ class Replica:
         else:
             if not self._hosts(child):
                 self._carrier.port.connect(child, incarnation, endpoint_of(self._run_dir, child, incarnation))
+                self._carrier.port.vouch(f"beat {child.rpartition(' ')[2]}", "")
                 self._introduce(child)
             rank = self.executor_names.index(child)
             arguments = executor_process_spec(

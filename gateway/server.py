@@ -9,6 +9,7 @@ import ipaddress
 import re
 import secrets
 import signal
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -50,6 +51,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _GENERATION_PATHS: Final = frozenset({"/v1/completions", "/v1/chat/completions"})
+_BACKLOG = 4096
+_ACCEPTS_AT_ONCE = 16
 _FLUSH_S: Final = 1.0  # for the last words of responses that are ended before their time
 _EXPECT_CONTINUE: Final = "100-continue"
 _PAGE_HEADERS: Final = {
@@ -323,7 +326,9 @@ async def start_http(
     runner = GatewayRunner(app)
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port, backlog=4096, reuse_address=True, reuse_port=is_port_shared).start()
+        site = web.TCPSite(runner, host, port, backlog=_ACCEPTS_AT_ONCE, reuse_address=True, reuse_port=is_port_shared)
+        await site.start()
+        _lengthen_queue(site)
     except BaseException:
         await runner.cleanup()
         raise
@@ -382,6 +387,19 @@ async def serve_http(
         for number in signals:
             loop.remove_signal_handler(number)
         await server.close()
+
+
+def _lengthen_queue(site: web.TCPSite) -> None:
+    """Let the system queue `_BACKLOG` connections, of which the loop still accepts `_ACCEPTS_AT_ONCE` a turn.
+
+    asyncio has one number for both, and until Python 3.13 tries to accept that often although it has no file
+    descriptor left, each time with a traceback: thousands of them would hold up every open stream.
+    """
+    server = site._server  # no public name leads to its sockets
+    assert isinstance(server, asyncio.Server)
+    for listening in server.sockets:
+        with socket.fromfd(listening.fileno(), listening.family, listening.type) as same:
+            same.listen(_BACKLOG)
 
 
 def _is_loopback(host: str) -> bool:

@@ -26,8 +26,6 @@ def sim_replay(arguments: argparse.Namespace) -> int:
     """Replay or compare; status 1 says that something differs."""
     if arguments.diff is not None:
         return _diff(arguments)
-    from ..sim.journal.replay import replay
-
     for name in ("until", "why"):
         value = getattr(arguments, name)
         if value is not None and value < 0:
@@ -39,17 +37,20 @@ def sim_replay(arguments: argparse.Namespace) -> int:
         )
     reports: list[ReplayReport] = []
     for path in paths:
-        with progress_bar("replaying", "msg") as bar:
-            show = bar.show
-            report = replay(
-                path, until=arguments.until, why=arguments.why, progress=lambda done, show=show: show(done, 0)
-            )
+        report = _replay(path, arguments)
         reports.append(report)
         if not arguments.json:
             _print_replay(report, shows_state=arguments.until is not None, asked=arguments.why)
     if arguments.json:
         _print_json(reports if Path(arguments.journal).is_dir() else reports[0])
     return 0 if all(report.is_identical for report in reports) else DIFFERENT
+
+
+def _replay(path: str, arguments: argparse.Namespace) -> ReplayReport:
+    from ..sim.journal.replay import replay
+
+    with progress_bar("replaying", "msg") as bar:
+        return replay(path, until=arguments.until, why=arguments.why, progress=lambda done: bar.show(done, 0))
 
 
 def _journals_in(path: str) -> list[str]:

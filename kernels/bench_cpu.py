@@ -1,5 +1,7 @@
 """Compare the C kernels with torch on this CPU: `python -m octavo.kernels.bench_cpu [--threads N] [--repeats N]`.
 
+With `--weights` it compares bfloat16 weights with int8 and int4 ones instead: all linear layers of one step.
+
 Prints medians in microseconds and torch / C. The shapes are those of Qwen3-0.6B (16 heads, 8 KV heads, head_dim 128,
 hidden 1024, intermediate 3072). The two sides take turns, so that load from elsewhere falls on both.
 """
@@ -14,10 +16,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from . import cpu_build
+from . import cpu_build, huge_pages
 from .attention_batch import AttentionBatch
 from .gated_activation import silu_and_mul, silu_and_mul_ref
 from .linear_dense import linear_dense
+from .linear_quantized import LinearWeight, QuantizedWeight, linear_quantized, quantize
 from .paged_attention import paged_attention, paged_attention_ref
 from .rms_norm import rms_norm, rms_norm_ref
 from .rotary import rotary_and_write, rotary_and_write_ref
@@ -25,6 +28,8 @@ from .rotary import rotary_and_write, rotary_and_write_ref
 _NUM_HEADS, _NUM_KV_HEADS, _HEAD_DIM, _BLOCK_SIZE = 16, 8, 128, 16
 _HIDDEN, _INTERMEDIATE = 1024, 3072
 _MEASURED_NS = 1_000_000  # short operations are repeated until a measurement takes about this long
+_NUM_LAYERS = 28
+_BITS_AND_GROUP = {"int8": (8, 64), "int4": (4, 32)}  # as `--quantization` makes them
 _LINEARS = {
     "qkv": (4096, _HIDDEN),
     "o": (_HIDDEN, 2048),
@@ -39,11 +44,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m octavo.kernels.bench_cpu", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--weights", action="store_true", help="compare kinds of weights; 2.5 GB")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="for --weights")
     args = parser.parse_args()
     if cpu_build.library() is None:
         raise SystemExit("there is no C library to compare: see the log line above")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    if args.weights:
+        _weights(args.rows, args.repeats)
+        return
     print(f"torch {torch.__version__}, {args.threads} thread(s), median of {args.repeats}, us")
     print(f"{'what':44} {'torch':>10} {'C':>10} {'torch/C':>8}")
     for dtype in (torch.bfloat16, torch.float32):
@@ -125,6 +135,40 @@ def _linear(name: str, out_features: int, in_features: int, num_tokens: int, rep
         return
     x32, weight32 = x.float(), weight.float()
     _report(f"{shape}, torch in f32", lambda: F.linear(x32, weight32), lambda: linear_dense(x, weight), repeats)
+
+
+def _weights(nums_rows: list[int], repeats: int) -> None:
+    """Time all linear layers of a step with weights of each kind, in turn.
+
+    Prints medians in ms, CPU time of the calling thread and so of one thread only, and bfloat16's over each.
+    """
+    random = {name: torch.randn(shape).mul_(0.03).bfloat16() for name, shape in _LINEARS.items()}
+    head = random.pop("lm_head")
+    int8_head = quantize(head, bits=8, group_size=64)  # with int4 as well
+    layers = [weight for _ in range(_NUM_LAYERS) for weight in random.values()]
+    kinds: dict[str, list[LinearWeight]] = {
+        "bfloat16": [huge_pages.place([weight], torch.bfloat16) for weight in (*layers, head)]
+    }
+    for kind, (bits, group_size) in _BITS_AND_GROUP.items():
+        kinds[kind] = [*(quantize(weight, bits=bits, group_size=group_size) for weight in layers), int8_head]
+    print(
+        f"linear layers of a step, CPU ms, median of {repeats}\n{'rows':>4}" + "".join(f"{kind:>18}" for kind in kinds)
+    )
+    for num_rows in nums_rows:
+        inputs = {size: torch.randn(num_rows, size).bfloat16() for _, size in _LINEARS.values()}
+        times: dict[str, list[int]] = {kind: [] for kind in kinds}
+        for _ in range(repeats):
+            for kind, weights in kinds.items():
+                started = time.thread_time_ns()
+                for weight in weights:
+                    if isinstance(weight, QuantizedWeight):
+                        linear_quantized(inputs[weight.in_features], weight, quick=True)
+                    elif isinstance(weight, torch.Tensor):
+                        linear_dense(inputs[weight.shape[1]], weight)
+                times[kind].append(time.thread_time_ns() - started)
+        taken = {kind: statistics.median(some) / 1e6 for kind, some in times.items()}
+        row = "".join(f"{ms:10.1f} ({taken['bfloat16'] / ms:4.2f}x)" for ms in taken.values())
+        print(f"{num_rows:>4}{row}", flush=True)
 
 
 if __name__ == "__main__":

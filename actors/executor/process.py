@@ -62,6 +62,8 @@ class _ExecutorProcess:
         self._spec = spec
         self._gauge = _Gauge(spec.epoch)
         self._engine = 0
+        self._engine_is_heard = False
+        self._engine_elsewhere: PeerStarted | None = None
         self._speaks = False
         self._ready_epoch = spec.epoch
         self._early: list[Message] = []  # came before this rank knew where to meet the others
@@ -118,10 +120,9 @@ class _ExecutorProcess:
                 return 1
         while True:
             port.wait(1000)
-            for _, received in port.receive():
+            for received in self._receive():
                 if not self._take(received):
                     return 1
-            port.events.clear()
 
     def _take(self, message: Message) -> bool:
         """React to a message; False if this process is of no use any more."""
@@ -130,11 +131,26 @@ class _ExecutorProcess:
                 self._connect_engine(message.engine)
             self._begin(message.epoch)
         elif isinstance(message, PeerStarted):
-            self._connect_engine(message.incarnation, message.endpoint)
+            self._engine_elsewhere = message
+            self._connect_engine_elsewhere()
         elif isinstance(message, ExecuteStep) and not self._execute(message):
             self._flush()
             return False
         return True
+
+    def _receive(self) -> list[Message]:
+        messages = [message for _, message in self._port.receive()]
+        for event in list(self._port.events):
+            if event.what == "heard" and event.peer == self._spec.engine_name:
+                self._engine_is_heard = True
+                self._connect_engine_elsewhere()
+        self._port.events.clear()
+        return messages
+
+    def _connect_engine_elsewhere(self) -> None:
+        """Talk to an engine on another host once it has talked to us: then it knows by which key to know us."""
+        if self._engine_is_heard and (engine := self._engine_elsewhere) is not None:
+            self._connect_engine(engine.incarnation, engine.endpoint)
 
     def _met(self) -> ExecutorConfig:
         """The configuration, with the place where the ranks of a group on several hosts meet."""
@@ -146,12 +162,11 @@ class _ExecutorProcess:
         # Until edge 0 hears where this rank is, too: loading leaves no time to talk. The supervisor ends long waits.
         while not ((is_met or meet_at) and port.is_up(EDGE)):
             port.wait(1000)
-            for _, message in port.receive():
+            for message in self._receive():
                 if isinstance(message, MeetAt):
                     meet_at = message.init_method
                 elif isinstance(message, StartExecutor | PeerStarted | ExecuteStep):
                     self._early.append(message)
-            port.events.clear()
         if is_met:
             return config
         if self._spec.edge_endpoint and self._spec.rank:

@@ -174,10 +174,17 @@ def test_an_executor_on_another_host_may_die_hang_or_be_cut_off_while_every_stre
 ) -> None:
     first, second = hosts.hosts
     keys = Keys(tmp_path)
+    (tmp_path / "second").mkdir()
+    keys_of_second = Keys(tmp_path / "second")
+    # Each key is for one node; in whose name its executors may speak is for edge 0 to say.
+    keys.allow_list.write_text(
+        f"{keys.node.public} node {first}\n{keys_of_second.node.public} node {second}  # the other\n"
+    )
 
     async def scenario() -> None:
         expected = await expected_answers(model)
         flags = keys.flags(hosts.address)
+        flags_of_second = [flags[0], f"--keys={keys_of_second.node_file}", flags[2]]
         with node_on(hosts, first, *flags) as node:
             async with engine_of(model, keys.nodes(hosts.address)) as engine:
                 assert await answers(engine) == expected
@@ -199,7 +206,7 @@ def test_an_executor_on_another_host_may_die_hang_or_be_cut_off_while_every_stre
 
                 # Another host takes over from one that is cut off for good; what the old executor still computes and
                 # says reaches nobody once it is back.
-                with node_on(hosts, second, *flags) as other:
+                with node_on(hosts, second, *flags_of_second) as other:
                     graph = engine._graph
                     assert isinstance(graph, ProcessGraph) and graph.nodes is not None
                     await until(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import psutil
@@ -108,6 +110,31 @@ def test_f_48_edge_0_stands_still_and_kills_nobody_for_the_silence(server: Serve
     clients = asyncio.run(streams(server.url, NUM_STREAMS, MAX_TOKENS, disturb))
     assert [client.text for client in clients] == expected
     assert {process.pid for process in server.family()} == before
+
+
+def test_f_49_without_file_descriptors_open_streams_go_on_and_later_ones_are_accepted_again(
+    server: Served, expected: list[str]
+) -> None:
+    edges = [server.process, server.serving_edge("edge 1")]
+    limits = [edge.rlimit(psutil.RLIMIT_NOFILE) for edge in edges]
+    address = (urlsplit(server.url).hostname, urlsplit(server.url).port)
+    waiting: list[socket.socket] = []
+
+    def disturb(_: list[Client]) -> None:
+        for edge, (_soft, hard) in zip(edges, limits, strict=True):
+            edge.rlimit(psutil.RLIMIT_NOFILE, (edge.num_fds(), hard))
+        waiting.extend(socket.create_connection(address) for _ in range(16))
+
+    clients = asyncio.run(streams(server.url, NUM_STREAMS, MAX_TOKENS, disturb))
+    assert [client.text for client in clients] == expected
+    for edge, limit in zip(edges, limits, strict=True):
+        edge.rlimit(psutil.RLIMIT_NOFILE, limit)
+    for connection in waiting:
+        connection.close()
+    again = asyncio.run(streams(server.url, NUM_STREAMS, MAX_TOKENS))
+    assert [client.text for client in again] == expected
+    assert all(edge.is_running() for edge in edges)
+    assert 0 < server.log.count("out of system resource") < 4000, "it pauses between its tries"
 
 
 def test_f_52_open_streams_of_every_edge_end_well_when_the_server_is_told_to_stop(
