@@ -16,6 +16,8 @@ $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable .
+	@echo 'building the C kernels for this processor, once: half a minute'
+	$(BIN)/python -c 'from octavo.kernels import cpu_build; cpu_build.library()'
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -161,11 +161,14 @@ class Nodes:
             ) from None
 
     def close(self) -> None:
-        """Place nothing any more; what waits for a node is refused."""
+        """Place nothing any more; what waits for a node is refused. Nodes are still heard, and found silent."""
         self._is_closing = True
-        self._ticker.cancel()
         for child in list(self._waiting):
             self.withdraw(child)
+
+    def end(self) -> None:
+        """Hear of nobody any more; after `close`, once the executors have ended."""
+        self._ticker.cancel()
 
     @property
     def why_waiting(self) -> str:

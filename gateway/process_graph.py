@@ -214,6 +214,8 @@ class ProcessGraph(EdgeGraph):
         if self.nodes is not None:
             self.nodes.close()
         await asyncio.gather(*(replica.close() for replica in self.replicas))
+        if self.nodes is not None:
+            self.nodes.end()
         self._carrier.close()
         self._port.close()
         self._run_dir.remove()

@@ -1,6 +1,7 @@
 """Compare the C kernels with torch on this CPU: `python -m octavo.kernels.bench_cpu [--threads N] [--repeats N]`.
 
 With `--weights` it compares bfloat16 weights with int8 and int4 ones instead: all linear layers of one step.
+With `--kv` it compares dtypes of the KV cache: one layer's attention.
 
 Prints medians in microseconds and torch / C. The shapes are those of Qwen3-0.6B (16 heads, 8 KV heads, head_dim 128,
 hidden 1024, intermediate 3072). The two sides take turns, so that load from elsewhere falls on both.
@@ -19,9 +20,10 @@ import torch.nn.functional as F
 from . import cpu_build, huge_pages
 from .attention_batch import AttentionBatch
 from .gated_activation import silu_and_mul, silu_and_mul_ref
+from .kv_quantization import row_width
 from .linear_dense import linear_dense
 from .linear_quantized import LinearWeight, QuantizedWeight, linear_quantized, quantize
-from .paged_attention import paged_attention, paged_attention_ref
+from .paged_attention import paged_attention, paged_attention_ref, write_kv
 from .rms_norm import rms_norm, rms_norm_ref
 from .rotary import rotary_and_write, rotary_and_write_ref
 
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--weights", action="store_true", help="compare kinds of weights; 2.5 GB")
+    parser.add_argument("--kv", action="store_true", help="compare dtypes of the KV cache")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="for --weights")
     args = parser.parse_args()
     if cpu_build.library() is None:
@@ -53,6 +56,10 @@ def main() -> None:
     torch.manual_seed(0)
     if args.weights:
         _weights(args.rows, args.repeats)
+        return
+    if args.kv:
+        for num_rows, context in ((8, 192), (8, 2048)):
+            _kv_dtypes(num_rows, context, args.repeats)
         return
     print(f"torch {torch.__version__}, {args.threads} thread(s), median of {args.repeats}, us")
     print(f"{'what':44} {'torch':>10} {'C':>10} {'torch/C':>8}")
@@ -81,6 +88,39 @@ def _report(name: str, theirs: Callable[[], object], ours: Callable[[], object],
             taken.append((time.perf_counter_ns() - start) // num_calls)
     torch_us, c_us = (statistics.median(taken) / 1000 for taken in times)
     print(f"{name:44} {torch_us:10.1f} {c_us:10.1f} {torch_us / c_us:8.2f}", flush=True)
+
+
+def _kv_dtypes(num_rows: int, context: int, repeats: int) -> None:
+    """Time one layer's decode attention over caches of each dtype, in turn; prints medians of CPU time in us."""
+    blocks_per_row = context // _BLOCK_SIZE
+    num_blocks = num_rows * blocks_per_row
+    batch = AttentionBatch(
+        query_start=torch.arange(num_rows + 1, dtype=torch.int32),
+        context_lens=torch.full((num_rows,), context, dtype=torch.int32),
+        block_tables=torch.arange(num_blocks).view(num_rows, blocks_per_row).int(),
+        slot_mapping=torch.arange(num_rows * context),
+        block_size=_BLOCK_SIZE,
+        max_query_len=1,
+        max_context_len=context,
+        num_decodes=num_rows,
+    )
+    k, v = torch.randn(2, num_rows * context, _NUM_KV_HEADS, _HEAD_DIM).unbind()
+    q = torch.randn(num_rows, _NUM_HEADS, _HEAD_DIM)
+    operands = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn):
+        compute = dtype if dtype is torch.float32 else torch.bfloat16
+        shape = (num_blocks, _NUM_KV_HEADS, _BLOCK_SIZE, row_width(_HEAD_DIM, dtype))
+        k_cache, v_cache = (torch.zeros(shape).to(dtype) for _ in range(2))
+        write_kv(k.to(compute), v.to(compute), k_cache, v_cache, batch.slot_mapping)
+        operands[dtype] = (q.to(compute), k_cache, v_cache)
+    times: dict[torch.dtype, list[int]] = {dtype: [] for dtype in operands}
+    for _ in range(repeats):
+        for dtype, (query, k_cache, v_cache) in operands.items():
+            started = time.thread_time_ns()
+            paged_attention(query, k_cache, v_cache, batch, scale=_HEAD_DIM**-0.5)
+            times[dtype].append(time.thread_time_ns() - started)
+    taken = (f"{str(dtype)[6:]} {statistics.median(some) / 1000:,.0f}" for dtype, some in times.items())
+    print(f"attention {num_rows}x{context}, CPU us: {', '.join(taken)}", flush=True)
 
 
 def _attention(num_rows: int, context: int, num_new: int, dtype: torch.dtype, repeats: int) -> None:

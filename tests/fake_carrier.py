@@ -25,6 +25,9 @@ class FakeCarrier:
     def connect(self, peer: str, incarnation: int, endpoint: str, *, server_key: bytes = b"") -> None:
         self.incarnations[peer] = incarnation
 
+    def vouch(self, peer: str, key: str) -> None:
+        """Whoever speaks for a peer is who the test says."""
+
     def disconnect(self, peer: str) -> None:
         self.incarnations.pop(peer, None)
 

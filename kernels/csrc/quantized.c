@@ -7,7 +7,7 @@
  *                                     out as integers; with 32-bit words a mask and an exact power of two take 8 as
  *                                     floats, of which bits 4 t .. 4 t + 3 of word j are weight 16 (t % 4) + 2 j + t / 4
  *   codes, 8 bits [out][in]           signed
- *   x, float32 [in / BLOCK_K][rows / TILE][BLOCK_K / VL][TILE][VL]    inputs in the order in which weights come out
+ *   x, float32 [in / BLOCK_K][tiles][BLOCK_K / VL][rows of the tile][VL]    inputs in the order in which weights come out
  *   w, float32 [BLOCK_K / VL][COLS][VL]
  *
  * One row or many, each output is summed over BLOCK_K inputs in VL lanes, then by one tree, then block after block: so
@@ -34,7 +34,7 @@
 #define QUICK_ROWS 8 /* the most rows for it */
 #define QUICK_TILE 4 /* rows multiplied at once, the quick way */
 #define SEGMENT 16 /* inputs that share their factors, at least: so many have one entry in `factors` */
-#define AHEAD 4096
+#define AHEAD 4096 /* bytes of codes, behind those that are read, to ask for */
 #define NUM_ACC (VL / 8)
 
 typedef int32_t i8 __attribute__((vector_size(32)));
@@ -398,7 +398,8 @@ INLINE void dot_whole(float *sums, const whole *x, int64_t row, const quantized 
         }
 }
 
-/* out[0 .. num_rows, col ..] the quick way, for at most QUICK_ROWS x MAX_COLS. */
+/* out[0 .. num_rows, col ..] the quick way, for at most QUICK_ROWS x MAX_COLS. Columns that are multiplied at once stand far
+ * apart: so each is one of a few streams in the order of memory, which is what the processor's prefetcher follows. */
 INLINE void quick_block(const whole *x, const quantized *w, void *out, int64_t num_rows, int64_t col, int64_t num_cols,
                         float *sums, int bits, int dtype) {
     memset(sums, 0, QUICK_ROWS * MAX_COLS * sizeof *sums);
