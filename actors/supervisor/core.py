@@ -303,9 +303,9 @@ class SupervisorCore:
                 continue
             silence_ns = now_ns - (child.heard_ns if child.heard_ns >= 0 else child.since_ns)
             if child.state == "starting":
-                # An engine loads nothing: its beats come at once.
-                is_quick = child is self._engine
-                limit_ns = self._config.max_engine_start_silence_ns if is_quick else self._config.max_silence_at_start_ns
+                limit_ns = self._config.max_silence_at_start_ns
+                if child is self._engine:  # it loads nothing: its beats come at once
+                    limit_ns = self._config.max_engine_start_silence_ns
                 if now_ns - child.since_ns > self._config.max_start_ns:
                     seconds = self._config.max_start_ns / 1e9
                     self._lose(child, f"{child.config.name} was not ready within {seconds:.0f} s", now_ns)
