@@ -12,6 +12,7 @@ import structlog
 from .. import __version__
 from ..actors.engine.process import EngineProcessSpec, EngineSetup
 from ..actors.runtime.addresses import EDGE, TcpSettings, endpoint_of, remove_socket, split_endpoint
+from ..actors.runtime.clock import MonotonicClock
 from ..actors.runtime.processes import ProcessSpec
 from ..actors.scheduler.quarantine import Quarantine
 from ..actors.supervisor.actor import Supervisor
@@ -46,6 +47,7 @@ from .config import EngineConfig
 from .engine_link import EngineLink, FromEngine
 from .engine_setup import allocator_config, executor_process_spec, journal_file, scheduler_config
 from .graph import ModelFacts
+from .lost_steps import LostStepWatch
 
 if TYPE_CHECKING:
     from ..actors.runtime.asyncio_port import AsyncioPort
@@ -134,6 +136,8 @@ class Replica:
         self._why_not_loaded = ""  # of the latest executor
         self._mailbox_capacity = 0
         self._incarnations: dict[str, int] = {}
+        self._clock = MonotonicClock()
+        self._lost_steps = LostStepWatch()
         self.link = EngineLink(
             self.engine_name, carrier, run_dir, deliver=deliver, on_stuck=self._kill_engine, quarantine=quarantine
         )
@@ -205,8 +209,11 @@ class Replica:
 
     def take(self, message: Message) -> None:
         """Take a message of one of this replica's processes."""
-        if isinstance(message, StepExecuted | RequestEnded | EngineReport):
+        if isinstance(message, StepExecuted | RequestEnded):
             self.link.take(message)
+        elif isinstance(message, EngineReport):
+            self.link.take(message)
+            self._look_for_lost_step(message)
         elif isinstance(message, ExecutorLoaded):
             if not self.loaded.done():
                 self.loaded.set_result(message)
@@ -221,6 +228,8 @@ class Replica:
             if message.incarnation == self.link.incarnation:
                 self._kill_engine()
         elif isinstance(message, Beat | ExecutorReady | ExecutorFailed):
+            if isinstance(message, Beat) and message.child in self.executor_names:
+                self._lost_steps.note_beat(message, self._clock.now_ns())
             self._supervisor.handle(message)
         elif isinstance(message, Listening):
             self._handle_listening(message)
@@ -291,6 +300,12 @@ class Replica:
             is_there = name in self._elsewhere or not self._hosts(name)
             if rank and meeting == self._incarnations.get(name) and is_there and (message.meet_at or name == child):
                 self._carrier.send(name, MeetAt(meet_at))
+
+    def _look_for_lost_step(self, report: EngineReport) -> None:
+        is_ready = self._supervisor.core.is_ready
+        if self._lost_steps.is_lost(report, is_ready=is_ready, now_ns=self._clock.now_ns()):
+            log.error("step.lost", engine=self.engine_name, num_in_flight=report.num_steps_in_flight)
+            self._kill_engine()  # the next one plans everything anew
 
     def _kill_engine(self) -> None:
         if (process := self._supervisor.process(self.engine_name)) is not None:

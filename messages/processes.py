@@ -92,7 +92,7 @@ class EngineReport(Message, frozen=True):
     """Engine -> edges, a few times a second: the accounts of scheduler and KV allocator.
 
     Attributes:
-        step_age_ns: since the last step ended, while there is work; 0 while there is none.
+        step_age_ns: since the last step ended, or work came.
         Others: as in `SchedulerStats` and `AllocatorStats`; totals are of this incarnation.
     """
 
