@@ -150,7 +150,9 @@ class Replica:
         if max_restarts is None:
             # Room to find the one of `max_num_seqs` requests that kills its executor: half as many run after each loss.
             max_restarts = 8 + 2 * config.max_num_seqs.bit_length()
-        supervisors = SupervisorConfig(max_restarts=max_restarts, children=tuple(children))
+        supervisors = SupervisorConfig(
+            max_restarts=max_restarts, max_restarts_of_others=max(8, max_restarts), children=tuple(children)
+        )
         self._supervisor = Supervisor(
             supervisors,
             make_spec=self._make_spec,

@@ -50,7 +50,7 @@ class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     max_restarts: int = 8
     period_ns: int = 60_000_000_000
-    proven_ns: int = 1_000_000_000
+    proven_ns: int = 300_000_000
     children: tuple[ChildConfig, ...] = ()
     max_restarts_of_others: int = 8
     backoff_ns: tuple[int, ...] = (0, 100_000_000, 500_000_000, 2_000_000_000)
