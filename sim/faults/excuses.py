@@ -56,7 +56,8 @@ class Excuses:
         if ended.error_code == "engine_closed":
             return self.ring.is_to_drain
         if ended.error_code == "queue_full":
-            num_sequences = len(self.ring.submitted)
+            # An engine that has died since may have said so.
+            num_sequences = len(self.ring.ever_submitted)
             num_tokens = num_sequences * config.max_sequence_len
             return num_sequences > config.max_num_queued_requests or num_tokens > config.max_num_queued_tokens
         if ended.error_code == "request_quarantined":
