@@ -21,10 +21,10 @@ def lose_executor(state: SchedulerState, lost: ExecutorLost) -> None:
     state.epoch = lost.epoch
     state.num_executor_losses += 1
     in_flight: dict[RequestId, Sequence] = {}
+    gone: dict[RequestId, Sequence] = {}  # ended while they were in flight
     for step in state.in_flight:
         for sequence in (*step.sampling, *step.computing):
-            if sequence.state is not State.ENDED:
-                in_flight[sequence.request_id] = sequence
+            (gone if sequence.state is State.ENDED else in_flight)[sequence.request_id] = sequence
     state.in_flight.clear()
     state.last_executed_step_id = state.next_step_id - 1
     state.out.append(ResetBlocks(state.epoch))
@@ -45,17 +45,18 @@ def lose_executor(state: SchedulerState, lost: ExecutorLost) -> None:
     for sequence in returning:
         if sequence.state is State.WAITING:
             state.unpark(sequence)
-    _blame(state, list(in_flight.values()), lost.why)
+    _blame(state, list(in_flight.values()), list(gone.values()), lost.why)
 
 
-def _blame(state: SchedulerState, suspects: list[Sequence], why: str) -> None:
+def _blame(state: SchedulerState, suspects: list[Sequence], gone: list[Sequence], why: str) -> None:
     """Count a loss against those in flight; end the one that must be its cause.
 
     A single loss is an accident, and all go on together. If it happens again, the cause is searched for by bisection:
     those that sampled together since are trusted, the others are newcomers to them, of whom half may join. So the one
     that causes the losses, be it alone or in company, is the only newcomer after at most 2 + log2(batch) losses, while
     those trusted gain tokens. It is convicted once it has been in flight at more losses in a row, without a token
-    between them, than an accident would explain. If all are trusted, it was another accident.
+    between them, than an accident would explain. If all are trusted, it was another accident. While one that was under
+    the same suspicion has just left (cancelled, or out of time), nobody is convicted in its place.
     """
     if not suspects:
         return
@@ -75,7 +76,10 @@ def _blame(state: SchedulerState, suspects: list[Sequence], why: str) -> None:
     if worst.num_losses > 1:
         state.seat_limit = max(1, len(suspects) - len(newcomers) + len(newcomers) // 2)
         state.bad_seat_limit = len(suspects)
-    is_alone = sum(sequence.num_losses == worst.num_losses for sequence in newcomers) == 1
+    is_alone = sum(sequence.num_losses == worst.num_losses for sequence in newcomers) == 1 and not any(
+        sequence.num_losses + 1 >= worst.num_losses and len(sequence.tokens) == sequence.num_tokens_at_loss
+        for sequence in gone
+    )
     if is_alone and worst.num_losses > state.config.max_executor_losses:
         state.quarantine.add(worst.submit, state.now_ns)
         state.num_quarantined += 1

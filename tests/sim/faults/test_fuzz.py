@@ -94,3 +94,12 @@ def test_the_package_is_where_the_mutants_look_for_it() -> None:
 def test_kv_of_a_row_that_failed_after_its_request_had_stopped_is_not_found_by_the_next_one() -> None:
     # The stopped request's wasted row was in flight and failed; its blocks were published all the same.
     assert run_seed(63_292).kind == ""
+
+
+def test_nobody_is_convicted_in_the_place_of_a_poison_whose_time_ran_out() -> None:
+    # The poison's deadline passed while its last loss was on the way; an innocent request was alone in flight with it.
+    assert run_seed(30_734).kind == ""
+
+
+def test_an_engine_that_died_may_have_refused_a_request_before() -> None:
+    assert run_seed(15_559).kind == ""
