@@ -136,6 +136,8 @@ def test_an_incident_is_replayed_decision_by_decision(model: Path, tmp_path: Pat
         async with engine_on(model, in_process=False, journal=str(tmp_path)) as engine:
             expected = await answers(engine)
             assert await disturbed(engine, 60, child("executor 0").kill) == expected
+            # The journal is written now and then, and what was not is lost with the engine.
+            await until(lambda: replay(tmp_path / "engine.journal").num_executor_losses == 1)
             assert await disturbed(engine, 60, child("engine").kill) == expected
             await until(lambda: engine.is_ready and engine.stats().actor_restarts["engine"] == 1)
 
