@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .connections import ConnectionTable
     from .exchange import Choice, Exchange
     from .sse import StreamPump
+    from .stats import EngineStats
 
 _LABELS: Final = ("model_name", "engine")
 
@@ -116,22 +117,47 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
+        for name, text, value in self._gauges(stats):
+            gauge = GaugeMetricFamily(name, text, labels=_LABELS)
+            gauge.add_metric(self._labels, value)
+            yield gauge
+        for name, text, value in self._counters(stats):
+            counter = CounterMetricFamily(name, text, labels=_LABELS)
+            counter.add_metric(self._labels, value)
+            yield counter
+        for name, text, label, counts in self._labelled_counters(stats):
+            family = CounterMetricFamily(name, text, labels=(*_LABELS, label))
+            for kind, count in counts.items():
+                family.add_metric((*self._labels, kind), count)
+            yield family
+        config = self._engine.config
+        info = GaugeMetricFamily(
+            "vllm:cache_config_info",
+            "The KV cache's configuration.",
+            labels=(*_LABELS, "block_size", "num_gpu_blocks", "enable_prefix_caching"),
+        )
+        info.add_metric(
+            (*self._labels, str(config.block_size), str(self._engine.num_blocks), str(config.enable_prefix_caching)), 1
+        )
+        yield info
+
+    def _gauges(self, stats: EngineStats) -> Sequence[tuple[str, str, float]]:
         queries, hits = stats.prefix_cache_queries, stats.prefix_cache_hits
-        gauges = (
+        hit_rate = hits / queries if queries else 0
+        return (
             ("vllm:num_requests_running", "Sequences in the running batch.", stats.num_running),
             ("vllm:num_requests_waiting", "Sequences that wait to be scheduled.", stats.num_waiting),
             ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", stats.kv_cache_usage),
             ("vllm:gpu_cache_usage_perc", "Older name of vllm:kv_cache_usage_perc.", stats.kv_cache_usage),
-            (
-                "vllm:prefix_cache_hit_rate",
-                "Share of queried tokens found in the cache.",
-                hits / queries if queries else 0,
-            ),
+            ("vllm:prefix_cache_hit_rate", "Share of queried tokens found in the cache.", hit_rate),
             ("octavo:engine_ready", "1 if a request sent now would be answered.", int(self._engine.is_ready)),
             ("octavo:open_streams", "Responses that are being streamed.", self._pump.num_open),
             ("octavo:open_connections", "Connections that are open.", self._connections.num_open),
         )
-        counters = (
+
+    def _counters(self, stats: EngineStats) -> Sequence[tuple[str, str, float]]:
+        queries, hits = stats.prefix_cache_queries, stats.prefix_cache_hits
+        return (
             ("vllm:num_preemptions", "Preemptions.", stats.num_preemptions),
             ("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", queries),
             ("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", hits),
@@ -154,54 +180,32 @@ class EngineCollector(Collector):
             ),
             ("octavo:streams_shed", "Streams cut because their client did not read.", self._pump.num_shed),
         )
-        for name, text, value in gauges:
-            gauge = GaugeMetricFamily(name, text, labels=_LABELS)
-            gauge.add_metric(self._labels, value)
-            yield gauge
-        for name, text, value in counters:
-            counter = CounterMetricFamily(name, text, labels=_LABELS)
-            counter.add_metric(self._labels, value)
-            yield counter
-        refused = CounterMetricFamily(
-            "octavo:connections_refused",
-            "Connections refused because all clients, or one of them, had too many.",
-            labels=(*_LABELS, "bound"),
-        )
-        for bound, count in self._connections.num_refused.items():
-            refused.add_metric((*self._labels, bound), count)
-        yield refused
+
+    def _labelled_counters(self, stats: EngineStats) -> Sequence[tuple[str, str, str, Mapping[str, int]]]:
         restarts = _known({"executor": stats.num_executor_restarts, **stats.actor_restarts}, RESTARTING_ACTORS)
-        dropped = _known(
-            {
-                "late": stats.num_dropped_messages,
-                **{reason: count for reason, count in stats.messages_dropped.items() if reason not in NOT_DROPS},
-            },
-            DROP_REASONS,
-        )
-        for name, text, label, counts in (
+        refused = {str(bound): count for bound, count in self._connections.num_refused.items()}
+        dropped = {reason: count for reason, count in stats.messages_dropped.items() if reason not in NOT_DROPS}
+        return (
+            (
+                "octavo:connections_refused",
+                "Connections refused because all clients, or one of them, had too many.",
+                "bound",
+                refused,
+            ),
             ("octavo:actor_restarts", "Times an actor was started anew.", "actor", {"engine": 0, **restarts}),
-            ("octavo:messages_dropped", "Messages that were dropped.", "reason", dropped),
+            (
+                "octavo:messages_dropped",
+                "Messages that were dropped.",
+                "reason",
+                _known({"late": stats.num_dropped_messages, **dropped}, DROP_REASONS),
+            ),
             (
                 "octavo:requests_shed",
                 "Requests refused before their body was read, because of too many requests, bytes or too long a wait.",
                 "bound",
                 self._read_num_refused(),
             ),
-        ):
-            family = CounterMetricFamily(name, text, labels=(*_LABELS, label))
-            for kind, count in counts.items():
-                family.add_metric((*self._labels, kind), count)
-            yield family
-        config = self._engine.config
-        info = GaugeMetricFamily(
-            "vllm:cache_config_info",
-            "The KV cache's configuration.",
-            labels=(*_LABELS, "block_size", "num_gpu_blocks", "enable_prefix_caching"),
         )
-        info.add_metric(
-            (*self._labels, str(config.block_size), str(self._engine.num_blocks), str(config.enable_prefix_caching)), 1
-        )
-        yield info
 
 
 def _known(counts: Mapping[str, int], kinds: Sequence[str]) -> dict[str, int]:

@@ -6,7 +6,8 @@ import difflib
 from pathlib import Path
 
 from ...messages.errors import ModelNotFoundError
-from .model_shape import ModelShape, read_shape
+from .config_shape import read_shape
+from .model_shape import ModelShape
 
 DEFAULT_MODEL = "llama-3.1-8b"
 

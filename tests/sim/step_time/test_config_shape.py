@@ -7,8 +7,9 @@ import pytest
 from step_time_tools import TINY
 
 from octavo.messages.errors import InvalidConfigError, ModelNotFoundError, UnsupportedModelError
+from octavo.sim.step_time.config_shape import read_shape, shape_from_config
 from octavo.sim.step_time.known_models import find_model
-from octavo.sim.step_time.model_shape import ModelShape, read_shape, shape_from_config
+from octavo.sim.step_time.model_shape import ModelShape
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
