@@ -36,7 +36,7 @@ lint: $(VENV)/.installed-test
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
 
-# Not part of `test`: some ten minutes on two cores.
+# Run by .ci/run after `test`: eight to ten minutes on two cores.
 fuzz: install
 	$(BIN)/octavo sim fuzz --seeds 100000 --jobs 2
 

@@ -172,3 +172,24 @@ void octavo_gated_activation(const void *gate_up, int64_t stride, void *out, int
             WITH_DTYPE(dtype, gate_token(gate_up, token * stride, out, token * dim, dim, GELU_TANH, T));
     }
 }
+
+/* One expert's gate and up of GPT-OSS: see clamped_swiglu.py. A NaN stays one: it compares false. */
+INLINE void clamped_swiglu_token(const void *gate_up, int64_t from, void *out, int64_t to, int64_t dim, float alpha,
+                                 float limit, int dtype) {
+    for (int64_t d = 0; d < dim; d += VL) {
+        vf gate = load_upto(gate_up, from + d, dim - d, dtype), up = load_upto(gate_up, from + dim + d, dim - d, dtype);
+        for (int i = 0; i < VL; i++) {
+            gate[i] = gate[i] > limit ? limit : gate[i];
+            up[i] = up[i] > limit ? limit : up[i] < -limit ? -limit : up[i];
+        }
+        store_upto(out, to + d, (up + 1.0f) * (gate / (1.0f + exp_f(-alpha * gate))), dim - d, dtype);
+    }
+}
+
+/* gate_up: [num_tokens, 2 * dim], out: [num_tokens, dim]. */
+void octavo_clamped_swiglu(const void *gate_up, int64_t stride, void *out, int64_t num_tokens, int64_t dim, float alpha,
+                           float limit, int dtype, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && num_tokens * dim > PARALLEL_ELEMENTS)
+    for (int64_t token = 0; token < num_tokens; token++)
+        WITH_DTYPE(dtype, clamped_swiglu_token(gate_up, token * stride, out, token * dim, dim, alpha, limit, T));
+}
