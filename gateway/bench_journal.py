@@ -47,11 +47,13 @@ async def _serve(engine: Engine, arguments: argparse.Namespace, at_once: int) ->
     return num_tokens
 
 
-async def _record(path: Path, arguments: argparse.Namespace, at_once: int, *, journal_prompts: bool) -> tuple[int, int]:
-    """Write a journal; return tokens and bytes."""
-    async with Engine(arguments.model, journal=str(path), journal_prompts=journal_prompts) as engine:
+async def _record(
+    folder: Path, arguments: argparse.Namespace, at_once: int, *, journal_prompts: bool
+) -> tuple[int, Path]:
+    """Write a journal; return tokens and its file."""
+    async with Engine(arguments.model, journal=str(folder), journal_prompts=journal_prompts) as engine:
         num_tokens = await _serve(engine, arguments, at_once)
-    return num_tokens, path.stat().st_size  # noqa: ASYNC240  # the engine is closed, nobody waits
+    return num_tokens, folder / "engine.journal"
 
 
 def _time_recording(path: Path) -> tuple[float, int]:
@@ -93,9 +95,10 @@ def main() -> None:
     for at_once in arguments.at_once:
         with tempfile.TemporaryDirectory() as folder:
             hashed, plain = Path(folder, "hashed"), Path(folder, "plain")
-            num_tokens, num_bytes = asyncio.run(_record(hashed, arguments, at_once, journal_prompts=False))
-            num_plain, num_plain_bytes = asyncio.run(_record(plain, arguments, at_once, journal_prompts=True))
-            seconds, num_messages = _time_recording(plain)
+            num_tokens, hashed_file = asyncio.run(_record(hashed, arguments, at_once, journal_prompts=False))
+            num_plain, plain_file = asyncio.run(_record(plain, arguments, at_once, journal_prompts=True))
+            num_bytes, num_plain_bytes = hashed_file.stat().st_size, plain_file.stat().st_size
+            seconds, num_messages = _time_recording(plain_file)
         table.add_row(
             str(at_once),
             str(num_tokens),
