@@ -16,19 +16,20 @@ from ...actors.tokenizer.core import TokenizerConfig, TokenizerCore
 from ...messages.base import Message
 from ...messages.ids import Epoch, RequestId
 from ...messages.kv import ResetPrefixCache
-from ...messages.request import CancelRequest, RequestEnded, StopMatched, SubmitPrompt, SubmitRequest
-from ...messages.step import PlanDue, StepExecuted
-from ...messages.system import Drain, EngineLost, ExecutorFailed, ExecutorLost, StartExecutor
+from ...messages.request import CancelRequest, StopMatched, SubmitPrompt, SubmitRequest
+from ...messages.step import PlanDue
+from ...messages.system import Drain, ExecutorLost, StartExecutor
 from ..agenda import Agenda
 from .clients import FrontEndModel
 from .device import Device
 from .excuses import Excuses
 from .executor_model import ExecutorModel
-from .garble import NUM_WAYS, garble
+from .losses import Losses
 from .network import ADDRESSES, Link, Process, VirtualClock
 from .oracle import Oracle
+from .places import PLACES
 from .ring_watch import RingWatch, check_nothing_left
-from .scenario import HEALED_NS, MS, Fault, Scenario, Topology, stream
+from .scenario import HEALED_NS, MS, Fault, Scenario, stream
 from .supervisor_watch import SupervisorWatch
 from .trace import RunHash, describe_event
 from .violation import Violation, as_violation
@@ -43,28 +44,6 @@ REPEAT_NS = 2 * MS
 MAX_EVENTS = 60_000
 MAX_NS = 300_000 * MS
 """Everything has ended long before this, hangs and clogs included, or never will."""
-
-_PLACES: dict[Topology, dict[Address, str]] = {
-    "one": dict.fromkeys(ADDRESSES, "one"),
-    "edge+engine": {
-        "frontend": "edge",
-        "tokenizer": "edge",
-        "detokenizer": "edge",
-        "scheduler": "engine",
-        "kv_allocator": "engine",
-        "supervisor": "edge",
-        "executor": "device",
-    },
-    "edge+scheduler+allocator": {
-        "frontend": "edge",
-        "tokenizer": "edge",
-        "detokenizer": "edge",
-        "scheduler": "engine",
-        "kv_allocator": "blocks",
-        "supervisor": "edge",
-        "executor": "device",
-    },
-}
 
 
 class _InjectedError(Exception):
@@ -111,8 +90,7 @@ class World:
 
         self._vocabulary = Vocabulary(scenario.vocab)
         self._oracles: dict[RequestId, Oracle] = {}
-        self._ring = RingWatch(scenario)
-        self._excuses = Excuses(scenario, self._ring)
+        self._excuses = Excuses(scenario, RingWatch(scenario))
         self._supervisor = SupervisorWatch(scenario.max_restarts, self._break)
         self._tokenizer = TokenizerCore(
             TokenizerConfig(vocab_size=scenario.vocab, max_model_len=config.max_model_len), self._vocabulary
@@ -120,26 +98,20 @@ class World:
         self._detokenizer = DetokenizerCore(self._vocabulary)
 
         self._ledger = LedgerCore()
-        self._engine_is_down = False
-        self._dies_at_an_end = False  # before it can tell of it
-        self._garble_way = -1  # how the next results are garbled
-        self._loses_result = False  # the next results get lost
+        self._links: dict[tuple[str, str], Link] = {}
         self._defective: Address | None = None  # the actor whose next message finds a defect
         self._has_defect = False
         self._is_defect_told = False
-        self._places = _PLACES[scenario.topology]
+        self._places = PLACES[scenario.topology]
         self._has_engine_process = self._places["scheduler"] != self._places["frontend"]
-        self._notice_random = stream(scenario.seed, "notice").random
         self._build()
 
     # -- building -----------------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        scenario, agenda = self.scenario, self._agenda
-        places = self._places
+        scenario, agenda, places = self.scenario, self._agenda, self._places
         hops = stream(scenario.seed, "hops")
-        delays = stream(scenario.seed, "delays")
-        processes = {
+        processes = self._processes = {
             name: Process(agenda, self._clock, hops, hop_ns=scenario.hop_ns, on_failure=self._on_failure)
             for name in dict.fromkeys(places.values())
         }
@@ -152,36 +124,50 @@ class World:
             may_end_so=self._excuses.allow,
             max_prompt=scenario.scheduler.max_sequence_len - 1,
         )
+        home = processes[places["executor"]].runtime
+        self._losses = Losses(
+            scenario,
+            agenda,
+            self._clock,
+            places=places,
+            processes=processes,
+            links=self._links,
+            ledger=self._ledger,
+            supervisor=self._supervisor,
+            ring=self._excuses.ring,
+            send_as_executor=partial(home.send_from_thread if scenario.topology == "one" else home.send, "executor"),
+            begin_ring=self._begin_ring,
+        )
+        self._device = self._losses.device = Device(
+            agenda,
+            stream(scenario.seed, "device"),
+            self._make_model,
+            send=self._losses.send_from_executor,
+            lose_sent=self._losses.lose_sent_by_executor,
+            step_ns=scenario.step_ns,
+            step_token_ns=scenario.step_token_ns,
+            load_ns=scenario.load_ns,
+            notice_ns=scenario.notice_ns,
+        )
         handlers: dict[Address, Callable[[Message, int], Iterable[Message]]] = {
             "frontend": self._front_end.handle,
             "tokenizer": self._handle_tokenizer,
-            "scheduler": self._handle_scheduler,
-            "kv_allocator": self._handle_allocator,
+            "scheduler": self._losses.handle_scheduler,
+            "kv_allocator": self._losses.handle_allocator,
             "detokenizer": self._handle_detokenizer,
             "supervisor": self._handle_supervisor,
         }
         for address, handler in handlers.items():
             after = PlanDue() if address == "scheduler" else None
             processes[places[address]].add(address, self._watch(address, handler), after)
-        self._links: dict[tuple[str, str], Link] = {}
-        home = processes[places["executor"]]
-        if scenario.topology == "one":
-            self._send_as_executor = partial(home.runtime.send_from_thread, "executor")
-        else:
-            self._send_as_executor = partial(home.runtime.send, "executor")
-        self._device = Device(
-            agenda,
-            stream(scenario.seed, "device"),
-            self._make_model,
-            send=self._send_from_executor,
-            lose_sent=self._lose_sent,
-            step_ns=scenario.step_ns,
-            step_token_ns=scenario.step_token_ns,
-            load_ns=scenario.load_ns,
-            notice_ns=scenario.notice_ns,
-        )
+        self._link(handlers)
+
+    def _link(self, addresses: Iterable[Address]) -> None:
+        """Let every process reach every actor, by one link for each place."""
+        scenario, places, processes = self.scenario, self._places, self._processes
+        delays = stream(scenario.seed, "delays")
         posts: dict[Address, Callable[[Message], None]] = {
-            address: processes[places[address]].mailboxes[address].post for address in handlers
+            address: processes[places[address]].mailboxes[address].post for address in addresses
         }
         posts["executor"] = self._device.post
         for name, process in processes.items():
@@ -191,7 +177,7 @@ class World:
                     link = self._links.get((name, place))
                     if link is None:
                         link = self._links[name, place] = Link(
-                            agenda,
+                            self._agenda,
                             delays,
                             max_delay_ns=scenario.link_ns,
                             duplicate_rate=scenario.duplicate_rate,
@@ -202,8 +188,9 @@ class World:
                         post = partial(self._hear_engine, post)
                     process.link(address, link, post)
             process.runtime.connect()
-        self._processes = processes
-        self._scheduler_mailbox = processes[places["scheduler"]].mailboxes["scheduler"]
+
+    def _begin_ring(self, ring: RingWatch) -> None:
+        self._excuses.ring = ring
 
     def _make_model(self, epoch: Epoch) -> ExecutorModel:
         config = self.scenario.scheduler
@@ -217,95 +204,6 @@ class World:
             max_sequence_len=config.max_sequence_len,
         )
 
-    # -- executor and engine, and how they get lost ------------------------------------------------------------------
-
-    def _send_from_executor(self, message: Message) -> None:
-        if isinstance(message, StepExecuted) and not self._engine_is_down and message.epoch == self._ring.epoch:
-            if self._loses_result:
-                self._loses_result = False
-                self._ring.faulty_epochs[message.epoch] = None
-                self._device.notice("it does not answer")
-                return
-            if self._garble_way >= 0 and message.request_ids:
-                self._ring.faulty_epochs[message.epoch] = None
-                if self._garble_way > 0:  # a row may well be missing, if its request has ended
-                    self._ring.garbled[message.epoch, message.step_id] = None
-                self._device.num_deaths += 1  # or as good as that
-                message = garble(message, self._garble_way, self.scenario.vocab)
-                self._garble_way = -1
-        self._send_as_executor(message)
-
-    def _cut_off(self, fault: Fault) -> None:
-        """Executor and engine do not hear each other; who watches the executor gives it up, which it cannot know."""
-        if not self._has_engine_process:
-            return
-        until_ns = self._agenda.now_ns + fault.duration_ns
-        executor, engine = self._places["executor"], self._places["scheduler"]
-        if fault.kind == "partition":
-            for (sender, receiver), link in self._links.items():
-                if executor in {sender, receiver} and self._places["supervisor"] not in {sender, receiver}:
-                    link.clogged_until_ns = until_ns
-            self._device.notice("no word from it")
-            return
-        self._ring.is_link_lossy = True
-        self._links[executor, engine].lost_until_ns = until_ns
-        # An executor that is started meanwhile is not heard either.
-        self._agenda.add(until_ns, 0, partial(self._device.notice, "no word from it"))
-
-    def _lose_sent(self) -> None:
-        """The executor is killed; a thread's words are heard all the same, a process's perhaps not."""
-        if self._has_engine_process:
-            self._links[self._places["executor"], self._places["scheduler"]].lose_sent()
-
-    @property
-    def _engine_places(self) -> dict[str, None]:
-        return {self._places["scheduler"]: None, self._places["kv_allocator"]: None}
-
-    def _lose_engine(self) -> None:
-        """Scheduler and allocator die."""
-        if not self._has_engine_process or self._engine_is_down:
-            return
-        self._engine_is_down = True
-        self._device.num_deaths += 1  # its KV is worth nothing any more
-        self._agenda.add(self._agenda.now_ns, 0, self._lose_last_words)
-        notice_ns = int(self._notice_random() * self.scenario.notice_ns)
-        self._agenda.add(self._agenda.now_ns + notice_ns, 0, self._replace_engine)
-
-    def _lose_last_words(self) -> None:
-        """Of what scheduler and allocator said last, what they were just saying included, not everything arrives."""
-        for (sender, _), link in self._links.items():
-            if sender in self._engine_places:
-                link.lose_sent()
-
-    def _replace_engine(self) -> None:
-        """A new engine takes up every live request, under an epoch that the executor begins with it."""
-        if self._is_broken:
-            return
-        now_ns = self._clock.now_ns()
-        answers = self._supervisor.handle(ExecutorFailed(self._supervisor.epoch, "the engine was lost"), now_ns)
-        epoch = next((answer.epoch for answer in answers if isinstance(answer, StartExecutor)), None)
-        if epoch is None:
-            return  # it has given up
-        # Whatever the dead one said or would have heard and is still under way: its links are gone.
-        edge, engine_places = self._places["frontend"], self._engine_places
-        for (sender, receiver), link in self._links.items():
-            if (receiver in engine_places and sender != self._places["executor"]) or (
-                sender in engine_places and receiver in {edge, *engine_places}
-            ):
-                link.lose_sent(0)
-        for name in engine_places:
-            for box in self._processes[name].mailboxes.values():
-                box.lose_all()
-        self._ring = self._excuses.ring = RingWatch(self.scenario, epoch, self._ring)
-        self._engine_is_down = False
-        tell = self._processes[edge].runtime.send
-        for answer in answers:
-            tell("supervisor", answer)
-        for message in self._ledger.handle(EngineLost(epoch, "killed"), now_ns):
-            tell("detokenizer" if isinstance(message, StopMatched) else "tokenizer", message)
-        if self._ring.is_to_drain:
-            tell("frontend", Drain())
-
     def _hear_engine(self, post: Callable[[Message], None], message: Message) -> None:
         """What the scheduler says passes the ledger before the detokenizer hears it."""
         for heard in self._note_in_ledger(message):
@@ -315,21 +213,6 @@ class World:
         if not self._has_engine_process:
             return (message,)
         return self._ledger.handle(message, self._clock.now_ns())  # type: ignore[arg-type]  # what its routes say
-
-    def _handle_scheduler(self, message: Message, now_ns: int) -> Iterable[Message]:
-        if self._engine_is_down:
-            return ()
-        answers = self._ring.handle_scheduler(message, now_ns)
-        if self._dies_at_an_end:
-            for index, answer in enumerate(answers):
-                if isinstance(answer, RequestEnded):
-                    self._dies_at_an_end = False
-                    self._lose_engine()
-                    return answers[:index]
-        return answers
-
-    def _handle_allocator(self, message: Message, now_ns: int) -> Iterable[Message]:
-        return () if self._engine_is_down else self._ring.handle_allocator(message, now_ns)
 
     def _handle_detokenizer(self, message: Message, now_ns: int) -> Iterable[Message]:
         answers: list[Message] = []
@@ -397,7 +280,7 @@ class World:
     def _handle_supervisor(self, message: Message, now_ns: int) -> Iterable[Message]:
         answers: list[Message] = self._supervisor.handle(message, now_ns)
         if self.scenario.duplicate_rate:  # it may not know what the scheduler has heard
-            tell = self._processes[_PLACES[self.scenario.topology]["supervisor"]].runtime.send
+            tell = self._processes[self._places["supervisor"]].runtime.send
             for answer in answers:
                 if isinstance(answer, ExecutorLost):
                     self._agenda.add(self._agenda.now_ns + REPEAT_NS, 0, partial(tell, "supervisor", answer))
@@ -405,14 +288,14 @@ class World:
 
     def _break(self, why: str) -> None:
         """What the engine does when it cannot go on."""
-        self._is_broken = True
+        self._is_broken = self._losses.is_over = True
         self._front_end.end_all(why)
 
     def _on_failure(self, address: Address, error: Exception) -> None:
         if isinstance(error, _InjectedError):
             self._is_defect_told = True
             if self._has_engine_process and address in {"scheduler", "kv_allocator"}:
-                self._lose_engine()  # its process ends
+                self._losses.lose_engine()  # its process ends
             else:
                 self._break(str(error))
         else:
@@ -470,19 +353,17 @@ class World:
     def _heal(self) -> None:
         """What was to go wrong next goes well."""
         self._device.heal()
-        self._garble_way = -1
-        self._loses_result = False
-        self._dies_at_an_end = False
+        self._losses.heal()
 
     def _tick(self) -> None:
-        if self._front_end.num_live_with_deadline and not self._engine_is_down:
+        if self._front_end.num_live_with_deadline and not self._losses.engine_is_down:
             self._front_end.check_deadlines()
-            self._scheduler_mailbox.wake()
+            self._processes[self._places["scheduler"]].mailboxes["scheduler"].wake()
         if self._front_end.num_live_with_deadline or self._agenda.now_ns < HEALED_NS:
             self._agenda.add(self._agenda.now_ns + TICK_NS, 0, self._tick)
 
     def _inject(self, fault: Fault) -> None:
-        front_runtime = self._processes[_PLACES[self.scenario.topology]["frontend"]].runtime
+        front_runtime = self._processes[self._places["frontend"]].runtime
         match fault.kind:
             case "crash":
                 self._device.crash()
@@ -490,16 +371,8 @@ class World:
                 self._device.hang(fault.duration_ns)
             case "fail_row":
                 self._device.fail_row()
-            case "engine_lost" if fault.choice < 0.5:
-                self._lose_engine()
-            case "engine_lost":
-                self._dies_at_an_end = self._has_engine_process
-            case "garble":
-                self._garble_way = int(fault.choice * NUM_WAYS)
-            case "lose_result":
-                self._loses_result = True
-            case "partition" | "lose_results":
-                self._cut_off(fault)
+            case "engine_lost" | "garble" | "lose_result" | "partition" | "lose_results":
+                self._losses.inject(fault)
             case "clock_jump":
                 self._clock.jumped_ns += fault.duration_ns
             case "clog":
@@ -527,14 +400,14 @@ class World:
         for client_stream in self._front_end.streams.values():
             if client_stream.is_live:
                 raise Violation("a request never ends", f"request {client_stream.request_id}")
-        num_losses = self._ring.num_losses
+        num_losses = self._losses.ring.num_losses
         if num_losses > self._device.num_deaths:
             raise Violation("an executor was replaced that nothing had happened to", f"{num_losses} losses")
         if self._is_broken:
             if not self._is_defect_told and self._excuses.num_poisons == 1 and not self._excuses.loses_executors:
                 raise Violation("the request that kills executors was not found", f"{num_losses} losses")
             return
-        self._ring.check_end()
+        self._losses.ring.check_end()
         check_nothing_left(
             {
                 "rows on the executor": len(self._device.model.rows),
@@ -546,13 +419,13 @@ class World:
     def _describe_waits(self) -> tuple[str, ...]:
         """Who waits for whom."""
         lines = []
-        ring = self._ring
+        ring = self._losses.ring
         for waiting in self._front_end.streams.values():
             request_id = waiting.request_id
-            if waiting.is_live and request_id in self._ring.ended:
-                lines.append(f"client of {request_id} waits for the detokenizer: {self._ring.ended[request_id]}")
+            if waiting.is_live and request_id in ring.ended:
+                lines.append(f"client of {request_id} waits for the detokenizer: {ring.ended[request_id]}")
             elif waiting.is_live:
-                whom = "scheduler" if request_id in self._ring.submitted else "tokenizer"
+                whom = "scheduler" if request_id in ring.submitted else "tokenizer"
                 lines.append(f"client of {request_id} waits for the {whom}; it has {waiting.num_tokens} tokens")
         lines.append(f"scheduler: {ring.scheduler.stats()}")
         lines.append(f"allocator: {ring.allocator.stats()}")
