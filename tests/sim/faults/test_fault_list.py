@@ -86,7 +86,7 @@ def test_f_01_an_idle_executor_is_replaced_and_nobody_sees_it(topology: Topology
     late = tuple(replace(client(number), at_ns=60 * MS) for number in range(3))
     world = run(scenario(at("crash", 20), clients=late, topology=topology))
     assert_all_finish(world)
-    assert world._ring.num_losses == 1
+    assert world._losses.ring.num_losses == 1
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -96,7 +96,7 @@ def test_f_02_f_03_f_04_an_executor_killed_at_any_moment_repeats_and_loses_no_to
 ) -> None:
     world = run(scenario(at("crash", moment), topology=topology))
     assert_all_finish(world)
-    assert world._ring.num_losses == 1
+    assert world._losses.ring.num_losses == 1
 
 
 def test_f_04_results_under_way_when_the_executor_dies_are_taken_or_lost_but_never_half() -> None:
@@ -105,7 +105,7 @@ def test_f_04_results_under_way_when_the_executor_dies_are_taken_or_lost_but_nev
     for moment in range(4, 60, 3):
         world = run(scenario(at("crash", moment / 2), link_ns=3 * MS, notice_ns=0))
         assert_all_finish(world)
-        num_late += world._ring.scheduler.stats().num_dropped_messages
+        num_late += world._losses.ring.scheduler.stats().num_dropped_messages
     assert num_late > 0, "some arrive when the scheduler has heard of the loss"
 
 
@@ -113,7 +113,7 @@ def test_f_05_an_executor_that_dies_in_its_recovery_is_started_again() -> None:
     faults = [at("crash", 5 + i * 0.7) for i in range(4)]
     world = run(scenario(*faults))
     assert_all_finish(world)
-    assert 1 < world._ring.num_losses <= 4
+    assert 1 < world._losses.ring.num_losses <= 4
 
 
 def test_f_05_one_that_dies_more_often_than_its_budget_ends_every_request_with_an_error() -> None:
@@ -131,13 +131,13 @@ def test_f_07_f_08_an_executor_that_hangs_is_replaced_and_what_it_says_later_is_
 ) -> None:
     world = run(scenario(at("hang", 6, 3000), topology=topology, notice_ns=notice_ms * MS))
     assert_all_finish(world)
-    assert world._ring.num_losses == 1
+    assert world._losses.ring.num_losses == 1
 
 
 def test_f_09_an_executor_that_is_only_slow_is_left_alone() -> None:
     world = run(scenario(at("hang", 6, 40), notice_ns=2000 * MS))
     assert_all_finish(world)
-    assert world._ring.num_losses == 0
+    assert world._losses.ring.num_losses == 0
 
 
 # -- it says what cannot be -------------------------------------------------------------------------------------------
@@ -147,14 +147,14 @@ def test_f_09_an_executor_that_is_only_slow_is_left_alone() -> None:
 def test_f_16_results_that_cannot_be_cost_a_step_and_no_token(way: int) -> None:
     world = run(scenario(at("garble", 6, choice=(way + 0.5) / NUM_WAYS)))
     assert_all_finish(world)
-    assert world._ring.num_losses == 1
-    assert world._ring.scheduler.stats().num_faulty_results == 1
+    assert world._losses.ring.num_losses == 1
+    assert world._losses.ring.scheduler.stats().num_faulty_results == 1
 
 
 def test_f_24_a_row_that_fails_ends_alone() -> None:
     world = run(scenario(at("fail_row", 6)))
     assert reasons(world).count("error") == 1
-    assert world._ring.num_losses == 0
+    assert world._losses.ring.num_losses == 0
 
 
 # -- scheduler and allocator die --------------------------------------------------------------------------------------
@@ -166,8 +166,8 @@ def test_f_21_f_22_an_engine_killed_at_any_moment_is_rebuilt_from_recipes(topolo
     world = run(scenario(at("engine_lost", moment), topology=topology))
     assert_all_finish(world)
     assert world._ledger.num_resubmitted > 0
-    assert world._ring.scheduler.stats().num_resumed == world._ledger.num_resubmitted
-    assert world._ring.epoch == 1
+    assert world._losses.ring.scheduler.stats().num_resumed == world._ledger.num_resubmitted
+    assert world._losses.ring.epoch == 1
 
 
 @pytest.mark.parametrize("actor", ["scheduler", "kv_allocator"])
@@ -183,7 +183,7 @@ def test_f_20_f_22_an_exception_of_scheduler_or_allocator_costs_its_process_and_
 
 def test_f_21_what_reached_the_edge_comes_back_as_output_and_not_as_prompt() -> None:
     world = run(scenario(at("engine_lost", 9)))
-    recipes = world._ring.submitted.values()
+    recipes = world._losses.ring.submitted.values()
     assert any(recipe.output_token_ids for recipe in recipes)
     for recipe in recipes:
         oracle = world._oracles[recipe.request_id]
@@ -200,7 +200,7 @@ def test_f_21_an_engine_that_dies_between_the_last_token_and_the_news_of_the_end
     for moment in MOMENTS:
         world = run(scenario(at("engine_lost", moment, choice=0.9), topology=topology))
         assert_all_finish(world)
-        for recipe in world._ring.submitted.values():
+        for recipe in world._losses.ring.submitted.values():
             num_cut += len(recipe.output_token_ids) // 4 == world._oracles[recipe.request_id].num_outputs
     assert num_cut > 0
 
@@ -231,7 +231,7 @@ def test_f_21_f_52_an_engine_lost_while_draining_finishes_what_it_had_accepted_a
 def test_f_26_results_that_get_lost_are_noticed_and_computed_again(moment: float) -> None:
     world = run(scenario(at("lose_result", moment)))
     assert_all_finish(world)
-    assert world._ring.num_losses == 1
+    assert world._losses.ring.num_losses == 1
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -239,7 +239,7 @@ def test_f_27_messages_that_come_twice_count_once(topology: Topology) -> None:
     faults = (at("crash", 5), at("engine_lost", 9), at("crash", 14))
     world = run(scenario(*faults, topology=topology, duplicate_rate=0.5))
     assert_all_finish(world)
-    assert world._ring.scheduler.stats().num_dropped_messages > 0
+    assert world._losses.ring.scheduler.stats().num_dropped_messages > 0
 
 
 def test_f_28_actors_and_links_in_any_order_hold_the_order_that_matters() -> None:
@@ -252,26 +252,26 @@ def test_f_28_actors_and_links_in_any_order_hold_the_order_that_matters() -> Non
 def test_f_29_a_link_that_stands_still_for_a_while_delays_and_loses_nothing(delay_ms: int, link: int) -> None:
     world = run(scenario(at("clog", 6, delay_ms, choice=link / 6)))
     assert_all_finish(world)
-    assert world._ring.num_losses == 0
+    assert world._losses.ring.num_losses == 0
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_f_35_two_sides_of_a_partition_both_alive_give_each_token_once(moment: float) -> None:
     world = run(scenario(at("partition", moment, 30)))
     assert_all_finish(world)
-    assert world._ring.num_losses == 1
+    assert world._losses.ring.num_losses == 1
 
 
 def test_f_35_the_executor_that_was_fenced_off_has_spoken_in_vain() -> None:
     world = run(scenario(at("partition", 6, 30)))
-    assert world._ring.scheduler.stats().num_dropped_messages > 0
+    assert world._losses.ring.scheduler.stats().num_dropped_messages > 0
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_f_36_results_lost_while_commands_arrive_give_each_token_once(moment: float) -> None:
     world = run(scenario(at("lose_results", moment, 5)))
     assert_all_finish(world)
-    assert world._ring.num_losses >= 1
+    assert world._losses.ring.num_losses >= 1
 
 
 # -- requests that kill executors -------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def test_f_31_a_poison_among_64_is_found_within_8_losses_and_63_are_identical(po
     world = run(poisoned({poison: "is_poison"}, budget=budget))
     assert convicts(world) == [poison]
     assert sorted(reasons(world)) == ["error"] + 63 * ["length"]
-    assert world._ring.num_losses <= 8
+    assert world._losses.ring.num_losses <= 8
 
 
 def test_f_31_a_poison_that_comes_later_is_found_at_once() -> None:
@@ -317,7 +317,7 @@ def test_f_31_a_poison_that_comes_later_is_found_at_once() -> None:
     clients = (*what.clients[:63], replace(what.clients[63], at_ns=8 * MS))
     world = run(replace(what, clients=clients))
     assert convicts(world) == [63]
-    assert world._ring.num_losses == 3
+    assert world._losses.ring.num_losses == 3
 
 
 def test_f_31_a_poison_that_comes_again_is_refused_and_kills_nobody() -> None:
@@ -326,14 +326,14 @@ def test_f_31_a_poison_that_comes_again_is_refused_and_kills_nobody() -> None:
     world = run(replace(what, clients=(*what.clients, again)))
     ended = world._front_end.streams[64].ended
     assert (ended.reason, ended.error_code) == ("refused", "request_quarantined")
-    assert world._ring.num_losses <= 8
+    assert world._losses.ring.num_losses <= 8
 
 
 @pytest.mark.parametrize("pair", [(0, 63), (10, 40), (62, 63), (31, 32), (3, 4)])
 def test_f_32_two_independent_poisons_are_both_found(pair: tuple[int, int]) -> None:
     world = run(poisoned(dict.fromkeys(pair, "is_poison")))
     assert convicts(world) == sorted(pair)
-    assert world._ring.num_losses <= 16
+    assert world._losses.ring.num_losses <= 16
 
 
 @pytest.mark.parametrize("pair", [(0, 63), (10, 40), (62, 63), (31, 32), (3, 4)])
@@ -342,7 +342,7 @@ def test_f_33_two_that_kill_only_in_company_cost_a_bounded_number_of_losses(pair
     assert set(convicts(world)) <= set(pair)
     assert len(reasons(world)) == 64
     assert reasons(world).count("length") >= 62
-    assert world._ring.num_losses <= 8
+    assert world._losses.ring.num_losses <= 8
 
 
 # -- memory and clients -----------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def test_f_39_with_all_blocks_spent_the_oldest_goes_on_and_everybody_finishes() 
     clients = tuple(client(number, prompt=(1 + number, 2, 3), at_ns=number) for number in range(6))
     world = run(scenario(scheduler=config, clients=clients))
     assert_all_finish(world)
-    assert world._ring.scheduler.stats().num_preemptions > 3
+    assert world._losses.ring.scheduler.stats().num_preemptions > 3
     order = [stream.request_id for stream in world._front_end.streams.values()]
     assert world._front_end.streams[order[0]].ended.num_preemptions == 0
 
@@ -375,7 +375,7 @@ def test_f_41_a_burst_on_a_full_cache_and_queue_is_refused_beyond_its_bound_and_
     assert refused
     assert {ended.error_code for ended in refused} == {"queue_full"}
     assert {*reasons(world)} <= {"refused", "length", "stop"}
-    assert world._ring.allocator.stats().num_evicted > 0
+    assert world._losses.ring.allocator.stats().num_evicted > 0
 
 
 @pytest.mark.parametrize("kind", ["crash", "engine_lost"])
