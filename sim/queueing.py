@@ -21,9 +21,15 @@ from .workload.request import TraceRequest, WorkloadCounts
 
 Service = Literal["exponential", "constant"]
 
+_QUEUES: dict[str, tuple[Service, int]] = {
+    "M/M/1": ("exponential", 1),
+    "M/D/1": ("constant", 1),
+    "M/M/4": ("exponential", 4),
+}
+
 _NS_PER_TOKEN = 1_000
 _MEAN_PROMPT = 2_000
-_MEAN_TICKS = 400
+_MEAN_TICKS = 1_000  # a customer waits for the next tick, and a seat is free one tick late: 0.15 % of a service time
 _TICK_NS = 1_000
 
 
@@ -133,16 +139,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m octavo.sim.queueing", description=__doc__)
     parser.add_argument("--num-requests", type=int, default=1_000_000)
     parser.add_argument("--rho", type=float, nargs="+", default=[0.5, 0.8])
+    parser.add_argument("--queues", nargs="+", choices=_QUEUES, default=list(_QUEUES))
     args = parser.parse_args(argv)
     print("queue   rho  simulated  theory   error   (mean wait, in service times)")
-    cases: list[tuple[str, Service, int]] = [("M/M/1", "exponential", 1), ("M/D/1", "constant", 1)]
-    cases.append(("M/M/4", "exponential", 4))
-    for name, service, num_servers in cases:
+    for name in args.queues:
+        service, num_servers = _QUEUES[name]
         for rho in args.rho:
-            num_requests = args.num_requests if num_servers == 1 else args.num_requests // 4
+            num_requests = args.num_requests if num_servers == 1 else args.num_requests // 2
             wait, mean = simulate_queue(service, num_servers, rho, num_requests)
             theory = mean_wait_by_theory(service, num_servers, rho)
-            print(f"{name}  {rho:5.2f} {wait / mean:10.4f} {theory:7.4f} {wait / mean / theory - 1:+7.2%}")
+            print(f"{name}  {rho:5.2f} {wait / mean:10.4f} {theory:7.4f} {wait / mean / theory - 1:+7.2%}", flush=True)
     return 0
 
 
