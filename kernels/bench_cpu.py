@@ -2,6 +2,7 @@
 
 With `--weights` it compares bfloat16 weights with int8 and int4 ones instead: all linear layers of one step.
 With `--kv` it compares dtypes of the KV cache: one layer's attention.
+With `--products` it compares a dense bfloat16 layer with torch's in float32 and with the processor's multipliers.
 
 Prints medians in microseconds and torch / C. The shapes are those of Qwen3-0.6B (16 heads, 8 KV heads, head_dim 128,
 hidden 1024, intermediate 3072). The two sides take turns, so that load from elsewhere falls on both.
@@ -10,9 +11,10 @@ hidden 1024, intermediate 3072). The two sides take turns, so that load from els
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,13 +51,18 @@ def main() -> None:
     parser.add_argument("--weights", action="store_true", help="compare kinds of weights; 2.5 GB")
     parser.add_argument("--kv", action="store_true", help="compare dtypes of the KV cache")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="for --weights")
+    parser.add_argument("--products", action="store_true", help="GFLOP/s of one thread by the number of rows")
     args = parser.parse_args()
-    if cpu_build.library() is None:
+    kernels = cpu_build.library()
+    if kernels is None:
         raise SystemExit("there is no C library to compare: see the log line above")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.weights:
         _weights(args.rows, args.repeats)
+        return
+    if args.products:
+        _products(kernels, (1, 2, 4, 8, 16, 32, 64, 128, 512), args.repeats)
         return
     if args.kv:
         for num_rows, context in ((8, 192), (8, 2048)):
@@ -175,6 +182,46 @@ def _linear(name: str, out_features: int, in_features: int, num_tokens: int, rep
         return
     x32, weight32 = x.float(), weight.float()
     _report(f"{shape}, torch in f32", lambda: F.linear(x32, weight32), lambda: linear_dense(x, weight), repeats)
+
+
+def _products(kernels: ctypes.CDLL, nums_rows: Sequence[int], repeats: int) -> None:
+    """Time the widest layer on one thread, its weights from memory; prints medians in GFLOP/s of CPU time.
+
+    The processor's own is of as many independent multiply-adds as fill it, timed in turn with the others: where it is
+    lower, somebody else was on the core.
+    """
+    torch.set_num_threads(1)
+    kernels.octavo_multiply_adds.argtypes, kernels.octavo_multiply_adds.restype = (ctypes.c_int64,), ctypes.c_float
+    rounds, flops_a_round = 2_000_000, 12 * 2 * kernels.octavo_vector_lanes()
+    out_features, in_features = _LINEARS["gate_up"]
+    weights = [
+        huge_pages.place([torch.randn(out_features, in_features).mul_(0.03).bfloat16()], torch.bfloat16)
+        for _ in range(8)  # more than a last-level cache holds
+    ]
+    wide = weights[0].float()
+    print(f"linear {out_features}x{in_features}, GFLOP/s of CPU time on one thread, median of {repeats}")
+    print(f"{'rows':>4} {'processor':>10} {'bfloat16':>18} {'torch, float32':>18}")
+    for num_rows in nums_rows:
+        x = torch.randn(num_rows, in_features).bfloat16()
+        x32, flops = x.float(), 2 * num_rows * out_features * in_features
+        rates: tuple[list[float], list[float], list[float]] = ([], [], [])
+        for _ in range(repeats):
+            started = time.thread_time_ns()
+            kernels.octavo_multiply_adds(rounds)
+            multiplied = time.thread_time_ns()
+            for weight in weights:
+                linear_dense(x, weight)
+            ours = time.thread_time_ns()
+            F.linear(x32, wide)
+            theirs = time.thread_time_ns()
+            rates[0].append(rounds * flops_a_round / (multiplied - started))
+            rates[1].append(len(weights) * flops / (ours - multiplied))
+            rates[2].append(flops / (theirs - ours))
+        most, *others = (statistics.median(some) for some in rates)
+        print(
+            f"{num_rows:>4} {most:>10.1f}" + "".join(f"{rate:>10.1f} ({rate / most:5.2f})" for rate in others),
+            flush=True,
+        )
 
 
 def _weights(nums_rows: list[int], repeats: int) -> None:

@@ -32,9 +32,10 @@
 #define PAD 64 /* inputs: rows of codes are filled up to a multiple of it */
 #define X_BLOCK 32 /* inputs that share a power of two, the quick way */
 #define QUICK_ROWS 8 /* the most rows for it */
+#define QUICK_COLS 960 /* columns that a thread takes at once, the quick way: long streams in the order of memory */
 #define QUICK_TILE 4 /* rows multiplied at once, the quick way */
 #define SEGMENT 16 /* inputs that share their factors, at least: so many have one entry in `factors` */
-#define AHEAD 4096 /* bytes of codes, behind those that are read, to ask for */
+#define AHEAD 1024 /* bytes of codes, behind those that are read, to ask for */
 #define NUM_ACC (VL / 8)
 
 typedef int32_t i8 __attribute__((vector_size(32)));
@@ -111,8 +112,8 @@ INLINE void widen_factors(factors *f, const quantized *w, int64_t at, int64_t n)
     }
 }
 
-/* Factors of inputs [k, k + size) of a weight row. */
-INLINE void load_factors(factors *f, const quantized *w, int64_t row, int64_t k, int64_t size, int bits) {
+/* Factors of inputs [k, k + size) of a weight row. Not inlined: it is called in many places, and compiles for seconds. */
+static __attribute__((noinline)) void load_factors(factors *f, const quantized *w, int64_t row, int64_t k, int64_t size, int bits) {
     int64_t first = row * w->num_groups, group = k / w->group_size, n = ((size - 1) >> w->shift) + 1;
     if (w->group_size == (int64_t)1 << w->shift || w->num_groups == 1) {
         int64_t some = min64(n, w->num_groups - group);
@@ -312,7 +313,7 @@ INLINE __m256i multiply_add(__m256i sum, __m256i a, __m256i b) {
 #endif
 }
 
-/* sums[r * MAX_COLS + c * apart] += x[row + r] . w[col + c * apart] over size inputs; of columns from col on there are
+/* sums[r * QUICK_COLS + c * apart] += x[row + r] . w[col + c * apart] over size inputs; of columns from col on there are
  * `cols`. */
 INLINE void dot_whole(float *sums, const whole *x, int64_t row, const quantized *w, int64_t col, int64_t cols,
                       int64_t apart, int64_t k, int64_t size, int bits, int rows, int num_cols) {
@@ -324,23 +325,27 @@ INLINE void dot_whole(float *sums, const whole *x, int64_t row, const quantized 
     int has_offsets = bits == 4 || w->zeros || w->offsets, spread = w->shift - 5;
     __m256i lane = _mm256_srl_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm_cvtsi32_si128(spread));
     float extra[QUICK_TILE * COLS] = {0};
-    int is_plain = bits == 4 && !w->zeros && !w->offsets && w->scale_dtype == BF16 && w->group_size == X_BLOCK &&
-                   size % (8 * X_BLOCK) == 0 && (k + size) / X_BLOCK <= w->num_groups; /* as `quantize` makes them */
+    int64_t plain_group = bits == 4 ? X_BLOCK : 2 * X_BLOCK; /* as `--quantization` makes weights */
+    int is_plain = !w->zeros && !w->offsets && w->scale_dtype == BF16 && w->group_size == plain_group &&
+                   size % (8 * X_BLOCK) == 0 && (k + size) / plain_group <= w->num_groups;
     UNROLL for (int c = 0; c < num_cols; c++) {
         factors f;
         int64_t out = col + min64(c * apart, cols - 1);
         codes[c] = w->codes + out * w->row_bytes + k * bits / 8;
         __builtin_prefetch(at(w->scales, (out + 4) * w->num_groups + k / w->group_size, w->scale_dtype));
         if (is_plain) { /* what load_factors would make of it, in registers */
-            const uint16_t *from = (const uint16_t *)w->scales + out * w->num_groups + k / X_BLOCK;
+            const uint16_t *from = (const uint16_t *)w->scales + out * w->num_groups + k / plain_group;
             for (int64_t n = 0; n < size / X_BLOCK; n += 8) {
-                __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(from + n)));
-                v8 scales = (v8)_mm256_slli_epi32(wide, 16);
+                __m128i some = bits == 4 ? _mm_loadu_si128((const __m128i *)(from + n))
+                                         : _mm_loadl_epi64((const __m128i *)(from + n / 2));
+                v8 scales = (v8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(some), 16);
+                if (bits == 8) scales = __builtin_shufflevector(scales, scales, 0, 0, 1, 1, 2, 2, 3, 3);
                 UNROLL for (int r = 0; r < rows; r++) {
                     int64_t at = (row + r) * num_blocks + k / X_BLOCK + n;
                     *(v8_mem *)(scale[r * num_cols + c] + n) = scales * *(const v8_mem *)(x->scale + at);
-                    acc[r * num_cols + c] =
-                        fma8(scales * -8.0f, *(const v8_mem *)(x->group_sum + at), acc[r * num_cols + c]);
+                    if (bits == 4)
+                        acc[r * num_cols + c] =
+                            fma8(scales * -8.0f, *(const v8_mem *)(x->group_sum + at), acc[r * num_cols + c]);
                 }
             }
             continue;
@@ -393,23 +398,23 @@ INLINE void dot_whole(float *sums, const whole *x, int64_t row, const quantized 
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < num_cols; c++) {
             v8 a = acc[r * num_cols + c];
-            sums[r * MAX_COLS + c * apart] +=
+            sums[r * QUICK_COLS + c * apart] +=
                 (((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]))) + extra[r * num_cols + c];
         }
 }
 
-/* out[0 .. num_rows, col ..] the quick way, for at most QUICK_ROWS x MAX_COLS. Columns that are multiplied at once stand far
+/* out[0 .. num_rows, col ..] the quick way, for at most QUICK_ROWS x QUICK_COLS. Columns that are multiplied at once stand far
  * apart: so each is one of a few streams in the order of memory, which is what the processor's prefetcher follows. */
 INLINE void quick_block(const whole *x, const quantized *w, void *out, int64_t num_rows, int64_t col, int64_t num_cols,
                         float *sums, int bits, int dtype) {
-    memset(sums, 0, QUICK_ROWS * MAX_COLS * sizeof *sums);
+    memset(sums, 0, num_rows * QUICK_COLS * sizeof *sums);
     int64_t step = num_rows == 1 ? COLS : num_rows == 2 ? 2 : 1, apart = (num_cols + step - 1) / step;
     int64_t tiles = (num_rows + QUICK_TILE - 1) / QUICK_TILE;
     for (int64_t c = 0; c < apart; c++)
         for (int64_t k = 0; k < w->padded_in; k += BLOCK_K) /* as the codes lie in memory */
             for (int64_t t = 0; t < tiles; t++) {
                 int64_t size = min64(BLOCK_K, w->padded_in - k), row = num_rows * t / tiles;
-                float *to = sums + row * MAX_COLS + c;
+                float *to = sums + row * QUICK_COLS + c;
                 int64_t rows = num_rows * (t + 1) / tiles - row, cols = num_cols - c;
                 if (step == COLS) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 1, COLS);
                 if (step == 2) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 2, 2);
@@ -419,7 +424,7 @@ INLINE void quick_block(const whole *x, const quantized *w, void *out, int64_t n
             }
     for (int64_t r = 0; r < num_rows; r++)
         for (int64_t c = 0; c < num_cols; c += VL)
-            store_upto(out, r * w->out_features + col + c, load(sums, r * MAX_COLS + c, F32), num_cols - c, dtype);
+            store_upto(out, r * w->out_features + col + c, load(sums, r * QUICK_COLS + c, F32), num_cols - c, dtype);
 }
 
 static void quick_block_4(const whole *x, const quantized *w, void *out, int64_t num_rows, int64_t col,
@@ -441,10 +446,10 @@ static int quick(const void *x, int dtype, const quantized *w, void *out, int64_
     float *scale = (float *)(memory + num_rows * w->padded_in * 2);
     whole rounded = {(int16_t *)memory, scale, scale + num_rows * num_blocks};
     for (int64_t r = 0; r < num_rows; r++) round_row(&rounded, r, x, in_features, w, dtype);
-    int64_t cols = min64((w->out_features / (threads * 4) + COLS) / COLS * COLS, MAX_COLS);
+    int64_t cols = min64((w->out_features / (threads * 4) + COLS) / COLS * COLS, QUICK_COLS);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t col = 0; col < w->out_features; col += cols) {
-        float sums[QUICK_ROWS * MAX_COLS];
+        float sums[QUICK_ROWS * QUICK_COLS];
         int64_t some = min64(cols, w->out_features - col);
         if (w->bits == 4)
             quick_block_4(&rounded, w, out, num_rows, col, some, sums, dtype);
