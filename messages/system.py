@@ -18,10 +18,12 @@ class ExecutorLost(Message, frozen=True):
     Attributes:
         epoch: the next epoch, which the replacement serves.
         why: for logs.
+        is_innocent: nothing that the executor computed can have caused it: it was stopped from outside.
     """
 
     epoch: Epoch
     why: str = ""
+    is_innocent: bool = False
 
 
 class Drain(Message, frozen=True):
@@ -105,11 +107,24 @@ class ProcessExited(Message, frozen=True):
     Attributes:
         child, incarnation: which.
         why: how it ended.
+        was_refused: the system had no room for another process; the child is no worse for it.
     """
 
     child: str
     incarnation: int
     why: str
+    was_refused: bool = False
+
+
+class ProcessHalted(Message, frozen=True):
+    """Carrier -> supervisor: the system says that a child is stopped (SIGSTOP); said again at each look at which it is.
+
+    Attributes:
+        child, incarnation: which.
+    """
+
+    child: str
+    incarnation: int
 
 
 class ProcessStarted(Message, frozen=True):

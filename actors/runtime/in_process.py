@@ -41,6 +41,7 @@ class Mailbox:
         runtime: where answers go and the time comes from.
         capacity: most messages waiting.
         after_batch: a message handed to the handler each time the mailbox has been emptied.
+        max_hold_ns: the loop gets its turn after so long, though messages are left; 0: after a batch.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class Mailbox:
         *,
         capacity: int,
         after_batch: Message | None = None,
+        max_hold_ns: int = 0,
     ) -> None:
         self._address = address
         self._handler = handler
         self._runtime = runtime
         self._capacity = capacity
         self._after_batch = after_batch
+        self._max_hold_ns = max_hold_ns
         self._inbox: deque[Message] = deque()
         self._is_scheduled = False
 
@@ -92,6 +95,8 @@ class Mailbox:
                 answers = handler(inbox.popleft(), now_ns)
                 if answers:
                     runtime.send_all(self._address, answers)
+                if self._max_hold_ns and runtime.clock.now_ns() - now_ns >= self._max_hold_ns:
+                    break
             if inbox:
                 self._is_scheduled = True
                 runtime.loop.call_soon(self._drain)
@@ -126,10 +131,16 @@ class InProcessRuntime:
         self._carriers[address] = carrier
 
     def add_actor(
-        self, address: Address, handler: Handler, capacity: int, *, after_batch: Message | None = None
+        self,
+        address: Address,
+        handler: Handler,
+        capacity: int,
+        *,
+        after_batch: Message | None = None,
+        max_hold_ns: int = 0,
     ) -> Mailbox:
         """Give an actor a mailbox on this loop; the arguments are `Mailbox`'s."""
-        mailbox = Mailbox(address, handler, self, capacity=capacity, after_batch=after_batch)
+        mailbox = Mailbox(address, handler, self, capacity=capacity, after_batch=after_batch, max_hold_ns=max_hold_ns)
         self.add(address, mailbox)
         return mailbox
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 import zmq
@@ -33,6 +33,8 @@ from .port_limits import PortLimits
 LinkState = Literal["greeting", "up", "lost", "refused"]
 
 Frames = tuple[bytes | memoryview, ...]
+
+_DONTWAIT: Final = int(zmq.DONTWAIT)  # a plain integer: the enumeration's operators take a microsecond each
 
 
 class OutgoingLink:
@@ -118,7 +120,7 @@ class OutgoingLink:
             frames = waiting[0]
             try:
                 if len(frames) == 1:
-                    self._socket.send(frames[0], zmq.DONTWAIT)
+                    self._socket.send(frames[0], _DONTWAIT)
                 else:
                     self._socket.send(frames[0], zmq.DONTWAIT | zmq.SNDMORE)
                     for tensor in frames[1:-1]:

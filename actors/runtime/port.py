@@ -17,6 +17,7 @@ import select
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import zmq
@@ -37,6 +38,12 @@ from .zap import ZapHandler
 __all__ = ["MAX_BATCH", "Allowed", "LinkEvent", "Port", "UnsendableError", "role_of"]
 
 KEYS_INTERVAL_NS = 1_000_000_000
+
+# As plain integers: the enumeration's operators take a microsecond each.
+_DONTWAIT: Final = int(zmq.DONTWAIT)
+_EVENTS: Final = int(zmq.EVENTS)
+_POLLIN: Final = int(zmq.POLLIN)
+_POLLOUT: Final = int(zmq.POLLOUT)
 
 _Reader = Callable[[], None]
 
@@ -82,6 +89,7 @@ class Port:
         self._encoder = Encoder()
         self._context = zmq.Context()
         self._epoll = select.epoll()
+        self._ready: list[tuple[int, int]] = []  # what `wait` found, for `receive`
         self._on_ready: dict[int, _Reader] = {}
         self._bound_path: Path | None = None
         self._bound: list[str] = []  # ipc, tcp
@@ -308,7 +316,8 @@ class Port:
         delay_ms = self.delay_ms()
         if delay_ms is not None:
             timeout_ms = delay_ms if timeout_ms < 0 else min(timeout_ms, delay_ms)
-        return bool(self._epoll.poll(timeout_ms / 1000 if timeout_ms >= 0 else -1))
+        self._ready = self._epoll.poll(timeout_ms / 1000 if timeout_ms >= 0 else -1)
+        return bool(self._ready)
 
     def delay_ms(self) -> int | None:
         """When `receive` must be called even if nothing comes; None: need not."""
@@ -324,7 +333,8 @@ class Port:
 
     def receive(self, max_messages: int = MAX_BATCH) -> list[tuple[str, Message]]:
         """What is there, in each peer's order; never blocks. `has_more` says whether the bound cut it short."""
-        for descriptor, _ in self._epoll.poll(0):
+        ready, self._ready = self._ready, []
+        for descriptor, _ in ready or self._epoll.poll(0):
             reader = self._on_ready.get(descriptor)
             if reader is not None:
                 reader()
@@ -356,15 +366,15 @@ class Port:
 
     def _is_ready(self, line: _Line) -> bool:
         """Whether sending swallowed an edge: a grant came, or there is room again for what had to wait."""
-        events = int(line.dealer.get(zmq.EVENTS))
-        return bool(events & zmq.POLLIN or (events & zmq.POLLOUT and line.link.is_held_up))
+        events = int(line.dealer.get(_EVENTS))
+        return bool(events & _POLLIN or (events & _POLLOUT and line.link.is_held_up))
 
     def _read_line(self, line: _Line) -> None:
         """Take what a peer says about our line to it."""
         link = line.link
         while not line.dealer.closed:
             try:
-                frame = line.dealer.recv(zmq.DONTWAIT)
+                frame = line.dealer.recv(_DONTWAIT)
             except zmq.Again:
                 link.flush()
                 if self._is_ready(line):

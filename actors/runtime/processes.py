@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -52,6 +53,10 @@ class ProcessStartError(OctavoError):
     """A process could not be started."""
 
     code = "process_start"
+
+
+class ProcessRefusedError(ProcessStartError):
+    """The system has no room for another process at the moment; nothing is wrong with what was to be started."""
 
 
 class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -249,7 +254,8 @@ class _NurseryLink:
             )
         except OSError as error:
             self._socket.close()
-            raise ProcessStartError(f"the nursery cannot be started: {error}") from error
+            kind = ProcessRefusedError if error.errno in (errno.EAGAIN, errno.ENOMEM) else ProcessStartError
+            raise kind(f"the nursery cannot be started: {error}") from error
         finally:
             theirs.close()
         self._pidfd = open_pidfd(self.process.pid)
@@ -332,7 +338,7 @@ class _NurseryLink:
         elif isinstance(report, SpawnRefused):
             spec, answer = self._calls.pop(report.call_id)
             if not answer.done():
-                answer.set_exception(ProcessStartError(f"{spec.title} cannot be started: {report.why}"))
+                answer.set_exception(ProcessRefusedError(f"{spec.title} cannot be started: {report.why}"))
         elif isinstance(report, Prepared):
             if not self.prepared.done():
                 self.prepared.set_result(report)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import types
 import typing
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import chain
 from typing import Any, Union
 
@@ -51,17 +51,25 @@ class OutOfRangeError(ValueError):
     """A field holds what its type allows but its meaning does not."""
 
 
-def compile_check(struct: type[msgspec.Struct]) -> Check | None:
-    """The check of one struct type and all it contains; None if any decoded value will do."""
-    return _struct_check(struct, {})
+def compile_check(struct: type[msgspec.Struct], is_checked: Collection[str] = ()) -> Check | None:
+    """The check of one struct type and all it contains; None if any decoded value will do.
+
+    Args:
+        is_checked: fields of `struct` whose values were checked as they were decoded.
+    """
+    return _struct_check(struct, {}, is_checked)
 
 
-def _struct_check(struct: type[msgspec.Struct], known: dict[type, Check | None]) -> Check | None:
+def _struct_check(
+    struct: type[msgspec.Struct], known: dict[type, Check | None], is_checked: Collection[str] = ()
+) -> Check | None:
     if struct in known:
         return known[struct]
     known[struct] = None  # a struct never contains itself: the compiler would not end otherwise
     checks: list[tuple[str, Any, Check]] = []
     for field in msgspec.structs.fields(struct):
+        if field.name in is_checked:
+            continue
         lowest = LOWEST.get((struct, field.name))
         if lowest is None:
             lowest = field.default if type(field.default) is int and field.default < 0 else 0

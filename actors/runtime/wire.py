@@ -7,13 +7,14 @@ Decoding ends for every input in a message of one of the expected types or in `M
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Union
 
 import msgspec
 
 from ...messages.base import Message
 from ...messages.tensor import Tensor
+from .standing_columns import STANDING, StepDecoder
 from .value_ranges import Check, compile_check
 
 Buffer = bytes | memoryview
@@ -65,14 +66,22 @@ class Decoder:
         self._frames: Sequence[Buffer] = ()
         self._num_used = 0
         self._decode = None
-        if kinds:
-            union: Any = Union[tuple(kinds)]  # noqa: UP007  # made at run time
-            self._decode = msgspec.msgpack.Decoder(union, dec_hook=self._decode_tensor).decode
-        self._checks: dict[type[Message], Check] = {}
+        self._checks: dict[type[msgspec.Struct], Check] = {}
+        self._steps: dict[type[msgspec.Struct], Callable[[Any], Message]] = {}
+        wire_types: list[type[msgspec.Struct]] = []
         for kind in kinds:
+            if kind in STANDING:
+                step = StepDecoder(kind)
+                wire_types.append(step.wire_type)
+                self._steps[step.wire_type] = step.message
+                continue
+            wire_types.append(kind)
             check = compile_check(kind)
             if check is not None:
                 self._checks[kind] = check
+        if wire_types:
+            union: Any = Union[tuple(wire_types)]  # noqa: UP007  # made at run time
+            self._decode = msgspec.msgpack.Decoder(union, dec_hook=self._decode_tensor).decode
 
     def decode(self, body: Buffer, tensors: Sequence[Buffer] = ()) -> Message:
         """The message that `body` and the frames beside it stand for; the tensors read the frames' memory.
@@ -85,16 +94,21 @@ class Decoder:
             raise MalformedMessageError("nothing may arrive here")
         self._frames, self._num_used = tensors, 0
         try:
-            message: Message = self._decode(body)
-            check = self._checks.get(type(message))
-            if check is not None:
-                check(message)
+            value: Any = self._decode(body)
+            step = self._steps.get(type(value))
+            if step is not None:
+                value = step(value)
+            else:
+                check = self._checks.get(type(value))
+                if check is not None:
+                    check(value)
         except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError, TypeError) as error:
             raise MalformedMessageError(str(error)) from error
         finally:
             self._frames = ()
         if self._num_used != len(tensors):
             raise MalformedMessageError(f"{len(tensors)} frames came with {self._num_used} tensors")
+        message: Message = value
         return message
 
     def _decode_tensor(self, kind: type, value: object) -> Tensor:

@@ -45,7 +45,8 @@ def lose_executor(state: SchedulerState, lost: ExecutorLost) -> None:
     for sequence in returning:
         if sequence.state is State.WAITING:
             state.unpark(sequence)
-    _blame(state, list(in_flight.values()), list(gone.values()), lost.why)
+    if not lost.is_innocent:
+        _blame(state, list(in_flight.values()), list(gone.values()), lost.why)
 
 
 def _blame(state: SchedulerState, suspects: list[Sequence], gone: list[Sequence], why: str) -> None:

@@ -15,6 +15,7 @@ from ...messages.base import Message
 from ...messages.system import (
     KillProcess,
     ProcessExited,
+    ProcessHalted,
     ProcessStarted,
     StartProcess,
     StopAll,
@@ -23,7 +24,8 @@ from ...messages.system import (
     Tick,
 )
 from ..runtime.clock import Clock, MonotonicClock
-from ..runtime.processes import Nursery, ProcessExit, ProcessSpec, ProcessStartError
+from ..runtime.process_state import is_stopped
+from ..runtime.processes import Nursery, ProcessExit, ProcessRefusedError, ProcessSpec, ProcessStartError
 from .config import TICK_NS, ChildKind, SupervisorConfig
 from .core import SupervisorCore
 
@@ -100,6 +102,7 @@ class Supervisor:
         self._on_exit = on_exit
         self._elsewhere = elsewhere
         self._processes: dict[str, Process] = {}
+        self._incarnations: dict[str, int] = {}  # of `_processes`
         self._doomed: dict[str, int] = {}  # child -> incarnation that is to die as soon as it is there
         self._nursery_incarnation = 0
         self._tasks: dict[asyncio.Task[None], None] = {}
@@ -182,27 +185,29 @@ class Supervisor:
         except ProcessStartError as error:
             self._doomed.pop(message.child, None)
             log.error("process.not_started", child=message.child, incarnation=message.incarnation, why=str(error))
-            self._note_exit(message, str(error))
+            self._note_exit(message, str(error), was_refused=isinstance(error, ProcessRefusedError))
             return
         self._processes[message.child] = process
+        self._incarnations[message.child] = message.incarnation
         log.info("process.started", child=message.child, incarnation=message.incarnation, pid=process.pid)
         if self._doomed.pop(message.child, 0) == message.incarnation:
             process.kill()
         self.handle(ProcessStarted(message.child, message.incarnation, process.pid))
         ended = await process.wait()
-        del self._processes[message.child]
+        del self._processes[message.child], self._incarnations[message.child]
         log.info("process.exited", child=message.child, incarnation=message.incarnation, why=ended.why)
         self._note_exit(message, ended.why)
 
-    def _note_exit(self, message: StartProcess, why: str) -> None:
+    def _note_exit(self, message: StartProcess, why: str, *, was_refused: bool = False) -> None:
         self._on_exit(message.child, message.incarnation)
-        self.handle(ProcessExited(message.child, message.incarnation, why))
+        self.handle(ProcessExited(message.child, message.incarnation, why, was_refused))
 
     async def _start_nursery(self, message: StartProcess) -> None:
         try:
             await self.nursery.start()
         except ProcessStartError as error:
-            self.handle(ProcessExited(message.child, message.incarnation, str(error)))
+            was_refused = isinstance(error, ProcessRefusedError)
+            self.handle(ProcessExited(message.child, message.incarnation, str(error), was_refused))
         else:
             self.handle(ProcessStarted(message.child, message.incarnation, self.nursery.pid))
 
@@ -260,7 +265,24 @@ class Supervisor:
 
     def _tick(self) -> None:
         self._ticker = asyncio.get_running_loop().call_later(TICK_NS / 1e9, self._tick)
+        for child in self._find_halted():
+            self.handle(child)
         self.handle(Tick())
+
+    def _find_halted(self) -> list[ProcessHalted]:
+        """Children of this host that are stopped; a nursery, too, which has no beats to be missed."""
+        halted = [
+            ProcessHalted(child, self._incarnations[child])
+            for child, process in self._processes.items()
+            if process.pid and is_stopped(process.pid)
+        ]
+        if self.nursery.pid and is_stopped(self.nursery.pid):
+            halted += [
+                ProcessHalted(child, self._nursery_incarnation)
+                for child, kind in self._kinds.items()
+                if kind == "nursery"
+            ]
+        return halted
 
     def _arm_waker(self) -> None:
         """Tick also when a child is due, not up to a tick later."""

@@ -41,7 +41,9 @@ class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_silence_ns: without a beat, of a child that is ready.
         max_silence_at_start_ns: without a beat, of one that is loading, when long calls may hold up its beats; and from
             `StartExecutor` until a loaded executor is ready for its epoch.
-        max_engine_start_silence_ns: the same of an engine, which loads nothing.
+        max_engine_start_silence_ns: the same of an engine, which loads nothing, until its first beat.
+        max_halt_ns: for which a child may be stopped by a signal before it counts as hung, starting or not: the system
+            knows of that at once, and a busy machine's slow start is not taken for it.
         max_start_ns: from a child's start until it is ready.
         stall_ns: if this process stood still for so long (a paused VM, a terminal's Ctrl-Z), so did everybody's beats:
             all of them have their full time once more.
@@ -57,6 +59,7 @@ class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_silence_ns: int = 1_500_000_000
     max_silence_at_start_ns: int = 30_000_000_000
     max_engine_start_silence_ns: int = 3_000_000_000
+    max_halt_ns: int = 1_000_000_000
     max_start_ns: int = 600_000_000_000
     stall_ns: int = 1_000_000_000
     first_step_ns: int = 120_000_000_000

@@ -18,6 +18,7 @@ from ...messages.system import (
     ExecutorReady,
     KillProcess,
     ProcessExited,
+    ProcessHalted,
     ProcessStarted,
     StartExecutor,
     StartProcess,
@@ -30,13 +31,26 @@ from .config import START_ORDER, TICK_NS, ChildConfig, ChildKind
 from .config import SupervisorConfig as SupervisorConfig  # noqa: PLC0414, others import it from here
 from .step_times import StepTimes
 
-SupervisorInbox = ExecutorReady | ExecutorFailed | EngineReady | Beat | ProcessStarted | ProcessExited | Tick | StopAll
+SupervisorInbox = (
+    ExecutorReady
+    | ExecutorFailed
+    | EngineReady
+    | Beat
+    | ProcessStarted
+    | ProcessHalted
+    | ProcessExited
+    | Tick
+    | StopAll
+)
 SupervisorOutbox = (
     StartExecutor | ExecutorLost | EngineLost | StartProcess | KillProcess | StopProcess | SupervisorGaveUp
 )
 
 _RESEND_NS = 500_000_000
 """Between two `StartExecutor`s to an executor that still names an older epoch."""
+
+_HALT_GAP_NS = 3 * TICK_NS
+"""Between two `ProcessHalted`s about the same halt, at most."""
 
 
 class RestartBudget:
@@ -76,6 +90,7 @@ class _Child(msgspec.Struct):
         heard_ns: of the latest beat, or of readiness; -1 for never.
         ready_ns: since when it has been ready; -1 if it is not.
         progress, excused_ns: the latest progress, and for how long this process stood still since.
+        halted_ns, halt_seen_ns: since when it has been stopped by a signal, and when that was seen last; -1 for never.
         epoch: that it was started with.
         why: the latest loss, for those who must hear of it once the next incarnation is ready.
     """
@@ -89,6 +104,8 @@ class _Child(msgspec.Struct):
     ready_ns: int = -1
     progress: int = 0
     excused_ns: int = 0
+    halted_ns: int = -1
+    halt_seen_ns: int = -1
     epoch: Epoch = Epoch(0)
     why: str = ""
 
@@ -134,6 +151,7 @@ class SupervisorCore:
         self._ranks = [child for child in self._children.values() if child.config.kind == "executor"]
         self._engine = next((child for child in self._children.values() if child.config.kind == "engine"), None)
         self._num_unready: dict[str, int] = {}  # losses since the last time that it was ready, by `_streak_of`
+        self._refused_since_ns: dict[str, int] = {}  # since when the system has had no room for it, by `_streak_of`
         self._edges_given_up = False
         self._step_times = StepTimes(config.first_step_ns)
         self._executor_told_ns = 0
@@ -218,6 +236,8 @@ class SupervisorCore:
                 self._handle_beat(message, now_ns)
             case ProcessStarted():
                 self._handle_started(message, now_ns)
+            case ProcessHalted():
+                self._handle_halted(message, now_ns)
             case ProcessExited():
                 self._handle_exited(message, now_ns)
             case Tick():
@@ -287,6 +307,20 @@ class SupervisorCore:
         elif child.config.kind == "nursery":
             self._note_ready(child, now_ns)
 
+    def _handle_halted(self, message: ProcessHalted, now_ns: int) -> None:
+        child = self._current(message.child, message.incarnation)
+        if child is None or not child.is_running:
+            self._num_late_messages += 1
+            return
+        if child.halt_seen_ns < 0 or now_ns - child.halt_seen_ns > _HALT_GAP_NS:
+            child.halted_ns = now_ns
+        child.halt_seen_ns = now_ns
+        if now_ns - child.halted_ns >= self._config.max_halt_ns:
+            seconds = (now_ns - child.halted_ns) / 1e9
+            self._lose(
+                child, f"{child.config.name} hangs: it has been stopped for {seconds:.1f} s", now_ns, is_innocent=True
+            )
+
     def _handle_exited(self, message: ProcessExited, now_ns: int) -> None:
         child = self._current(message.child, message.incarnation)
         if child is None or child.state == "absent":
@@ -294,6 +328,11 @@ class SupervisorCore:
             return
         was_running = child.is_running
         child.state = "absent"
+        if message.was_refused:
+            # No restart that failed, and no defect of the child: what counts is how long there has been no room.
+            self._refused_since_ns.setdefault(_streak_of(child), now_ns)
+        elif was_running:
+            self._refused_since_ns.pop(_streak_of(child), None)
         if was_running:
             self._lose(child, f"{child.config.name} {message.why}", now_ns)
 
@@ -304,8 +343,9 @@ class SupervisorCore:
             silence_ns = now_ns - (child.heard_ns if child.heard_ns >= 0 else child.since_ns)
             if child.state == "starting":
                 limit_ns = self._config.max_silence_at_start_ns
-                if child is self._engine:  # it loads nothing: its beats come at once
-                    limit_ns = self._config.max_engine_start_silence_ns
+                if child is self._engine:  # it loads nothing: its beats come soon, and then regularly
+                    has_beaten = child.heard_ns >= 0
+                    limit_ns = self._config.max_silence_ns if has_beaten else self._config.max_engine_start_silence_ns
                 if now_ns - child.since_ns > self._config.max_start_ns:
                     seconds = self._config.max_start_ns / 1e9
                     self._lose(child, f"{child.config.name} was not ready within {seconds:.0f} s", now_ns)
@@ -350,18 +390,18 @@ class SupervisorCore:
 
     # ---- what follows ----
 
-    def _lose(self, child: _Child, why: str, now_ns: int) -> None:
+    def _lose(self, child: _Child, why: str, now_ns: int, *, is_innocent: bool = False) -> None:
         """A running child is dead, or as good as that."""
         if self._gave_up_because or self._is_stopping:
             return
         child.why = why
         if child.config.kind == "executor":
-            self._lose_executor(why, now_ns, is_hard=True)
+            self._lose_executor(why, now_ns, is_hard=True, is_innocent=is_innocent)
             return
         self._end(child, why)
         if child.config.kind == "edge" and self._edges_given_up:
             return
-        if not self._budgets[child.config.kind].take(now_ns, is_proven=self._is_proven(child, now_ns)):
+        if not self._may_restart([child], now_ns):
             self._give_up(child.config.kind, why)
             return
         if child is not self._engine:
@@ -376,13 +416,12 @@ class SupervisorCore:
                 self._end(rank, why)
             self._schedule(self._ranks, now_ns)
 
-    def _lose_executor(self, why: str, now_ns: int, *, is_hard: bool) -> None:
+    def _lose_executor(self, why: str, now_ns: int, *, is_hard: bool, is_innocent: bool = False) -> None:
         self._is_ready = False
         if is_hard:
             for rank in self._ranks:
                 self._end(rank, why)
-        is_proven = all(self._is_proven(rank, now_ns) for rank in self._ranks) and bool(self._ranks)
-        if not self._budgets["executor"].take(now_ns, is_proven=is_proven):
+        if not self._may_restart(self._ranks, now_ns):
             self._give_up("executor", why)
             return
         self._raise_epoch()
@@ -391,7 +430,16 @@ class SupervisorCore:
         else:
             # The executor hears of its new epoch first: the steps of that epoch come behind.
             self._tell_executor(now_ns)
-        self._out.append(ExecutorLost(self._epoch, why))
+        self._out.append(ExecutorLost(self._epoch, why, is_innocent))
+
+    def _may_restart(self, children: list[_Child], now_ns: int) -> bool:
+        """Whether children of one kind, who share their fate, may be started again; counts it."""
+        refused_since_ns = self._refused_since_ns.get(_streak_of(children[0]), -1) if children else -1
+        if refused_since_ns >= 0:
+            return now_ns - refused_since_ns <= self._config.max_start_ns
+        is_proven = bool(children) and all(self._is_proven(child, now_ns) for child in children)
+        kind = children[0].config.kind if children else "executor"
+        return self._budgets[kind].take(now_ns, is_proven=is_proven)
 
     def _is_proven(self, child: _Child, now_ns: int) -> bool:
         """Whether this incarnation was of use for a while: its death is an accident, and no loop of restarts."""
@@ -426,6 +474,7 @@ class SupervisorCore:
             child.state = "ready"
             child.heard_ns = child.ready_ns = now_ns
             self._num_unready.pop(_streak_of(child), None)
+            self._refused_since_ns.pop(_streak_of(child), None)
 
     def _schedule(self, children: list[_Child], now_ns: int) -> None:
         """Have children started once they are gone: at once the first time, later each time that it was of no use."""
@@ -443,7 +492,7 @@ class SupervisorCore:
                 child.state = "starting"
                 child.start_at_ns = -1
                 child.since_ns = now_ns
-                child.heard_ns = child.ready_ns = -1
+                child.heard_ns = child.ready_ns = child.halted_ns = child.halt_seen_ns = -1
                 child.progress = child.excused_ns = 0
                 child.epoch = self._epoch
                 engine = self._engine.incarnation if self._engine is not None else 0

@@ -15,17 +15,22 @@ MAX_THREADS: Final = 2
 MAX_ABANDONED: Final = 4
 MAX_ATTEMPTS: Final = 2
 
+NO_THREAD_PAUSE_S: Final = 0.25
+"""Until the next try where the system has no thread to give."""
+
 Outcome = Literal["done", "died", "hung", "stuck"]
-"""`died`: the worker was lost each time; `hung`: it did not come back in time; `stuck`: too many workers hang."""
+"""`died`: the worker was lost each time; `hung`: it did not come back in time; `stuck`: too many workers hang, or the
+system has given no thread for as long as one may take."""
 
 
 class _Job(Generic[T]):
-    __slots__ = ("is_over", "num_attempts", "on_end", "work")
+    __slots__ = ("is_over", "num_attempts", "num_refusals", "on_end", "work")
 
     def __init__(self, work: Callable[[], T], on_end: Callable[[Outcome, T | None], None]) -> None:
         self.work = work
         self.on_end = on_end
         self.num_attempts = 0
+        self.num_refusals = 0  # tries for which there was no thread
         self.is_over = False
 
 
@@ -56,6 +61,7 @@ class JobThreads(Generic[T]):
         self._abandoned: dict[tuple[_Job[T], int], None] = {}
         self._crashes = False
         self._is_closed = False
+        self._retry: asyncio.TimerHandle | None = None
         self.num_restarts = 0
 
     @property
@@ -86,6 +92,8 @@ class JobThreads(Generic[T]):
     def close(self) -> None:
         """Begin nothing more and tell nobody; waits for no thread."""
         self._is_closed = True
+        if self._retry is not None:
+            self._retry.cancel()
         self._waiting.clear()
         for timer in self._running.values():
             timer.cancel()
@@ -102,9 +110,31 @@ class JobThreads(Generic[T]):
             loop = asyncio.get_running_loop()
             self._running[attempt] = loop.call_later(self._deadline_s, self._overdue, attempt)
             dies, self._crashes = self._crashes, False
-            threading.Thread(
+            worker = threading.Thread(
                 target=self._work, args=(loop, attempt, dies), name=f"octavo tokenizer {job.num_attempts}", daemon=True
-            ).start()
+            )
+            try:
+                worker.start()
+            except RuntimeError:  # the system has no more of them (EAGAIN)
+                self._crashes = dies
+                self._running.pop(attempt).cancel()
+                self._put_off(job)
+                return
+
+    def _put_off(self, job: _Job[T]) -> None:
+        """Try again when there may be a thread, and give up on a job that has waited for as long as one may take."""
+        job.num_attempts -= 1
+        job.num_refusals += 1
+        if job.num_refusals * NO_THREAD_PAUSE_S >= self._deadline_s:
+            self._end(job, "stuck", None)
+        else:
+            self._waiting.appendleft(job)
+        if self._retry is None:
+            self._retry = asyncio.get_running_loop().call_later(NO_THREAD_PAUSE_S, self._start_again)
+
+    def _start_again(self) -> None:
+        self._retry = None
+        self._start()
 
     def _work(self, loop: asyncio.AbstractEventLoop, attempt: tuple[_Job[T], int], dies: bool) -> None:
         outcome: Outcome = "died"

@@ -59,6 +59,36 @@ def test_messages_arrive_in_order_and_the_batch_ends_with_its_marker() -> None:
     asyncio.run(main())
 
 
+def test_an_actor_whose_messages_take_long_lets_the_loop_have_its_turn_between_them() -> None:
+    class SlowClock:
+        now = 0
+
+        def now_ns(self) -> int:
+            return self.now
+
+    async def main() -> None:
+        clock, heard = SlowClock(), []
+
+        def work(message: Message, _: int) -> tuple[()]:
+            clock.now += 3
+            heard.append(message)
+            return ()
+
+        runtime = InProcessRuntime({("frontend", Ping): ("tokenizer",)}, clock, lambda *_: None)
+        runtime.add_actor("tokenizer", work, 100, max_hold_ns=5)
+        runtime.connect()
+        for number in range(6):
+            runtime.send("frontend", Ping(number))
+        seen = []
+        while len(heard) < 6:
+            await asyncio.sleep(0)
+            seen.append(len(heard))
+        assert seen == [2, 4, 6], "after 6 of at most 5 ns, each time"
+        assert heard == [Ping(number) for number in range(6)]
+
+    asyncio.run(main())
+
+
 def test_a_full_mailbox_refuses() -> None:
     async def main() -> None:
         runtime, _ = build({"tokenizer": lambda m, _: (), "scheduler": lambda m, _: ()}, capacity=3)

@@ -96,13 +96,33 @@ def test_a_blocking_process_waits_for_messages(house: House) -> None:
     engine.receive()  # binding woke it
     assert not engine.wait(0)
     edge.connect("engine", 1, endpoint)
-    edge.send("engine", cancel(7))
-    received = []
-    while not received:
-        engine.wait(50)
-        received = engine.receive()
-        edge.receive()
-    assert received == [("edge 0", cancel(7))]
+    for number in range(50):
+        edge.send("engine", cancel(number))
+        received = []
+        while not received:
+            engine.wait(50)
+            received = engine.receive()
+            edge.receive()
+        assert received == [("edge 0", cancel(number))]
+    assert not engine.wait(1)
+
+
+def test_no_message_is_left_without_an_announcement(house: House) -> None:
+    engine, endpoint = house.port()
+    edge, _ = house.port("edge 0")
+    edge.connect("engine", 1, endpoint)
+    pump = Pump(engine, edge)
+    pump.until(lambda: edge.is_up("engine"))
+    sent = 0
+    for size in (1, 2, 7, 1, 1, 64):
+        for number in range(size):
+            edge.send("engine", cancel(sent + number))
+        received = []
+        while len(received) < size:
+            assert not received or engine.has_more or engine.wait(1000)  # an edge tells of what a reading left
+            received += engine.receive()
+        assert received == [("edge 0", cancel(sent + number)) for number in range(size)]
+        sent += size
 
 
 def test_a_batch_cut_short_says_that_there_is_more(house: House) -> None:

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from supervised_children import Birth, decode_news, is_running
 
-from octavo.actors.runtime.processes import ProcessSpec
+from octavo.actors.runtime.processes import ChildProcess, ProcessRefusedError, ProcessSpec
 from octavo.actors.supervisor.actor import Supervisor
 from octavo.actors.supervisor.config import ChildConfig, SupervisorConfig
 from octavo.messages.base import Message
@@ -144,6 +144,29 @@ def test_a_killed_engine_takes_a_group_of_several_ranks_along(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("child", ["engine", "executor 0"])
+def test_a_stopped_child_is_seen_by_its_state_before_its_beats_are_missed(tmp_path: Path, child: str) -> None:
+    async def test(stage: Stage) -> None:
+        await stage.until_ready(engine=1, executor_0=1)
+        pid = stage.pid(child)
+        os.kill(pid, signal.SIGSTOP)
+        await stage.until(lambda: stage.incarnation(child) >= 2)
+        assert not is_running(pid)
+
+    on_stage(tmp_path, test)  # with a minute for beats
+
+
+def test_a_stopped_nursery_is_replaced_with_all_its_children(tmp_path: Path) -> None:
+    async def test(stage: Stage) -> None:
+        await stage.until_ready(engine=1, executor_0=1, executor_1=1)
+        nursery = stage.supervisor.nursery.pid
+        os.kill(nursery, signal.SIGSTOP)
+        await stage.until_ready(engine=2, executor_0=2, executor_1=2)
+        assert stage.supervisor.nursery.pid != nursery
+
+    on_stage(tmp_path, test)
+
+
+@pytest.mark.parametrize("child", ["engine", "executor 0"])
 def test_a_stopped_child_is_killed_and_replaced(tmp_path: Path, child: str) -> None:
     async def test(stage: Stage) -> None:
         await stage.until_ready(engine=1, executor_0=1)
@@ -167,6 +190,37 @@ def test_a_killed_nursery_is_replaced_with_all_its_children(tmp_path: Path) -> N
         assert stage.supervisor.core.restarts_by_kind["nursery"] == 1
 
     on_stage(tmp_path, test)
+
+
+def test_f_51_a_child_for_which_the_system_has_no_room_is_started_once_there_is_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(stage: Stage) -> None:
+        await stage.until_ready(engine=1, executor_0=1)
+        spawn = stage.supervisor.nursery.spawn
+        num_refused = 0
+
+        async def refuse(spec: ProcessSpec) -> ChildProcess:
+            nonlocal num_refused
+            if spec.title == "engine" and num_refused < 4:
+                num_refused += 1
+                raise ProcessRefusedError(f"{spec.title} cannot be started: fork: Resource temporarily unavailable")
+            return await spawn(spec)
+
+        monkeypatch.setattr(stage.supervisor.nursery, "spawn", refuse)
+        os.kill(stage.pid("engine"), signal.SIGKILL)
+        await stage.until_ready(engine=6)
+        assert num_refused == 4
+        assert not stage.supervisor.core.gave_up_because
+
+    on_stage(
+        tmp_path,
+        test,
+        max_restarts_of_others=1,
+        max_restarts=1,
+        backoff_ns=(0, 1_000_000),
+        proven_ns=3_600_000_000_000,
+    )
 
 
 def test_children_that_cannot_start_are_given_up_with_the_reason(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from octavo.messages.system import (
     ExecutorReady,
     KillProcess,
     ProcessExited,
+    ProcessHalted,
     ProcessStarted,
     StartExecutor,
     StartProcess,
@@ -240,11 +241,94 @@ def test_an_engine_that_is_stopped_before_its_first_beat_is_not_waited_for() -> 
     assert said == [KillProcess(ENGINE.name, 1, "engine hangs: no beat for 3.1 s")]
 
 
+def test_an_engine_that_falls_silent_after_its_first_beat_is_given_no_more_for_being_at_its_start() -> None:
+    core = core_of(ENGINE, EXECUTOR, is_ready=False)
+    core.handle(Beat(ENGINE.name, 1), 100 * MS)
+    said = run_until(core, 200, 1800, Beat(EXECUTOR.name, 1))
+    assert said == [KillProcess(ENGINE.name, 1, "engine hangs: no beat for 1.6 s")]
+
+
+@pytest.mark.parametrize("is_ready", [True, False])
+@pytest.mark.parametrize("child", [ENGINE, EXECUTOR, NURSERY])
+def test_a_child_that_is_stopped_by_a_signal_is_replaced_after_a_second_starting_or_not(
+    child: ChildConfig, is_ready: bool
+) -> None:
+    core = core_of(NURSERY, ENGINE, EXECUTOR, is_ready=is_ready)
+    said: list[Message] = []
+    for now_ms in range(100, 1300, 100):
+        for other in (ENGINE, EXECUTOR):
+            if other is not child:
+                core.handle(Beat(other.name, 1), now_ms * MS)
+        said += core.handle(ProcessHalted(child.name, 1), now_ms * MS)
+    assert said[0] == KillProcess(child.name, 1, f"{child.name} hangs: it has been stopped for 1.0 s")
+    assert sum(isinstance(message, KillProcess) for message in said) == 1, "it is killed once, whatever is seen then"
+    if child is EXECUTOR:
+        (lost,) = (message for message in said if isinstance(message, ExecutorLost))
+        assert lost.is_innocent, "no request can stop the process that computes it"
+
+
+def test_a_child_that_is_stopped_again_and_again_for_less_than_a_second_is_left_alone() -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    said: list[Message] = []
+    for now_ms in range(100, 10_000, 100):
+        if now_ms % 1500 < 900:  # the beats that it missed come as it goes on
+            said += core.handle(ProcessHalted(ENGINE.name, 1), now_ms * MS)
+        else:
+            core.handle(Beat(ENGINE.name, 1), now_ms * MS)
+        core.handle(Beat(EXECUTOR.name, 1, epoch=Epoch(0)), now_ms * MS)
+        said += core.handle(Tick(), now_ms * MS)
+    assert said == []
+
+
 def test_an_executor_that_never_begins_its_epoch_is_replaced() -> None:
     core = core_of(EXECUTOR)
     core.handle(ExecutorFailed(Epoch(0), "boom"), 0)
     said = run_until(core, 100, 30_300, Beat("executor 0", 1, epoch=Epoch(1)))
     assert said[0] == KillProcess("executor 0", 1, "the executor did not begin epoch 1")
+
+
+@pytest.mark.parametrize("child", [ENGINE, EXECUTOR])
+def test_f_51_a_system_without_room_for_a_process_uses_up_no_restart_and_is_asked_again_now_and_then(
+    child: ChildConfig,
+) -> None:
+    core = core_of(ENGINE, EXECUTOR, max_restarts=2, max_restarts_of_others=2)
+    other = EXECUTOR if child is ENGINE else ENGINE
+    core.handle(ProcessExited(child.name, 1, "was killed by SIGKILL"), 0)
+    starts_ms, incarnation = [], 2
+    for now_ms in range(0, 60_000, 100):
+        if core.is_starting(child.name, incarnation):
+            core.handle(ProcessExited(child.name, incarnation, "fork: no room", was_refused=True), now_ms * MS)
+            starts_ms.append(now_ms)
+            incarnation += 1
+        core.handle(Beat(other.name, 1, epoch=core.epoch), now_ms * MS)
+        core.handle(Tick(), now_ms * MS)
+    assert not core.gave_up_because
+    assert 25 < len(starts_ms) < 40, "no loop of starts"
+    assert core.is_starting(child.name, incarnation) or core.wake_at_ns >= 0
+    # There is room again: it counts as what it always was, and a defect is one at once.
+    for dies in range(3):
+        while not core.is_starting(child.name, incarnation):
+            now_ms += 100
+            core.handle(Beat(other.name, 1, epoch=core.epoch), now_ms * MS)
+            core.handle(Tick(), now_ms * MS)
+        assert not core.gave_up_because, dies
+        core.handle(ProcessExited(child.name, incarnation, "exited with code 1"), now_ms * MS)
+        incarnation += 1
+        if core.gave_up_because:
+            break
+    assert core.gave_up_because == f"{child.name} exited with code 1"
+
+
+def test_f_51_a_system_that_never_has_room_is_not_waited_for_for_ever() -> None:
+    core = core_of(EXECUTOR, max_start_ns=10_000 * MS)
+    core.handle(ProcessExited(EXECUTOR.name, 1, "was killed by SIGKILL"), 0)
+    incarnation = 2
+    for now_ms in range(0, 20_000, 100):
+        if core.is_starting(EXECUTOR.name, incarnation):
+            core.handle(ProcessExited(EXECUTOR.name, incarnation, "fork: no room", was_refused=True), now_ms * MS)
+            incarnation += 1
+        core.handle(Tick(), now_ms * MS)
+    assert core.gave_up_because == "executor 0 fork: no room"
 
 
 def test_restarts_without_success_back_off_and_success_resets_that() -> None:
