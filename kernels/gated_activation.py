@@ -49,7 +49,12 @@ def _widen(x: torch.Tensor) -> torch.Tensor:
 
 
 def _launch(gate_up: torch.Tensor, kind: int) -> torch.Tensor | None:
-    """The C kernel's result; None where it does not apply."""
+    """The C or the GPU kernel's result; None where neither applies."""
+    if gate_up.device.type == "cuda":
+        from .gpu import gated_activation as gpu
+
+        if gpu.can(gate_up):
+            return gpu.silu_and_mul(gate_up) if kind == _SILU else gpu.gelu_tanh_and_mul(gate_up)
     if (
         gate_up.device.type != "cpu"
         or gate_up.dtype not in cpu_build.DTYPE_CODES

@@ -1,4 +1,4 @@
-"""A linear layer with floating weights for CPUs, in each storage type."""
+"""A linear layer with floating weights: on CPUs in each storage type, on GPUs by their kernels."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def linear_dense_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def linear_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x @ weight.T + bias`, products summed in float32.
 
-    Weights are read once, as they lie in memory, and widened in registers for up to 16 rows; for more they are widened
-    into the L1 cache, once for all rows. On an AVX2 CPU torch has slow code for bfloat16 from two rows on, and for
-    float32 between 2 and 32. `python -m octavo.kernels.bench_cpu` compares. Without the C library it is `F.linear`.
+    Weights are read as they lie in memory, once, and widened in registers, again for each six rows. On an AVX2 CPU
+    torch has slow code for bfloat16 from two rows on, and for float32 between 2 and 32:
+    `python -m octavo.kernels.bench_cpu --products` compares. Without the C library it is `F.linear`.
 
     Args:
         x: `[num_tokens, in_features]`, float32, bfloat16 or float16.
@@ -33,8 +33,12 @@ def linear_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
     Returns:
         `[num_tokens, out_features]` of the dtype of `x`. From the C kernel each element is bitwise the same, whatever
-        else is in the batch and however many threads there are.
+        else is in the batch and however many threads there are. On a GPU see `gpu.linear`.
     """
+    if x.is_cuda and x.dim() == 2:
+        from .gpu.linear import linear as on_gpu
+
+        return on_gpu(x, weight.to(x.dtype), bias)
     if (
         x.dtype not in cpu_build.DTYPE_CODES
         or weight.dtype not in cpu_build.DTYPE_CODES

@@ -32,7 +32,7 @@ def linear_deterministic(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     """`x @ weight.T + bias`, each output summed in one order of its own, in float32.
 
     Args:
-        x: `[num_tokens, in_features]`, float32, bfloat16 or float16, on the CPU.
+        x: `[num_tokens, in_features]`, float32, bfloat16 or float16.
         weight: `[out_features, in_features]`, contiguous, in any of these dtypes.
         bias: `[out_features]`, added after the product has been rounded; None for none.
 
@@ -42,8 +42,12 @@ def linear_deterministic(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
     Raises:
         ValueError: shapes or dtypes that the kernel does not take: there is no slower path to fall back on.
-        RuntimeError: there is no C library (`is_available`).
+        RuntimeError: there is no C library (`is_available`), and `x` is on the CPU.
     """
+    if x.is_cuda:
+        from .gpu.linear import linear_deterministic as on_gpu
+
+        return on_gpu(x, weight.to(x.dtype), bias)
     if (
         x.dtype not in cpu_build.DTYPE_CODES
         or weight.dtype not in cpu_build.DTYPE_CODES

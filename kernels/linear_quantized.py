@@ -234,6 +234,10 @@ def linear_quantized(x: torch.Tensor, weight: QuantizedWeight, *, quick: bool = 
     """
     if x.dim() != 2 or x.shape[1] != weight.in_features:
         raise ValueError(f"x is {list(x.shape)} and the weight takes [num_tokens, {weight.in_features}]")
+    if x.is_cuda:
+        from .gpu.linear_quantized import linear_quantized as on_gpu
+
+        return on_gpu(x, weight, quick=quick)
     if weight.input_order is not None:
         x = x.index_select(1, weight.input_order)
     kernels = _kernels() if x.device.type == "cpu" and x.dtype in DTYPE_CODES else None

@@ -1,5 +1,7 @@
 """Attention over a paged KV cache: its meaning, its torch path, and the launcher of its C kernel.
 
+Tensors on a CUDA device go to the Triton kernels of `gpu/paged_attention.py`.
+
 The cache of one layer is head-major, `[num_blocks, num_kv_heads, block_size, head_dim]`, so that the tokens of one head
 within a block are contiguous. In int8 and fp8 (e4m3) a head's row is four bytes longer, for its scale: see
 `kv_quantization`. Source: PagedAttention (Kwon et al., SOSP 2023), section 4.
@@ -56,7 +58,15 @@ def write_kv(
         k_cache, v_cache: `[num_blocks, num_kv_heads, block_size, head_dim]`, each with its own head_dim, contiguous, of
             any dtype: what is written is rounded to it, or quantised.
         slot_mapping: `[num_tokens]` int64; a token whose slot is -1 is padding and is skipped.
+
+    Raises:
+        IndexError: on a CPU, a slot outside the cache.
     """
+    if k_cache.device.type == "cuda":
+        from .gpu.paged_attention import write_kv as write_kv_on_gpu  # triton need not be there without a GPU
+
+        write_kv_on_gpu(k, v, k_cache, v_cache, slot_mapping)
+        return
     can = _c_reads(k, v) and k_cache.dtype is v_cache.dtype and k_cache.dtype in _CACHE_CODES
     kernels = _kernels() if can else None
     if kernels is None or slot_mapping.dtype != torch.int64 or not slot_mapping.is_contiguous():
@@ -175,6 +185,7 @@ def paged_attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Causal attention of each new token over its row's cached tokens, itself included.
 
@@ -190,6 +201,7 @@ def paged_attention(
         softcap: c > 0 replaces each scaled logit s by `c * tanh(s / c)`.
         sinks: `[num_heads]`, for each head one extra logit in the softmax's denominator, with no value.
         alibi_slopes: `[num_heads]`, adds `slope * (j - p)` to the logit of key j.
+        batch_invariant: on a GPU, promise of a query's bits what the C kernel always does, at some cost of speed.
 
     Returns:
         `[num_tokens, num_heads, v_head_dim]`, dtype of `q`. Tokens of no row (padding) are zero.
@@ -200,7 +212,23 @@ def paged_attention(
 
     Raises:
         MemoryError: no memory for the kernel's scratch.
+        ValueError: on a GPU, shapes or dtypes that its kernels cannot take.
     """
+    if q.device.type == "cuda":
+        from .gpu.paged_attention import paged_attention as paged_attention_on_gpu  # triton need not be there without
+
+        return paged_attention_on_gpu(
+            q,
+            k_cache,
+            v_cache,
+            batch,
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+            batch_invariant=batch_invariant,
+        )
     kernels = None
     if _c_reads(q) and k_cache.dtype is v_cache.dtype and k_cache.dtype in _CACHE_CODES:
         kernels = _kernels()
@@ -216,55 +244,79 @@ def paged_attention(
             sinks=sinks,
             alibi_slopes=alibi_slopes,
         )
-    num_tokens, num_heads, k_head_dim = q.shape
-    _, num_kv_heads, block_size, _ = v_cache.shape
-    v_head_dim = head_dim_of(v_cache)
+    _check_what_c_takes_for_granted(q, k_cache, v_cache, batch)
     if q.stride(2) != 1:
         q = q.contiguous()
-    # The kernel reads raw memory: what `AttentionBatch` promises is checked before.
-    for indices in (batch.query_start, batch.context_lens, batch.block_tables):
-        assert indices.dtype is torch.int32
-        assert indices.stride(-1) == 1 or indices.shape[-1] <= 1
-    assert batch.block_size == block_size
-    assert num_heads % num_kv_heads == 0
-    assert k_cache.shape[:3] == v_cache.shape[:3]
-    assert head_dim_of(k_cache) == k_head_dim
     # Tensors made here must outlive the call: only their addresses are passed on.
     sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
     alibi_slopes = None if alibi_slopes is None else alibi_slopes.to(torch.float32).contiguous()
-    out = torch.empty((num_tokens, num_heads, v_head_dim), dtype=q.dtype)
-    status = kernels.octavo_paged_attention(
-        _AttentionArgs(
-            q.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            out.data_ptr(),
-            batch.query_start.data_ptr(),
-            batch.context_lens.data_ptr(),
-            batch.block_tables.data_ptr(),
-            None if sinks is None else sinks.data_ptr(),
-            None if alibi_slopes is None else alibi_slopes.data_ptr(),
-            q.stride(0),
-            q.stride(1),
-            batch.block_tables.stride(0),
-            batch.num_rows,
-            num_tokens,
-            num_heads,
-            num_kv_heads,
-            k_head_dim,
-            v_head_dim,
-            block_size,
-            sliding_window,
-            torch.get_num_threads(),
-            scale,
-            softcap,
-            cpu_build.DTYPE_CODES[q.dtype],
-            _CACHE_CODES[k_cache.dtype],
-        )
+    out = torch.empty((*q.shape[:2], head_dim_of(v_cache)), dtype=q.dtype)
+    args = _attention_args(
+        *(q, k_cache, v_cache, out, batch, sinks, alibi_slopes),
+        scale=scale,
+        sliding_window=sliding_window,
+        softcap=softcap,
     )
-    if status != 0:
+    if kernels.octavo_paged_attention(args) != 0:
         raise MemoryError("paged_attention could not allocate its scratch memory")
     return out
+
+
+def _check_what_c_takes_for_granted(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: AttentionBatch
+) -> None:
+    """The kernel reads raw memory: what `AttentionBatch` promises is checked before."""
+    for indices in (batch.query_start, batch.context_lens, batch.block_tables):
+        assert indices.dtype is torch.int32
+        assert indices.stride(-1) == 1 or indices.shape[-1] <= 1
+    assert batch.block_size == v_cache.shape[2]
+    assert q.shape[1] % v_cache.shape[1] == 0
+    assert k_cache.shape[:3] == v_cache.shape[:3]
+    assert head_dim_of(k_cache) == q.shape[2]
+
+
+def _attention_args(  # noqa: PLR0917 - tensors, in the order of the C structure
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    batch: AttentionBatch,
+    sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    *,
+    scale: float,
+    sliding_window: int,
+    softcap: float,
+) -> _AttentionArgs:
+    """Addresses, strides and sizes, as the C kernel takes them."""
+    num_tokens, num_heads, k_head_dim = q.shape
+    return _AttentionArgs(
+        q.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        out.data_ptr(),
+        batch.query_start.data_ptr(),
+        batch.context_lens.data_ptr(),
+        batch.block_tables.data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
+        None if alibi_slopes is None else alibi_slopes.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        batch.block_tables.stride(0),
+        batch.num_rows,
+        num_tokens,
+        num_heads,
+        v_cache.shape[1],
+        k_head_dim,
+        out.shape[2],
+        batch.block_size,
+        sliding_window,
+        torch.get_num_threads(),
+        scale,
+        softcap,
+        cpu_build.DTYPE_CODES[q.dtype],
+        _CACHE_CODES[k_cache.dtype],
+    )
 
 
 class _AttentionArgs(ctypes.Structure):

@@ -27,6 +27,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     Returns:
         A new contiguous tensor like `x`; for each token bitwise the same, whatever else is in the batch.
     """
+    if x.device.type == "cuda":
+        from .gpu import rms_norm as gpu
+
+        if gpu.can(x, None, weight):
+            return gpu.rms_norm(x, weight, eps)
     kernels = _kernels_for(x, weight)
     if kernels is None:
         return rms_norm_ref(x, weight, eps)
@@ -37,6 +42,11 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(rms_norm(x + residual), x + residual)`, both new tensors; arguments as for `rms_norm`."""
+    if x.device.type == "cuda":
+        from .gpu import rms_norm as gpu
+
+        if gpu.can(x, residual, weight):
+            return gpu.add_rms_norm(x, residual, weight, eps)
     kernels = _kernels_for(x, weight)
     if kernels is None or residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
         total = x + residual

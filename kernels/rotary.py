@@ -78,8 +78,20 @@ def rotary_and_write(  # noqa: PLR0917 - inputs, table, cache: as in write_kv
         eps: of that norm.
 
     Raises:
-        IndexError: a position outside `cos_sin` or a slot outside the cache. Nothing has been written then.
+        IndexError: a position outside `cos_sin` or a slot outside the cache. Nothing has been written then. Not on a
+            GPU, where such a position takes the table's nearest row, and such a slot is skipped.
     """
+    if q.device.type == "cuda":
+        from .gpu import rotary as gpu
+
+        if gpu.can(q, k, v, cos_sin, positions, k_cache, v_cache, slot_mapping, q_weight, k_weight):
+            gpu.rotary_and_write(
+                *(q, k, v, cos_sin, positions, k_cache, v_cache, slot_mapping),
+                q_weight=q_weight,
+                k_weight=k_weight,
+                eps=eps,
+            )
+            return
     kernels = None
     if _c_can(q, k, v, cos_sin, positions, k_cache, v_cache, slot_mapping, q_weight, k_weight):
         kernels = _kernels()

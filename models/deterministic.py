@@ -1,7 +1,8 @@
 """`--deterministic`: a model whose logits for a row are the same bits alone and in any batch.
 
 Of what a step computes, the C kernels for attention, norms, rotary embedding, quantised linears and most activations
-keep that promise anyway. Here the rest is replaced: torch's matrix products, soft cap and exact gelu.
+keep that promise anyway. Here the rest is replaced: torch's matrix products, soft cap and exact gelu. On a GPU norms,
+rotary embedding and everything elementwise keep it, and attention, products and mixtures do when they are asked to.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from ..kernels import linear_deterministic as kernels
 from .errors import UnsupportedModelError
 from .gemma import GemmaForCausalLM
+from .gpt_oss import GptOssForCausalLM
 from .interface import CausalLM
 from .layers import GATED_ACTIVATIONS, or_quantized
 from .llama import LlamaForCausalLM
+from .mixture import MixtureOfExperts
 
 
 def make_deterministic(model: CausalLM) -> CausalLM:
@@ -20,24 +23,28 @@ def make_deterministic(model: CausalLM) -> CausalLM:
     Raises:
         UnsupportedModelError: its implementation or this machine cannot keep the promise.
     """
-    if not isinstance(model, LlamaForCausalLM | GemmaForCausalLM):
+    if not isinstance(model, LlamaForCausalLM | GemmaForCausalLM | GptOssForCausalLM):
         raise UnsupportedModelError(
             f"--deterministic: {type(model).__name__} computes a token in another way in another batch; only native "
             "implementations do not. Leave the flag out, or take a model of a native family"
         )
-    if model.device.type != "cpu":
-        raise UnsupportedModelError(f"--deterministic: there are kernels for the CPU alone, not for {model.device}")
-    if not kernels.is_available():
+    is_cpu = model.device.type == "cpu"
+    if not is_cpu and model.device.type != "cuda":
+        raise UnsupportedModelError(f"--deterministic: there are kernels for CPUs and CUDA, not for {model.device}")
+    if is_cpu and not kernels.is_available():
         raise UnsupportedModelError(
             "--deterministic needs the C kernels, and they could not be built: install gcc or clang (and do not set "
             "OCTAVO_CPU_KERNELS=0); the log says what failed. Or leave the flag out"
         )
     linear = or_quantized(kernels.linear_deterministic)
+    acts = {GATED_ACTIVATIONS["gelu"]: kernels.gelu_and_mul_deterministic} if is_cpu else {}
     model.linear = linear
     model.group.sums_in_order = True
     for layer in model.layers:
-        layer.linear = linear
-        layer.mlp.use(linear, {GATED_ACTIVATIONS["gelu"]: kernels.gelu_and_mul_deterministic})
-    if isinstance(model, GemmaForCausalLM):
+        layer.linear, layer.batch_invariant = linear, True
+        layer.mlp.use(linear, acts)
+        if isinstance(layer.mlp, MixtureOfExperts):
+            layer.mlp.batch_invariant = True
+    if is_cpu and isinstance(model, GemmaForCausalLM):
         model.softcap = kernels.softcap_deterministic_
     return model

@@ -26,6 +26,7 @@ from .mlp import GatedMLP
 from .parallel import ParallelGroup, alone
 from .quantization.reader import inseparable_inputs, open_weights
 from .quantization.scheme import Scheme
+from .random_weights import RandomWeights
 from .rotary import rotary_table
 from .sharding import check_sizes, share_heads, stage_layers
 from .vocabulary import Vocabulary
@@ -106,6 +107,7 @@ class GemmaLayer:
         self.num_heads, self.num_kv_heads, self.head_dim = share.num_heads, share.num_kv_heads, s.head_dim
         self.widths = [rows.stop - rows.start for rows in qkv_rows]
         self.linear = linear_for(reader.dtype, reader.device)
+        self.batch_invariant = False
 
         self.input_norm = take_gain(reader, f"{prefix}.input_layernorm.weight", hidden)
         self.qkv = reader.take_fused_linear(
@@ -143,7 +145,11 @@ class GemmaLayer:
             eps=eps,
         )
         attended = paged_attention(
-            q, cache.k, cache.v, batch, scale=self.scale, sliding_window=self.window, softcap=self.softcap
+            *(q, cache.k, cache.v, batch),
+            scale=self.scale,
+            sliding_window=self.window,
+            softcap=self.softcap,
+            batch_invariant=self.batch_invariant,
         )
         attended = self.group.all_reduce(linear(attended.view(num_tokens, -1), self.o, self.o_bias))
         x.add_(rms_norm(attended, self.post_attention_norm, eps))
@@ -184,7 +190,7 @@ class GemmaForCausalLM:
         dtype: torch.dtype,
         device: torch.device,
         max_model_len: int | None = None,
-        quantization: Scheme | Literal["int8", "int4"] | None = None,
+        quantization: Scheme | RandomWeights | Literal["int8", "int4"] | None = None,
         group: ParallelGroup | None = None,
     ) -> None:
         settings = s = read_settings(config)

@@ -62,8 +62,10 @@ def cpu_multiplies_in(dtype: torch.dtype) -> bool:
 
 def linear_for(dtype: torch.dtype, device: torch.device) -> Linear:
     """The quickest `F.linear` for weights of `dtype` on `device`."""
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         return or_quantized(F.linear, quick=True)
+    if device.type == "cuda":
+        return or_quantized(linear_dense, quick=True)
     if not cpu_multiplies_in(dtype) or (dtype is torch.float32 and not _torch_has_avx512()):
         return or_quantized(linear_dense, quick=True)
     return or_quantized(_linear_by_rows, quick=True)

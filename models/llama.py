@@ -19,10 +19,12 @@ from ..kernels.rotary import rotary_and_write
 from .errors import UnsupportedModelError
 from .interface import KVCache, KVCacheSpec
 from .layers import GatedActivation, gated_activation, head_shape, layer_windows, linear_for
-from .mlp import DENSE_NAMES, GatedMLP, MixtureOfExperts, MixtureSettings
+from .mixture import MixtureOfExperts, MixtureSettings, stack_on_device
+from .mlp import DENSE_NAMES, GatedMLP
 from .parallel import ParallelGroup, alone
 from .quantization.reader import inseparable_inputs, open_weights
 from .quantization.scheme import Scheme
+from .random_weights import RandomWeights
 from .rotary import rotary_table
 from .sharding import check_sizes, share_heads, stage_layers
 from .vocabulary import Vocabulary
@@ -155,6 +157,7 @@ class LlamaLayer:
         self.num_heads, self.num_kv_heads, self.head_dim = share.num_heads, share.num_kv_heads, s.head_dim
         self.widths, self.scale = [rows.stop - rows.start for rows in qkv_rows], s.head_dim**-0.5
         self.linear = linear_for(reader.dtype, reader.device)
+        self.batch_invariant = False
 
         self.input_norm = reader.take(f"{prefix}.input_layernorm.weight", hidden)
         self.qkv = reader.take_fused_linear(
@@ -200,7 +203,12 @@ class LlamaLayer:
             )
         else:
             write_kv(k, v, cache.k, cache.v, batch.slot_mapping)
-        attended = paged_attention(q, cache.k, cache.v, batch, scale=self.scale, sliding_window=self.window)
+        attended = paged_attention(
+            *(q, cache.k, cache.v, batch),
+            scale=self.scale,
+            sliding_window=self.window,
+            batch_invariant=self.batch_invariant,
+        )
         x.add_(self.group.all_reduce(linear(attended.view(num_tokens, -1), self.o, self.o_bias)))
         x.add_(self.mlp.forward(rms_norm(x, self.post_attention_norm, self.eps)))
 
@@ -229,7 +237,7 @@ class LlamaForCausalLM:
         dtype: torch.dtype,
         device: torch.device,
         max_model_len: int | None = None,
-        quantization: Scheme | Literal["int8", "int4"] | None = None,
+        quantization: Scheme | RandomWeights | Literal["int8", "int4"] | None = None,
         group: ParallelGroup | None = None,
     ) -> None:
         settings = read_settings(config)
@@ -258,6 +266,7 @@ class LlamaForCausalLM:
             reader.leave(*(f"model.layers.{index}." for index in range(len(settings.windows)) if index not in layers))
             self._norm = reader.take("model.norm.weight", settings.hidden_size)
             reader.finish()
+            stack_on_device([layer.mlp for layer in self.layers], device)
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, kv_caches: list[KVCache]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,62 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .checkpoint import DEFAULT_MODEL, SHIPPED
 from .registry import DTYPES
+from .shapes import PRESETS as ALL_PRESETS
+from .shapes import copy_tokenizer
 
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+# Checkpoints store the experts of a mixture under other names than a model's parameters have.
+PRESETS = {name: preset for name, preset in ALL_PRESETS.items() if preset["model_type"] in ("llama", "qwen3")}
 
-# Shapes as the models' own config.json files have them.
-PRESETS: dict[str, dict[str, Any]] = {
-    "qwen3-0.6b": {
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40960,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-        "tie_word_embeddings": True,
-    },
-    "llama-3.2-1b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {**_LLAMA3_ROPE, "factor": 32.0},
-        "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": _LLAMA3_ROPE,
-        "tie_word_embeddings": False,
-    },
-}
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 _MAX_SHARD_BYTES = 2 * 1024**3
 
 
@@ -105,7 +54,7 @@ def make_checkpoint(
         values["num_hidden_layers"] = num_layers
     out.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
-        values |= _copy_tokenizer(tokenizer, out, values["vocab_size"])
+        values |= copy_tokenizer(tokenizer, out, values["vocab_size"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -148,23 +97,6 @@ def _shards(shapes: dict[str, torch.Size], dtype: torch.dtype) -> Iterator[list[
         names.append(name)
         size += num_bytes
     yield names
-
-
-def _copy_tokenizer(folder: Path, out: Path, vocab_size: int) -> dict[str, Any]:
-    """Copy the tokenizer's files; return the special ids that belong to it."""
-    if not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{folder} has no tokenizer.json; name another folder, or ask for no tokenizer")
-    vocabulary = json.loads((folder / "tokenizer.json").read_text())
-    added = [token["id"] for token in vocabulary.get("added_tokens", [])]
-    size = 1 + max([*vocabulary["model"]["vocab"].values(), *added])
-    if size > vocab_size:
-        raise ValueError(f"the tokenizer in {folder} has {size} tokens, the model only {vocab_size}")
-    for name in _TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
-    config = folder / "config.json"
-    fields = json.loads(config.read_text()) if config.is_file() else {}
-    return {name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 def main(argv: list[str] | None = None) -> int:

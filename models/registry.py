@@ -13,23 +13,28 @@ from .errors import ModelNotFoundError, QuantizedModelError, UnsupportedModelErr
 from .gemma import GemmaForCausalLM
 from .gguf.config import read_config
 from .gguf.reader import GGUFFile, is_gguf
+from .gpt_oss import GptOssForCausalLM
 from .interface import CausalLM
 from .layers import cpu_multiplies_in
 from .llama import LlamaForCausalLM
 from .parallel import ParallelGroup
-from .plain_config import read_plain_config
+from .plain_config import PlainConfig, read_plain_config
 from .quantization.reader import Quantization
 from .quantization.scheme import Scheme, read_scheme
+from .random_weights import RandomWeights
 from .weights import checkpoint_dtype, weight_files
 
 ModelImpl = Literal["auto", "native", "transformers"]
+LoadFormat = Literal["auto", "dummy"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _LARGER_THAN_CACHES = 64 * 1024**2
 
+NativeClass = type[LlamaForCausalLM] | type[GemmaForCausalLM] | type[GptOssForCausalLM]
+
 # model_type -> the architecture that a native class serves, and the class.
-NATIVE: dict[str, tuple[str, type[LlamaForCausalLM] | type[GemmaForCausalLM]]] = {
+NATIVE: dict[str, tuple[str, NativeClass]] = {
     "llama": ("LlamaForCausalLM", LlamaForCausalLM),
     "mistral": ("MistralForCausalLM", LlamaForCausalLM),
     "mixtral": ("MixtralForCausalLM", LlamaForCausalLM),
@@ -39,6 +44,7 @@ NATIVE: dict[str, tuple[str, type[LlamaForCausalLM] | type[GemmaForCausalLM]]] =
     "smollm3": ("SmolLM3ForCausalLM", LlamaForCausalLM),
     "gemma2": ("Gemma2ForCausalLM", GemmaForCausalLM),
     "gemma3_text": ("Gemma3ForCausalLM", GemmaForCausalLM),
+    "gpt_oss": ("GptOssForCausalLM", GptOssForCausalLM),
 }
 
 
@@ -138,11 +144,40 @@ def weight_quantization(
     return quantization
 
 
+def dummy_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
+    """The dtype of random weights; `auto` takes the configuration's, bfloat16 without one, float32 on a slow CPU."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise UnsupportedModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    stated = getattr(config, "dtype", None)
+    if isinstance(stated, str):
+        stated = DTYPES.get(stated)
+    found = stated if isinstance(stated, torch.dtype) and stated in DTYPES.values() else torch.bfloat16
+    return found if device.type != "cpu" or cpu_multiplies_in(found) else torch.float32
+
+
+def _random_weights(folder: Path, quantization: Quantization, *, native: bool) -> RandomWeights:
+    """Asks for random weights where they can be had.
+
+    Raises:
+        UnsupportedModelError: they cannot.
+    """
+    what = "--load-format dummy"
+    if is_gguf(folder):
+        raise UnsupportedModelError(f"{what}: {folder} is a GGUF file; give a folder with a config.json")
+    if not native:
+        raise UnsupportedModelError(f"{what}: {folder} has no native implementation; native are {_native_names()}")
+    if quantization != "auto":
+        raise UnsupportedModelError(f"{what}: random weights are floating; leave --quantization at auto")
+    return RandomWeights()
+
+
 def _native_names() -> str:
     return ", ".join(architecture for architecture, _ in NATIVE.values())
 
 
-def native_class(config: Any) -> type[LlamaForCausalLM] | type[GemmaForCausalLM] | None:
+def native_class(config: Any) -> NativeClass | None:
     """The native implementation of a configuration's family, None where there is none."""
     architecture, implementation = NATIVE.get(config.model_type, (None, None))
     named = getattr(config, "architectures", None)
@@ -160,6 +195,7 @@ def load_model(
     quantization: Quantization = "auto",
     deterministic: bool = False,
     group: ParallelGroup | None = None,
+    load_format: LoadFormat = "auto",
 ) -> CausalLM:
     """Load a checkpoint, natively where its family is and through `transformers` otherwise.
 
@@ -173,48 +209,81 @@ def load_model(
         quantization: `int8` or `int4` quantises floating weights at load; `auto` takes them as they are stored.
         deterministic: a row's logits are the same bits alone and in any batch; native implementations only.
         group: the ranks that serve the model together, each its part; None: this process alone.
+        load_format: `dummy` makes random weights on the device, from config.json alone; native implementations only.
 
     Raises:
         ModelLoadError: with a message that says what is missing.
     """
-    folder = Path(path)
-    plain: Any = None
-    if is_gguf(folder):
-        if model_impl == "transformers":
-            raise UnsupportedModelError(f"{folder} is a GGUF file, served natively: leave --model-impl at auto")
-        model_impl = "native"
-        with GGUFFile(folder) as file:
-            plain = read_config(file)
-    elif model_impl != "transformers":
-        plain = read_plain_config(folder)
-    config = load_config(folder, trust_remote_code=trust_remote_code) if plain is None else plain
+    folder, target = Path(path), torch.device(device)
+    config = _configuration(folder, model_impl, trust_remote_code=trust_remote_code)
     check_supported(config, folder)
-    target = torch.device(device)
+    must_be_native = is_gguf(folder) or model_impl == "native"
     implementation = None if model_impl == "transformers" else native_class(config)
     is_parallel = group is not None and group.world_size > 1
-    weights_are = weight_quantization(config, folder, quantization, native=implementation is not None)
+    weights_are: Scheme | RandomWeights | Literal["int8", "int4"] | None
+    if load_format == "dummy":
+        weights_are = _random_weights(folder, quantization, native=implementation is not None)
+    else:
+        weights_are = weight_quantization(config, folder, quantization, native=implementation is not None)
     if implementation is not None:
-        torch_dtype = resolve_dtype(dtype, config, folder, target, native=True)
         try:
             model = implementation(
                 *(folder, config),
-                dtype=torch_dtype,
+                dtype=(
+                    dummy_dtype(dtype, config, target)
+                    if load_format == "dummy"
+                    else resolve_dtype(dtype, config, folder, target, native=True)
+                ),
                 device=target,
                 max_model_len=max_model_len,
                 quantization=weights_are,
                 group=group,
             )
         except UnsupportedModelError as error:
-            if model_impl == "native" or weights_are is not None or deterministic or is_parallel:
+            if must_be_native or weights_are is not None or deterministic or is_parallel:
                 raise UnsupportedModelError(f"{folder} cannot be served natively: {error}") from error
         else:
             return make_deterministic(model) if deterministic else model
-    elif deterministic:
+    else:
+        _check_needs_no_native(
+            config, folder, must_be_native=must_be_native, deterministic=deterministic, is_parallel=is_parallel
+        )
+    if isinstance(config, PlainConfig):
+        config = load_config(folder, trust_remote_code=trust_remote_code)
+    # Not at the top: a native model needs neither the module nor `transformers`.
+    from .transformers_backend import load_transformers_model
+
+    return load_transformers_model(
+        str(folder),
+        config,
+        dtype=resolve_dtype(dtype, config, folder, target, native=False),
+        trust_remote_code=trust_remote_code,
+        device=target,
+        max_model_len=max_model_len,
+    )
+
+
+def _configuration(folder: Path, model_impl: ModelImpl, *, trust_remote_code: bool) -> Any:
+    """A checkpoint's configuration, read without `transformers` where a native model may do without."""
+    if is_gguf(folder):
+        if model_impl == "transformers":
+            raise UnsupportedModelError(f"{folder} is a GGUF file, served natively: leave --model-impl at auto")
+        with GGUFFile(folder) as file:
+            return read_config(file)
+    plain = None if model_impl == "transformers" else read_plain_config(folder)
+    return load_config(folder, trust_remote_code=trust_remote_code) if plain is None else plain
+
+
+def _check_needs_no_native(
+    config: Any, folder: Path, *, must_be_native: bool, deterministic: bool, is_parallel: bool
+) -> None:
+    """Refuse what was asked for and cannot be had of a model that is served through `transformers`."""
+    if deterministic:
         raise UnsupportedModelError(
             f"--deterministic: {folder} is served through transformers, where a token's last bits change with the rest "
             f"of the batch; native are {_native_names()}. Leave --deterministic out"
         )
-    elif model_impl == "native":
+    if must_be_native:
         named = ", ".join(getattr(config, "architectures", None) or [config.model_type])
         raise UnsupportedModelError(
             f"{folder} is {named}, which has no native implementation; native are "
@@ -225,16 +294,3 @@ def load_model(
             f"tensor_parallel_size and pipeline_parallel_size: {folder} is served through transformers, in one process "
             f"only; native are {_native_names()}. Leave both at 1"
         )
-    if plain is not None:
-        config = load_config(folder, trust_remote_code=trust_remote_code)
-    torch_dtype = resolve_dtype(dtype, config, folder, target, native=False)
-    from .transformers_backend import load_transformers_model
-
-    return load_transformers_model(
-        str(folder),
-        config,
-        dtype=torch_dtype,
-        trust_remote_code=trust_remote_code,
-        device=target,
-        max_model_len=max_model_len,
-    )

@@ -52,7 +52,10 @@ class TransformersCausalLM:
 
     Attributes:
         attention: which of the two ways this model goes.
+        fits_graphs: its steps can be captured as CUDA graphs; the modules of transformers may look at numbers.
     """
+
+    fits_graphs = False
 
     def __init__(
         self,

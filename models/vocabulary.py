@@ -42,6 +42,8 @@ class Vocabulary:
             self.head = reader.tied_head(self.embedding, rows)
         elif group.is_last_stage:
             head = reader.take_linear(_HEAD, *shape, rows=rows)
+            if tied:
+                reader.settle()  # they are compared
             is_same = (
                 tied
                 and self.embedding is not None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from ..kernels import cpu_build
 from ..kernels.huge_pages import place, release_file_pages
 from ..kernels.linear_quantized import LinearWeight, QuantizedWeight, concatenate
+from .device_loading import CudaStagingMaker, DeviceLoader
 from .errors import WeightsError
 from .gguf.reader import is_gguf
+from .stored_tensors import FileRange, byte_ranges
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -25,6 +28,7 @@ _SINGLE = "model.safetensors"
 _IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
 
 _MAX_NAMES_SHOWN = 8
+_LEAST_LOADED_LATER = 1024**2  # bytes of a matrix; all else is there at once, as some of it is computed with
 
 ALL = slice(None)
 Part = tuple[slice, ...]
@@ -79,18 +83,27 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     raise WeightsError(f"{folder} has no weights: neither {_SINGLE} nor {_INDEX}. Was the download finished?")
 
 
+def loader_for(device: torch.device) -> DeviceLoader | None:
+    """What brings tensors to a device while the model goes on being built; None where they are simply copied."""
+    return DeviceLoader(CudaStagingMaker(device)) if device.type == "cuda" else None
+
+
 class WeightReader:
     """Hands out tensors by name and keeps account of what was asked for and what is there.
 
     A tensor that is missing or has another shape is noted and stood in for by zeros, so that `finish` can name all
-    problems in one error; nothing may use the tensors before `finish` has returned. Use as a context manager.
+    problems in one error; nothing may use the tensors before `finish` has returned: on a GPU the contents of matrices
+    come meanwhile, from several threads (`settle` waits for them). Use as a context manager.
 
     Args:
         folder: the checkpoint, or a GGUF file.
         dtype, device: of every tensor handed out.
+        files: that hold the tensors; None: those of the folder.
     """
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, *, dtype: torch.dtype, device: torch.device, files: Sequence[Path] | None = None
+    ) -> None:
         self.dtype = dtype
         self.device = device
         self._folder = folder
@@ -100,7 +113,9 @@ class WeightReader:
         self._missing: list[str] = []
         self._mismatched: list[str] = []
         self._problems: list[str] = []
-        for path in weight_files(folder):
+        self._loader = loader_for(device)
+        self._ranges: dict[str, FileRange] = {}
+        for path in weight_files(folder) if files is None else files:
             try:
                 handle = self._stack.enter_context(self._open(path))
             except (SafetensorError, OSError) as error:
@@ -108,6 +123,10 @@ class WeightReader:
                 raise WeightsError(f"{path} is not a whole safetensors file ({error}). Download it again.") from error
             for name in handle.keys():  # noqa: SIM118 - a handle is no mapping
                 self._handles[name] = handle
+            if self._loader is not None and not is_gguf(path):
+                fd = os.open(path, os.O_RDONLY)
+                self._stack.callback(os.close, fd)
+                self._ranges |= byte_ranges(path, fd)
 
     def _open(self, path: Path) -> Any:
         """A file with the methods of an open safetensors file."""
@@ -117,6 +136,8 @@ class WeightReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(WeightsError):  # of a model that is not to be: whatever was wrong first is on its way
+            self.settle()
         self._handles.clear()
         self._stack.close()
 
@@ -168,9 +189,38 @@ class WeightReader:
             [self._placed([part], is_matrix=True) if isinstance(part, torch.Tensor) else part for part in parts]
         )
 
+    def take_expert(
+        self,
+        name: str,
+        shape: tuple[int, int, int],
+        index: int,
+        *,
+        takes_turns: bool = False,
+        rows: slice = ALL,
+        columns: slice = ALL,
+    ) -> LinearWeight:
+        """One expert's matrix, or some of its outputs or inputs, of a tensor that all experts share.
+
+        Args:
+            shape: of that tensor, `[num_experts, in_features, out_features]`: matrices are transposed there.
+            takes_turns: two matrices' outputs take turns; they come behind each other, and `rows` are of each.
+        """
+        matrix = self._read_expert(name, shape, index)
+        parts = [matrix[0::2][rows], matrix[1::2][rows]] if takes_turns else [matrix[rows]]
+        return self._made_linear(name, [part[:, columns] for part in parts])
+
     def tied_head(self, embedding: torch.Tensor, rows: slice = ALL) -> torch.Tensor | QuantizedWeight:
         """The output projection that shares its weights with the token embedding, of which `rows` were taken."""
         return embedding
+
+    def settle(self) -> None:
+        """Wait for the contents of what was taken so far.
+
+        Raises:
+            WeightsError: a file cannot be read.
+        """
+        if self._loader is not None:
+            self._loader.finish()
 
     def leave(self, *beginnings: str) -> None:
         """Leave the tensors whose names begin so to other ranks."""
@@ -199,12 +249,23 @@ class WeightReader:
                 unexpected=tuple(unexpected),
                 mismatched=tuple(self._mismatched),
             )
+        self.settle()
 
     def _read_linear(
         self, name: str, shape: tuple[int, int], part: Part = (ALL, ALL)
     ) -> torch.Tensor | QuantizedWeight:
         """One matrix, quantised or as it was read."""
         return self._read(name, shape, part)
+
+    def _read_expert(self, name: str, shape: tuple[int, int, int], index: int) -> torch.Tensor:
+        """Expert `index` of a stack, `[out_features, in_features]`."""
+        if name in self._missing or name in self._mismatched:  # said once, not for each expert
+            return torch.zeros(shape[2], shape[1])
+        return self._read(name, shape, (slice(index, index + 1),))[0].T
+
+    def _made_linear(self, name: str, parts: list[torch.Tensor]) -> LinearWeight:
+        """A linear layer's matrix of floating parts behind each other."""
+        return self._placed(parts, is_matrix=True)
 
     def _placed(self, parts: list[torch.Tensor], *, is_matrix: bool = False) -> torch.Tensor:
         """What was read, behind each other, in memory of our own; of a file that is mapped no page stays resident.
@@ -216,6 +277,8 @@ class WeightReader:
         keeps = dtype is torch.float32 and self.device.type == "cpu" and stored in (torch.bfloat16, torch.float16)
         if is_matrix and keeps and all(part.dtype is stored for part in parts) and cpu_build.library() is not None:
             dtype = stored
+        if is_matrix and self._loader is not None and sum(part.nbytes for part in parts) >= _LEAST_LOADED_LATER:
+            return self._loader.place(parts, dtype, self.device)
         placed = place(parts, dtype).to(self.device)
         for part in parts:
             release_file_pages(part)
@@ -240,6 +303,10 @@ class WeightReader:
 
     def _read_part(self, handle: Any, name: str, part: Part) -> torch.Tensor:
         """Some of a tensor; of a file that is mapped into memory no other page is touched."""
+        if self._loader is not None and name in self._ranges:
+            whole: torch.Tensor = handle.get_tensor(name)  # a view of the mapped file, of which nothing is read here
+            self._loader.note(whole, self._ranges[name])
+            return whole[part]
         tensor: torch.Tensor = handle.get_tensor(name) if all(s == ALL for s in part) else handle.get_slice(name)[part]
         return tensor
 

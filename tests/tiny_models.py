@@ -128,8 +128,8 @@ def build_tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1 or name.endswith("bias"):  # experts' biases share a matrix
                     parameter.add_(torch.randn_like(parameter) * 0.1)
     finally:
         torch.set_rng_state(generator_state)

@@ -61,6 +61,8 @@ def read_layer(take: Take, has: Callable[[str], bool], shape: tuple[int, int], s
             return _awq(take, shape, scheme, num_groups)
         case "compressed-tensors":
             return _compressed_tensors(take, has, shape, scheme, num_groups)
+        case "mxfp4":
+            raise MalformedError("no linear layer is stored in MXFP4, experts alone are")
 
 
 def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:

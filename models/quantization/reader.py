@@ -8,12 +8,14 @@ from typing import Literal
 import torch
 
 from ...kernels.huge_pages import release_file_pages
-from ...kernels.linear_quantized import QuantizedWeight, quantize
+from ...kernels.linear_quantized import LinearWeight, QuantizedWeight, quantize
 from ..errors import UnsupportedModelError, WeightsError
 from ..gguf.reader import is_gguf
 from ..gguf.weight_reader import GGUFReader
+from ..random_weights import RandomReader, RandomWeights
 from ..weights import ALL, Part, WeightReader
 from .formats import MalformedError, is_quantized, read_layer
+from .mxfp4 import MXFP4Reader
 from .partition import part_of
 from .scheme import Scheme
 
@@ -46,6 +48,10 @@ class QuantizingReader(WeightReader):
         release_file_pages(floating)
         return quantized
 
+    def _made_linear(self, name: str, parts: list[torch.Tensor]) -> LinearWeight:
+        """See `WeightReader._made_linear`."""
+        return self._quantize(name, torch.cat(parts), *_BITS_AND_GROUP[self._to])
+
     def _quantize(self, name: str, weight: torch.Tensor, bits: int, group_size: int) -> QuantizedWeight:
         try:
             return quantize(weight, bits=bits, group_size=group_size).to(self.device)
@@ -54,6 +60,7 @@ class QuantizingReader(WeightReader):
 
     def tied_head(self, embedding: torch.Tensor, rows: slice = ALL) -> torch.Tensor | QuantizedWeight:
         """See `WeightReader.tied_head`."""
+        self.settle()
         return self._quantize(HEAD, embedding, *_BITS_AND_GROUP["int8"])
 
 
@@ -113,23 +120,33 @@ class QuantizedReader(WeightReader):
         super().finish()
 
 
-def inseparable_inputs(folder: Path, quantization: Scheme | Literal["int8", "int4"] | None) -> int:
+def inseparable_inputs(folder: Path, quantization: Scheme | RandomWeights | Literal["int8", "int4"] | None) -> int:
     """Consecutive inputs of a matrix that share a scale, so that no two ranks can have them; 1 for floating weights."""
     if is_gguf(folder):
         return _LONGEST_GGUF_GROUP
+    if isinstance(quantization, Scheme) and quantization.method == "mxfp4":
+        return 1  # they are floating once they have been read
     if isinstance(quantization, Scheme):
         return max(1, quantization.group_size)  # -1: all inputs share one, of which each rank has a copy
-    return 1 if quantization is None else _BITS_AND_GROUP[quantization][1]
+    return 1 if quantization is None or isinstance(quantization, RandomWeights) else _BITS_AND_GROUP[quantization][1]
 
 
 def open_weights(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, quantization: Scheme | Literal["int8", "int4"] | None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Scheme | RandomWeights | Literal["int8", "int4"] | None,
 ) -> WeightReader:
-    """The reader for a checkpoint: a GGUF file, quantised as `Scheme` says, to be quantised, or floating."""
+    """The reader for a checkpoint: a GGUF file, quantised as `Scheme` says, to be quantised, floating, or for none."""
+    if isinstance(quantization, RandomWeights):
+        return RandomReader(folder, dtype=dtype, device=device, seed=quantization.seed)
     if is_gguf(folder):
         return GGUFReader(folder, dtype=dtype, device=device)
     if quantization is None:
         return WeightReader(folder, dtype=dtype, device=device)
+    if isinstance(quantization, Scheme) and quantization.method == "mxfp4":
+        return MXFP4Reader(folder, dtype=dtype, device=device)
     if isinstance(quantization, Scheme):
         return QuantizedReader(folder, dtype=dtype, device=device, scheme=quantization)
     return QuantizingReader(folder, dtype=dtype, device=device, to=quantization)

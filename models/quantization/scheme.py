@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import QuantizedModelError, WeightsError
+from . import mxfp4
 
-Method = Literal["gptq", "awq", "compressed-tensors"]
+Method = Literal["gptq", "awq", "compressed-tensors", "mxfp4"]
 
 _SUPPORTED = (
-    "supported are gptq (4 and 8 bits), awq (4 bits, gemm) and compressed-tensors (weight-only int4 and int8). "
+    "supported are gptq (4 and 8 bits), awq (4 bits, gemm), compressed-tensors (weight-only int4 and int8) and mxfp4 "
+    "(GPT-OSS's experts). "
     "Take such a checkpoint, or the one in bfloat16 with --quantization int8 or int4"
 )
 
@@ -64,6 +66,8 @@ def read_scheme(folder: Path) -> Scheme | None:
             return _awq(stated)
         case "compressed-tensors":
             return _compressed_tensors(stated)
+        case "mxfp4" if config.get("model_type") == "gpt_oss":
+            return Scheme(method="mxfp4", bits=4, group_size=mxfp4.GROUP, symmetric=True)
         case other:
             raise QuantizedModelError(
                 f"the weights of {folder} are quantised ({other}), which is not supported; {_SUPPORTED}"

@@ -13,9 +13,15 @@ from paged_runner import PagedRunner, run_paged
 from tiny_models import random_token_ids, save_tiny_model
 
 from octavo.kernels import cpu_build, linear_deterministic
-from octavo.models import layers
+from octavo.kernels import mixture as mixture_kernels
+from octavo.kernels.mixture import mixture_ref
+from octavo.kernels.paged_attention import paged_attention
+from octavo.models import gemma, gpt_oss, layers, llama
+from octavo.models.deterministic import make_deterministic
 from octavo.models.errors import UnsupportedModelError
+from octavo.models.gemma import softcap_
 from octavo.models.interface import CausalLM
+from octavo.models.mixture import MixtureOfExperts
 from octavo.models.registry import load_model
 
 pytestmark = pytest.mark.skipif(cpu_build.library() is None, reason="it needs the C kernels")
@@ -35,6 +41,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {}),
     "gemma2": ("gemma2", {"final_logit_softcapping": 30.0, "vocab_size": 263}),
     "gemma3": ("gemma3_text", {}),
+    "gpt-oss": ("gpt_oss", {}),
+    "gpt-oss with ragged widths": ("gpt_oss", {"hidden_size": 60, "intermediate_size": 50, "head_dim": 20}),
 }
 
 
@@ -136,3 +144,53 @@ def test_without_the_c_kernels_it_is_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(linear_deterministic, "_kernels", lambda: None)
     with pytest.raises(UnsupportedModelError, match="install gcc or clang"):
         deterministic(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3_moe", "gpt_oss"])
+def test_on_a_gpu_attention_products_and_mixtures_are_asked_for_it(model_type: str, tmp_path: Path) -> None:
+    save_tiny_model(model_type, tmp_path)
+    model: Any = load_model(tmp_path, dtype="float32")
+    model.device = torch.device("cuda")
+    made: Any = make_deterministic(model)
+    assert made is model and model.group.sums_in_order
+    for layer in model.layers:
+        assert layer.batch_invariant and layer.linear is model.linear
+        assert layer.mlp.linear is model.linear
+        assert not isinstance(layer.mlp, MixtureOfExperts) or layer.mlp.batch_invariant
+    assert getattr(model, "softcap", softcap_) is softcap_, (
+        "torch's is elementwise there, and no element has neighbours"
+    )
+
+
+def test_on_other_devices_it_is_refused(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path)
+    model: Any = load_model(tmp_path, dtype="float32")
+    model.device = torch.device("mps")
+    with pytest.raises(UnsupportedModelError, match="there are kernels for CPUs and CUDA, not for mps"):
+        make_deterministic(model)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss"])
+def test_attention_and_mixtures_hear_that_they_are_asked(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model(model_type, tmp_path)
+    model: Any = deterministic(tmp_path)
+    module = {"llama": llama, "gemma2": gemma, "gpt_oss": gpt_oss}[model_type]
+    asked: list[bool] = []
+
+    def attention(*given: Any, batch_invariant: bool = False, **options: Any) -> torch.Tensor:
+        asked.append(batch_invariant)
+        return paged_attention(*given, **options)
+
+    def mixture(*given: Any, batch_invariant: bool = False) -> torch.Tensor:
+        asked.append(batch_invariant)
+        return mixture_ref(*given)
+
+    monkeypatch.setattr(module, "paged_attention", attention)
+    monkeypatch.setattr(mixture_kernels, "mixture", mixture)
+    if model_type == "gpt_oss":
+        for layer in model.layers:
+            layer.mlp.stack_experts()
+    run_paged(model, PROMPT)
+    assert asked == [True] * len(model.layers) * (2 if model_type == "gpt_oss" else 1)

@@ -10,37 +10,16 @@ import torch
 from quantized_checkpoints import Format, write_both
 from tiny_gguf import convert_checkpoint
 from tiny_models import save_tiny_model
+from unconnected_ranks import floats, member
 
-from octavo.kernels.linear_quantized import LinearWeight, QuantizedWeight
+from octavo.kernels.linear_quantized import QuantizedWeight
 from octavo.models.errors import UnsupportedModelError
-from octavo.models.parallel import ParallelConfig, ParallelGroup
+from octavo.models.parallel import ParallelGroup
 from octavo.models.quantization.partition import part_of
 from octavo.models.registry import load_model
 
 WIDE = {"head_dim": 32, "intermediate_size": 256}
 Q_WIDTH, KV_WIDTH = 128, 64
-
-
-class Unconnected(ParallelGroup):
-    """A rank that never speaks to the others."""
-
-    def _join(self, config: ParallelConfig) -> None:
-        pass
-
-
-def member(rank: int, tp: int, pp: int = 1, **fields: Any) -> ParallelGroup:
-    return Unconnected(
-        ParallelConfig(
-            tensor_parallel_size=tp, pipeline_parallel_size=pp, rank=rank, init_method="file:///unused", **fields
-        )
-    )
-
-
-def floats(weight: LinearWeight | None) -> torch.Tensor:
-    assert weight is not None
-    if isinstance(weight, tuple):
-        return torch.cat([floats(part) for part in weight])
-    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
 
 
 def load(path: Path, group: ParallelGroup | None = None, quantization: Any = "auto") -> Any:

@@ -9,6 +9,7 @@ from tiny_models import save_tiny_model, tiny_config
 from octavo.models import registry
 from octavo.models.errors import ModelNotFoundError, QuantizedModelError, UnsupportedModelError
 from octavo.models.gemma import GemmaForCausalLM
+from octavo.models.gpt_oss import GptOssForCausalLM
 from octavo.models.llama import LlamaForCausalLM
 from octavo.models.registry import load_config, load_model, resolve_dtype
 
@@ -24,7 +25,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def test_native_families_are_served_natively_by_default(model_type: str, tmp_path: Path) -> None:
     save_tiny_model(model_type, tmp_path)
     model = load_model(tmp_path)
-    assert isinstance(model, LlamaForCausalLM | GemmaForCausalLM)
+    assert isinstance(model, LlamaForCausalLM | GemmaForCausalLM | GptOssForCausalLM)
     assert model.vocab_size == 256
     assert model.max_position == 512
     assert model.dtype == torch.float32

@@ -1,0 +1,278 @@
+"""Attention at the same shapes by our kernel and by others': one at a time, each in a process of its own.
+
+Decode reads a paged cache where a peer can; torch's own functions cannot, and get each sequence's keys and values
+behind each other, which is easier. `octavo bench gpu` starts one process for each of `PEERS`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..attention_batch import AttentionBatch
+from .bench_ceilings import median_ms
+
+PEERS = ("octavo", "torch_attention", "flex_attention", "flashinfer", "fa3")
+FA3_LIBRARY = "OCTAVO_FA3_LIBRARY"
+"""Path of FlashAttention-3's library as vLLM's wheel has it (`_vllm_fa3_C.abi3.so`)."""
+
+_PAGE = 16
+_WORKSPACE = 512 * 1024**2
+
+Run = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Rows of equal lengths: `num_new` queries each, behind `num_cached` tokens; causal."""
+
+    rows: int
+    num_new: int
+    num_cached: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int = 128
+
+    @property
+    def context(self) -> int:
+        return self.num_new + self.num_cached
+
+    @property
+    def name(self) -> str:
+        kind = "decode" if self.num_new == 1 else "prefill"
+        return f"{kind} attention"
+
+    def __str__(self) -> str:
+        heads = f"{self.num_heads}/{self.num_kv_heads} x {self.head_dim}"
+        if self.num_new == 1:
+            return f"B={self.rows} ctx={self.context} {heads}"
+        return f"{self.rows} x {self.num_new} behind {self.num_cached}, {heads}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Of bfloat16 keys and values read, queries read and outputs written."""
+        kv = 2 * self.rows * self.context * self.num_kv_heads * self.head_dim
+        return 2 * (kv + 2 * self.rows * self.num_new * self.num_heads * self.head_dim)
+
+    @property
+    def flops(self) -> int:
+        pairs = self.num_new * self.num_cached + self.num_new * (self.num_new + 1) // 2
+        return 4 * self.rows * self.num_heads * self.head_dim * pairs
+
+
+SHAPES = (
+    Shape(64, 1, 1023, 32, 8),
+    Shape(64, 1, 4095, 32, 8),
+    Shape(256, 1, 1023, 32, 8),
+    Shape(256, 1, 8191, 32, 8),
+    Shape(256, 1, 1023, 16, 8),
+    Shape(8, 1, 4095, 32, 8),
+    Shape(1, 1, 32767, 32, 8),
+    Shape(1, 8192, 0, 32, 8),
+    Shape(8, 1024, 0, 32, 8),
+    Shape(1, 2048, 6144, 32, 8),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """A paged cache whose pages lie in random order.
+
+    Attributes:
+        q: `[rows * num_new, num_heads, head_dim]`.
+        k, v: `[num_blocks, num_kv_heads, page, head_dim]`.
+        table: `[rows, blocks of a row]` int32.
+    """
+
+    shape: Shape
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    table: torch.Tensor
+    query_start: torch.Tensor
+    context_lens: torch.Tensor
+
+
+def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Inputs:
+    """Random ones."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(size, dtype=dtype, device=device, generator=generator)
+
+    blocks_each = -(-shape.context // _PAGE)
+    num_blocks = shape.rows * blocks_each
+    order = torch.randperm(num_blocks, device=device, generator=generator)
+    return Inputs(
+        shape=shape,
+        q=randn(shape.rows * shape.num_new, shape.num_heads, shape.head_dim),
+        k=randn(num_blocks, shape.num_kv_heads, _PAGE, shape.head_dim),
+        v=randn(num_blocks, shape.num_kv_heads, _PAGE, shape.head_dim),
+        table=order.view(shape.rows, blocks_each).to(torch.int32),
+        query_start=torch.arange(shape.rows + 1, dtype=torch.int32, device=device) * shape.num_new,
+        context_lens=torch.full((shape.rows,), shape.context, dtype=torch.int32, device=device),
+    )
+
+
+def dense(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values as torch wants them: `[rows, heads, tokens, head_dim]`."""
+    s = inputs.shape
+
+    def gathered(cache: torch.Tensor) -> torch.Tensor:
+        pages = cache[inputs.table.long()].transpose(1, 2)  # [rows, heads, blocks, page, head_dim]
+        return pages.reshape(s.rows, s.num_kv_heads, -1, s.head_dim)[:, :, : s.context].contiguous()
+
+    q = inputs.q.view(s.rows, s.num_new, s.num_heads, s.head_dim).transpose(1, 2).contiguous()
+    return q, gathered(inputs.k), gathered(inputs.v)
+
+
+def reference(inputs: Inputs) -> torch.Tensor:
+    """In float64, `[rows * num_new, num_heads, head_dim]`."""
+    s = inputs.shape
+    q, k, v = (tensor.double() for tensor in dense(inputs))
+    q = q.view(s.rows, s.num_kv_heads, -1, s.num_new, s.head_dim)
+    scores = q @ k.unsqueeze(2).transpose(-1, -2) * s.head_dim**-0.5
+    positions = torch.arange(s.num_new, device=q.device).unsqueeze(1) + s.num_cached
+    scores.masked_fill_(torch.arange(s.context, device=q.device) > positions, -torch.inf)
+    out = (torch.softmax(scores, -1) @ v.unsqueeze(2)).flatten(1, 2)
+    return out.transpose(1, 2).reshape(-1, s.num_heads, s.head_dim)
+
+
+def _ours(inputs: Inputs) -> Run:
+    from .paged_attention import paged_attention
+
+    s = inputs.shape
+    batch = AttentionBatch(
+        query_start=inputs.query_start,
+        context_lens=inputs.context_lens,
+        block_tables=inputs.table,
+        slot_mapping=torch.full((len(inputs.q),), -1, dtype=torch.int64, device=inputs.q.device),
+        block_size=_PAGE,
+        max_query_len=s.num_new,
+        max_context_len=s.context,
+        num_decodes=s.rows if s.num_new == 1 else 0,
+    )
+    return lambda: paged_attention(inputs.q, inputs.k, inputs.v, batch, scale=s.head_dim**-0.5)
+
+
+def _back(out: torch.Tensor, shape: Shape) -> torch.Tensor:
+    return out.transpose(1, 2).reshape(-1, shape.num_heads, shape.head_dim)
+
+
+def _torch_attention(inputs: Inputs) -> Run:
+    s = inputs.shape
+    q, k, v = dense(inputs)
+    if s.num_cached and s.num_new > 1:
+        from torch.nn.attention.bias import causal_lower_right
+
+        bias: Any = causal_lower_right(s.num_new, s.context)
+        return lambda: _back(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True), s)
+    is_causal = s.num_new > 1
+    return lambda: _back(F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True), s)
+
+
+def _flex_attention(inputs: Inputs) -> Run:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    s = inputs.shape
+    q, k, v = dense(inputs)
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    mask = None
+    if s.num_new > 1:
+
+        def causal(b: Any, h: Any, query: Any, key: Any) -> Any:
+            return query + s.num_cached >= key
+
+        mask = create_block_mask(causal, None, None, s.num_new, s.context, device=str(q.device))
+    return lambda: _back(compiled(q, k, v, block_mask=mask, enable_gqa=True), s)
+
+
+def _flashinfer(inputs: Inputs) -> Run:
+    import flashinfer  # type: ignore[import-not-found]  # a peer, no dependency
+
+    s, device = inputs.shape, inputs.q.device
+    workspace = torch.zeros(_WORKSPACE, dtype=torch.uint8, device=device)
+    blocks_each = inputs.table.shape[1]
+    indptr = torch.arange(s.rows + 1, dtype=torch.int32) * blocks_each
+    last = torch.full((s.rows,), (s.context - 1) % _PAGE + 1, dtype=torch.int32)
+    sizes = (s.num_heads, s.num_kv_heads, s.head_dim, _PAGE)
+    if s.num_new == 1:
+        decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
+        decode.plan(indptr, inputs.table.flatten(), last, *sizes, q_data_type=inputs.q.dtype)
+        return lambda: decode.run(inputs.q, (inputs.k, inputs.v))
+    prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+    prefill.plan(
+        *(inputs.query_start, indptr.to(device), inputs.table.flatten(), last.to(device), *sizes),
+        causal=True,
+        q_data_type=inputs.q.dtype,
+    )
+    return lambda: prefill.run(inputs.q, (inputs.k, inputs.v))
+
+
+def _fa3(inputs: Inputs) -> Run:
+    path = os.environ.get(FA3_LIBRARY, "")
+    if not path:
+        raise ImportError(f"no library: set {FA3_LIBRARY} to the path of vLLM's _vllm_fa3_C.abi3.so")
+    torch.ops.load_library(path)  # type: ignore[no-untyped-call]  # torch has no type for it
+    s, device = inputs.shape, inputs.q.device
+    k, v = (cache.transpose(1, 2).contiguous() for cache in (inputs.k, inputs.v))  # token-major pages
+    out = torch.empty_like(inputs.q)
+    operation = torch.ops._vllm_fa3_C.fwd
+    none = (None,) * 3
+    arguments = [
+        *(inputs.q, k, v, *none, out, inputs.query_start, None, None, None, inputs.context_lens),
+        *(s.num_new, s.context, inputs.table, None, None, *none, *none, s.head_dim**-0.5),
+        *(True, -1, -1, 0.0, True, None, 0, None, 0, None),
+    ]
+    num_arguments = len(operation.default._schema.arguments)
+    arguments += [1, 0, None][: max(0, num_arguments - len(arguments))]  # of context parallelism, in later versions
+    del device
+
+    def run() -> torch.Tensor:
+        operation(*arguments)
+        return out
+
+    return run
+
+
+_MAKERS: dict[str, Callable[[Inputs], Run]] = {
+    "octavo": _ours,
+    "torch_attention": _torch_attention,
+    "flex_attention": _flex_attention,
+    "flashinfer": _flashinfer,
+    "fa3": _fa3,
+}
+
+
+def rows(
+    device: torch.device, *, peer: str = "octavo", shapes: tuple[Shape, ...] = SHAPES, check: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Figures of one engine's attention; a shape that fails is a row that says why, a peer that is absent one row."""
+    for shape in shapes:
+        row: dict[str, Any] = {"kernel": shape.name, "shape": str(shape), "engine": peer}
+        try:
+            inputs = make_inputs(shape, device)
+            run = _MAKERS[peer](inputs)
+            # Too large in float64 for the longest shapes, which have the same code as the others.
+            if check and shape.rows * shape.num_new * shape.context * shape.num_heads <= 1 << 28:
+                error = relative_error(run(), reference(inputs))
+                row["note"] = f"error {error:.1e}"
+                if not error < 2e-2:
+                    row["note"] += ": WRONG"
+            row |= {"us": median_ms(run) * 1e3, "bytes": shape.num_bytes, "flops": shape.flops}
+        except ImportError as error:
+            yield {"kernel": "attention", "shape": "", "engine": peer, "note": f"left out: {error}"}
+            return
+        except Exception as error:  # noqa: BLE001,RUF100 - of a peer: its own to word, and one shape's only
+            row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+        yield row
+
+
+def relative_error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """Norm of the difference over the norm; NaN stays NaN."""
+    return float((out.double().view_as(exact) - exact).norm() / exact.norm())

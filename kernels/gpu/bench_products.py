@@ -1,0 +1,229 @@
+"""What the products reach on a GPU: few rows, weights of 4 and 8 bits, mixtures of experts; checked, then timed.
+
+Weights and routes take turns, so that no call finds in the L2 cache what the one before it read, and calls are
+replayed from a graph, so that launching them does not count.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..gated_activation import silu_and_mul
+from ..linear_quantized import QuantizedWeight
+from ..mixture import ExpertStack, mixture_ref, route_ref
+from .linear import linear_skinny
+from .linear_quantized import linear_codes
+from .mixture import mixture
+
+BEYOND_L2 = 256 * 1024**2  # bytes that take turns: several times an H200's 60 MB
+_MOST_TURNS = 64
+_MOST_ERROR = 1e-2  # of the norm: bfloat16 operands, and sums of float32
+
+# [out_features, in_features] of Qwen3-8B and Qwen3-0.6B.
+MATRICES = {
+    **{"8B qkv": (6144, 4096), "8B o": (4096, 4096), "8B gate_up": (24576, 4096), "8B down": (4096, 12288)},
+    **{"8B head": (151936, 4096), "0.6B qkv": (4096, 1024), "0.6B o": (1024, 2048)},
+    **{"0.6B gate_up": (6144, 1024), "0.6B down": (1024, 3072)},
+}
+QUANTIZED = ("8B qkv", "8B o", "8B gate_up", "8B down")
+
+Timer = Callable[[Sequence[Callable[[], object]]], float]
+"""Microseconds of one call, of several that do the same on other data."""
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureShape:
+    """Sizes of a mixture, and the numbers of tokens to time it with."""
+
+    num_experts: int
+    num_chosen: int
+    hidden_size: int
+    inner: int
+    num_tokens: tuple[int, ...]
+
+
+MIXTURES = {
+    "Qwen3-30B-A3B": MixtureShape(128, 8, 2048, 768, (1, 8, 16, 32, 64, 256, 8192)),
+    "gpt-oss-20b": MixtureShape(32, 4, 2880, 2880, (1, 8, 64, 2048)),
+}
+
+
+def graph_us(calls: Sequence[Callable[[], object]], *, repeats: int = 15) -> float:
+    """See `Timer`: all calls in one graph, replayed; the median replay."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:3]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # so too
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times) * 1e3 / len(calls)
+
+
+def rows(
+    device: torch.device,
+    *,
+    matrices: dict[str, tuple[int, int]] | None = None,
+    mixtures: dict[str, MixtureShape] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    skinny_rows: Sequence[int] = (1, 4, 16),
+    quantized_rows: Sequence[int] = (16, 32, 64),
+    beyond_l2: int = BEYOND_L2,
+    timer: Timer = graph_us,
+) -> Iterator[dict[str, Any]]:
+    """Every figure as soon as it is there.
+
+    Yields:
+        `kernel`, `shape`, `engine`, `us`, `bytes` (each operand once), `flops`; where a result is wrong, no time but a
+        `note` that says by how much.
+    """
+    matrices = MATRICES if matrices is None else matrices
+    bench = _Bench(device, dtype, beyond_l2, timer)
+    with torch.inference_mode():
+        for name, shape in matrices.items():
+            for num_rows in skinny_rows:
+                yield from bench.skinny(name, *shape, num_rows)
+        for name, shape in matrices.items():
+            if name in QUANTIZED or matrices is not MATRICES:
+                for num_rows in quantized_rows:
+                    yield from bench.quantized(name, *shape, num_rows)
+        for name, mixture_shape in (MIXTURES if mixtures is None else mixtures).items():
+            yield from bench.mixture(name, mixture_shape)
+
+
+class _Bench:
+    """Makes operands, checks results and times calls."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, beyond_l2: int, timer: Timer) -> None:
+        self._device, self._dtype, self._beyond_l2, self._timer = device, dtype, beyond_l2, timer
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def skinny(self, name: str, out_features: int, in_features: int, num_rows: int) -> Iterator[dict[str, Any]]:
+        """Ours and torch's product of few rows."""
+        weights = self._in_turn(partial(self._randn, out_features, in_features), out_features * in_features * 2)
+        x = self._randn(num_rows, in_features)
+        exact = F.linear(x.float(), weights[0].float())
+        work = {
+            "bytes": 2 * (out_features * in_features + num_rows * (out_features + in_features)),
+            "flops": 2 * num_rows * out_features * in_features,
+        }
+        for engine, op in (("octavo", linear_skinny), ("torch", F.linear)):
+            calls = [partial(op, x, weight) for weight in weights]
+            yield self._row("skinny linear", f"{name} M={num_rows}", engine, calls, exact, work)
+
+    def quantized(self, name: str, out_features: int, in_features: int, num_rows: int) -> Iterator[dict[str, Any]]:
+        """Codes of 4 and 8 bits, and torch's product with bfloat16 weights of the same shape."""
+        x, num_weights = self._randn(num_rows, in_features), out_features * in_features
+        outside, flops = 2 * num_rows * (out_features + in_features), 2 * num_rows * num_weights
+        for bits in (4, 8):
+            weights = self._in_turn(partial(self._codes, out_features, in_features, bits), num_weights * bits // 8)
+            exact = F.linear(x.float(), weights[0].dequantize(torch.float32))
+            work = {"bytes": weights[0].num_bytes + outside, "flops": flops}
+            calls = [partial(linear_codes, x, weight) for weight in weights]
+            yield self._row(f"W{bits}A16 linear", f"{name} M={num_rows}", "octavo", calls, exact, work)
+        floating = self._in_turn(partial(self._randn, out_features, in_features), num_weights * 2)
+        exact = F.linear(x.float(), floating[0].float())
+        work = {"bytes": num_weights * 2 + outside, "flops": flops}
+        plain = [partial(F.linear, x, weight) for weight in floating]
+        for bits in (4, 8):  # beside which the quantised ones stand
+            yield self._row(f"W{bits}A16 linear", f"{name} M={num_rows}", "torch, 16 bits", plain, exact, work)
+
+    def mixture(self, name: str, shape: MixtureShape) -> Iterator[dict[str, Any]]:
+        """Grouping, both products and the sum, at each number of tokens; and torch's grouped products alone."""
+        s = shape
+        stack = ExpertStack(
+            w13=self._randn(s.num_experts, 2 * s.inner, s.hidden_size),
+            w2=self._randn(s.num_experts, s.hidden_size, s.inner),
+            b13=None,
+            b2=None,
+            first=0,
+            act=silu_and_mul,
+        )
+        per_expert = 3 * s.hidden_size * s.inner
+        for num_tokens in s.num_tokens:
+            x = self._randn(num_tokens, s.hidden_size)
+            of_experts = min(num_tokens * s.num_chosen, s.num_experts) * per_expert * 2
+            turns = max(1, min(_MOST_TURNS, -(-self._beyond_l2 // of_experts)))
+            routes: list[tuple[torch.Tensor, torch.Tensor]] = []
+            for _ in range(turns):
+                logits = torch.randn(num_tokens, s.num_experts, device=self._device, generator=self._generator)
+                weights, chosen = route_ref(logits, s.num_chosen)
+                routes.append((weights, chosen.to(torch.int32)))
+            met = statistics.mean(
+                int(chosen.flatten().bincount().count_nonzero()) for _, chosen in routes
+            )  # experts whose weights are read
+            work = {
+                "bytes": int(2 * (met * per_expert + 2 * num_tokens * s.hidden_size)),
+                "flops": 2 * num_tokens * s.num_chosen * per_expert,
+            }
+            exact = mixture_ref(x, *routes[0], stack).float()
+            calls = [partial(mixture, x, weights, chosen, stack) for weights, chosen in routes]
+            yield self._row("mixture", f"{name} B={num_tokens}", "octavo", calls, exact, work)
+            if hasattr(F, "grouped_mm") and self._device.type == "cuda":
+                sorted_calls = [self._grouped_mm(x, route[1], stack) for route in routes]
+                yield self._row("mixture", f"{name} B={num_tokens}", "torch grouped_mm", sorted_calls, None, work)
+
+    def _grouped_mm(self, x: torch.Tensor, chosen: torch.Tensor, stack: ExpertStack) -> Callable[[], object]:
+        """torch's grouped products, of tokens that have been sorted before."""
+        order = chosen.flatten().argsort(stable=True)
+        ends = chosen.flatten().bincount(minlength=stack.w13.shape[0]).cumsum(0).to(torch.int32)
+        sorted_x = x[order // chosen.shape[1]]
+        w13, w2 = stack.w13.transpose(1, 2), stack.w2.transpose(1, 2)
+        return lambda: F.grouped_mm(stack.act(F.grouped_mm(sorted_x, w13, offs=ends)), w2, offs=ends)
+
+    def _row(  # noqa: PLR0917,RUF100 - what a row says
+        self,
+        kernel: str,
+        shape: str,
+        engine: str,
+        calls: Sequence[Callable[[], Any]],
+        exact: torch.Tensor | None,
+        work: dict[str, int],
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = {"kernel": kernel, "shape": shape, "engine": engine, **work}
+        try:
+            out = calls[0]()
+            if exact is not None:
+                error = float((out.float() - exact).norm() / exact.norm())
+                if not error < _MOST_ERROR:  # NaN is wrong too
+                    return {**row, "us": 0.0, "note": f"wrong: off by {error:.2e} of the norm"}
+            return {**row, "us": self._timer(calls)}
+        except (RuntimeError, ValueError, TypeError) as failure:  # one that does not run does not end the others
+            return {**row, "us": 0.0, "note": f"{type(failure).__name__}: {str(failure)[:200]}"}
+
+    def _in_turn(self, make: Callable[[], Any], num_bytes: int) -> list[Any]:
+        return [make() for _ in range(max(1, min(_MOST_TURNS, -(-self._beyond_l2 // num_bytes))))]
+
+    def _randn(self, *shape: int) -> torch.Tensor:
+        scale = shape[-1] ** -0.5 if len(shape) > 1 else 1.0
+        x = torch.randn(*shape, device=self._device, dtype=self._dtype, generator=self._generator)
+        return x.mul_(scale)
+
+    def _codes(self, out_features: int, in_features: int, bits: int) -> QuantizedWeight:
+        low, high = (0, 16) if bits == 4 else (-128, 128)
+        codes = torch.randint(
+            low, high, (out_features, in_features), device=self._device, generator=self._generator, dtype=torch.int16
+        )
+        groups = -(-in_features // 128)
+        scales = torch.rand(out_features, groups, device=self._device, generator=self._generator)
+        return QuantizedWeight.from_codes(codes, scales.mul_(1 / high).to(self._dtype), bits=bits, group_size=128)

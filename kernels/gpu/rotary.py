@@ -1,0 +1,267 @@
+"""Rotary embedding on a GPU, with the norm of queries and keys before it and the KV write after it, in one launch.
+
+One program takes a few heads of one token: of the queries, or of the keys with their values. What a head becomes
+depends on it alone, so a token's bits do not depend on the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..kv_quantization import CODES, head_dim_of
+from .kv_rows import row_codes, row_scales
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ELEMENTS_OF_PROGRAM = 1024
+_MAX_HEAD_DIM = 1024
+
+
+@triton.jit
+def _largest(x):
+    """The largest magnitude of each row; NaN where the row has one."""
+    magnitude = tl.abs(x)
+    # A maximum may pass over NaN: where one is, take infinity, which is not finite either.
+    return tl.max(tl.where(magnitude == magnitude, magnitude, float("inf")), axis=1)
+
+
+@triton.jit
+def _store_row_part(row_ptrs, columns, x, mask, scale, FP8: tl.constexpr, QUANTIZED: tl.constexpr):
+    """Some columns of cache rows, quantised or rounded to the cache's dtype."""
+    if QUANTIZED:
+        tl.store(row_ptrs + columns, row_codes(x, scale, FP8), mask=mask)
+    else:
+        tl.store(row_ptrs + columns, x.to(row_ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_scales(row_ptrs, head_dim: tl.constexpr, scale, mask):
+    """The four bytes of each row's scale, behind its codes; one by one, as a row need not be aligned."""
+    index = tl.arange(0, 4)[None, :]
+    bits = scale.to(tl.uint32, bitcast=True)[:, None]
+    tl.store(row_ptrs + head_dim + index, ((bits >> (index * 8)) & 0xFF).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _rotary_kernel(
+    q_ptr,  # [num_tokens, num_heads, HEAD_DIM]
+    k_ptr,  # [num_tokens, num_kv_heads, HEAD_DIM]
+    v_ptr,  # [num_tokens, num_kv_heads, V_HEAD_DIM]
+    cos_sin_ptr,  # [max_position, ROTARY_DIM] float32, contiguous
+    positions_ptr,  # [num_tokens]
+    slots_ptr,  # [num_tokens], as positions_ptr int64; None: no cache
+    k_cache_ptr,  # [num_blocks, num_kv_heads, block_size, HEAD_DIM (+ 4 bytes)], contiguous; bytes if quantised
+    v_cache_ptr,  # likewise, V_HEAD_DIM
+    q_weight_ptr,  # [HEAD_DIM] or None
+    k_weight_ptr,
+    q_stride_token,
+    q_stride_head,
+    k_stride_token,
+    k_stride_head,
+    v_stride_token,
+    v_stride_head,
+    num_heads,
+    num_kv_heads,
+    max_position,
+    block_size,
+    num_slots,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    HEADS: tl.constexpr,  # of one program, a power of two
+    HALF: tl.constexpr,  # power of two, >= ROTARY_DIM / 2
+    REST: tl.constexpr,  # power of two, >= HEAD_DIM - ROTARY_DIM; 0: nothing is left unrotated
+    V_BLOCK: tl.constexpr,  # power of two, >= V_HEAD_DIM
+    FP8: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    num_query_parts = tl.cdiv(num_heads, HEADS)
+    part = tl.program_id(1)
+    is_query = part < num_query_parts
+    head = tl.where(is_query, part, part - num_query_parts) * HEADS + tl.arange(0, HEADS)
+    head_mask = head < tl.where(is_query, num_heads, num_kv_heads)
+    if is_query:
+        rows = q_ptr + token * q_stride_token + head[:, None] * q_stride_head
+    else:
+        rows = k_ptr + token * k_stride_token + head[:, None] * k_stride_head
+
+    column = tl.arange(0, HALF)
+    half_mask = column < ROTARY_DIM // 2
+    mask = head_mask[:, None] & half_mask[None, :]
+    x1 = tl.load(rows + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(rows + ROTARY_DIM // 2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    # There is no one to raise an error to: a position outside the table takes its nearest row.
+    position = tl.load(positions_ptr + token)
+    position = tl.minimum(tl.maximum(position, 0), max_position - 1)
+    angles = cos_sin_ptr + position * ROTARY_DIM + column
+    cos = tl.load(angles, mask=half_mask, other=0.0)[None, :]
+    sin = tl.load(angles + ROTARY_DIM // 2, mask=half_mask, other=0.0)[None, :]
+    if REST > 0:
+        rest_column = ROTARY_DIM + tl.arange(0, REST)
+        rest_column_mask = rest_column < HEAD_DIM
+        rest_mask = head_mask[:, None] & rest_column_mask[None, :]
+        x3 = tl.load(rows + rest_column[None, :], mask=rest_mask, other=0.0).to(tl.float32)
+
+    if is_query:
+        if q_weight_ptr is not None:
+            squares = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
+            if REST > 0:
+                squares += tl.sum(x3 * x3, axis=1)
+            scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+            x1 = x1 * scale * tl.load(q_weight_ptr + column, mask=half_mask, other=0.0).to(tl.float32)[None, :]
+            weight2 = tl.load(q_weight_ptr + ROTARY_DIM // 2 + column, mask=half_mask, other=0.0)
+            x2 = x2 * scale * weight2.to(tl.float32)[None, :]
+            if REST > 0:
+                weight3 = tl.load(q_weight_ptr + rest_column, mask=rest_column_mask, other=0.0)
+                x3 = x3 * scale * weight3.to(tl.float32)[None, :]
+    elif k_weight_ptr is not None:
+        squares = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
+        if REST > 0:
+            squares += tl.sum(x3 * x3, axis=1)
+        scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+        x1 = x1 * scale * tl.load(k_weight_ptr + column, mask=half_mask, other=0.0).to(tl.float32)[None, :]
+        weight2 = tl.load(k_weight_ptr + ROTARY_DIM // 2 + column, mask=half_mask, other=0.0)
+        x2 = x2 * scale * weight2.to(tl.float32)[None, :]
+        if REST > 0:
+            weight3 = tl.load(k_weight_ptr + rest_column, mask=rest_column_mask, other=0.0)
+            x3 = x3 * scale * weight3.to(tl.float32)[None, :]
+
+    dtype = q_ptr.dtype.element_ty
+    y1 = (x1 * cos - x2 * sin).to(dtype)
+    y2 = (x2 * cos + x1 * sin).to(dtype)
+    tl.store(rows + column[None, :], y1, mask=mask)
+    tl.store(rows + ROTARY_DIM // 2 + column[None, :], y2, mask=mask)
+    if REST > 0:
+        y3 = x3.to(dtype)
+        tl.store(rows + rest_column[None, :], y3, mask=rest_mask)
+
+    if slots_ptr is not None:
+        if is_query:
+            return
+        slot = tl.load(slots_ptr + token)
+        if (slot < 0) | (slot >= num_slots):
+            return
+        block_id = slot // block_size
+        # Row numbers of the cache: a block's heads, and in each of them its tokens.
+        cache_row = (block_id * num_kv_heads + head) * block_size + (slot - block_id * block_size)
+        scale_mask = head_mask[:, None]
+        # What the cache gets is what the tensor got, so a key is rounded twice as if it had been read back.
+        k1, k2 = y1.to(tl.float32), y2.to(tl.float32)
+        width: tl.constexpr = HEAD_DIM + (4 if QUANTIZED else 0)
+        k_rows = k_cache_ptr + cache_row[:, None] * width
+        k_scale = tl.full((HEADS,), 1.0, tl.float32)
+        if QUANTIZED:
+            largest = tl.maximum(_largest(k1), _largest(k2))
+            if REST > 0:
+                largest = tl.maximum(largest, _largest(y3.to(tl.float32)))
+            k_scale = row_scales(largest, FP8)
+            _store_scales(k_rows, HEAD_DIM, k_scale, scale_mask)
+        _store_row_part(k_rows, column[None, :], k1, mask, k_scale[:, None], FP8, QUANTIZED)
+        _store_row_part(k_rows, ROTARY_DIM // 2 + column[None, :], k2, mask, k_scale[:, None], FP8, QUANTIZED)
+        if REST > 0:
+            k3 = y3.to(tl.float32)
+            _store_row_part(k_rows, rest_column[None, :], k3, rest_mask, k_scale[:, None], FP8, QUANTIZED)
+
+        v_column = tl.arange(0, V_BLOCK)[None, :]
+        v_mask = head_mask[:, None] & (v_column < V_HEAD_DIM)
+        v_rows = v_ptr + token * v_stride_token + head[:, None] * v_stride_head
+        v = tl.load(v_rows + v_column, mask=v_mask, other=0.0).to(tl.float32)
+        v_width: tl.constexpr = V_HEAD_DIM + (4 if QUANTIZED else 0)
+        v_cache_rows = v_cache_ptr + cache_row[:, None] * v_width
+        v_scale = tl.full((HEADS,), 1.0, tl.float32)
+        if QUANTIZED:
+            v_scale = row_scales(_largest(v), FP8)
+            _store_scales(v_cache_rows, V_HEAD_DIM, v_scale, scale_mask)
+        _store_row_part(v_cache_rows, v_column, v, v_mask, v_scale[:, None], FP8, QUANTIZED)
+
+
+def can(  # noqa: PLR0917,RUF100 - inputs, table, cache: as in write_kv
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor | None,
+    v_cache: torch.Tensor | None,
+    slot_mapping: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+) -> bool:
+    """Whether the kernel is written for such tensors.
+
+    Raises:
+        ValueError: a cache without the other, or without slots.
+    """
+    caches = (k_cache, v_cache, slot_mapping)
+    if any(x is None for x in caches) and any(x is not None for x in caches):
+        raise ValueError("k_cache, v_cache and slot_mapping belong together: give all of them or none")
+    if q.dtype not in DTYPES or k.dtype is not q.dtype or v.dtype is not q.dtype or q.shape[2] > _MAX_HEAD_DIM:
+        return False
+    if q.stride(2) != 1 or k.stride(2) != 1 or v.stride(2) != 1:
+        return False
+    if cos_sin.dtype is not torch.float32 or not cos_sin.is_contiguous() or not positions.is_contiguous():
+        return False
+    if k_cache is not None and v_cache is not None and slot_mapping is not None:
+        if k_cache.dtype is not v_cache.dtype or (k_cache.dtype not in CODES and k_cache.dtype not in DTYPES):
+            return False
+        if not (k_cache.is_contiguous() and v_cache.is_contiguous() and slot_mapping.is_contiguous()):
+            return False
+    return all(w is None or (w.is_contiguous() and w.dtype in DTYPES) for w in (q_weight, k_weight))
+
+
+def rotary_and_write(  # noqa: PLR0917,RUF100 - inputs, table, cache: as in write_kv
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor | None,
+    v_cache: torch.Tensor | None,
+    slot_mapping: torch.Tensor | None,
+    *,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> None:
+    """See `kernels.rotary.rotary_and_write`; here a slot outside the cache is skipped, as -1 is, and a position outside
+    the table takes its nearest row: an error could only be raised by waiting for the device."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, v_head_dim = k.shape[1], v.shape[2]
+    rotary_dim = cos_sin.shape[1]
+    is_quantized = k_cache is not None and k_cache.dtype in CODES
+    block_size, num_slots = 1, 0
+    if k_cache is not None and v_cache is not None:
+        block_size, num_slots = k_cache.shape[2], k_cache.shape[0] * k_cache.shape[2]
+        if head_dim_of(k_cache) != head_dim or head_dim_of(v_cache) != v_head_dim:
+            raise ValueError(
+                f"the caches' rows are {k_cache.shape[3]} and {v_cache.shape[3]} wide: not made for {head_dim=} "
+                f"and {v_head_dim=}"
+            )
+        if k_cache.shape[1] != num_kv_heads:
+            raise ValueError(f"the cache has {k_cache.shape[1]} heads, k has {num_kv_heads}")
+    if num_tokens == 0:
+        return
+    widest = triton.next_power_of_2(max(head_dim, v_head_dim))
+    heads = min(max(1, _ELEMENTS_OF_PROGRAM // widest), triton.next_power_of_2(max(num_heads, num_kv_heads)))
+    grid = (num_tokens, triton.cdiv(num_heads, heads) + triton.cdiv(num_kv_heads, heads))
+    rest = head_dim - rotary_dim
+    _rotary_kernel[grid](
+        *(q, k, v, cos_sin, positions, slot_mapping),
+        *((x.view(torch.uint8) if x is not None and is_quantized else x) for x in (k_cache, v_cache)),
+        *(q_weight, k_weight),
+        *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
+        *(num_heads, num_kv_heads, cos_sin.shape[0], block_size, num_slots, eps),
+        HEAD_DIM=head_dim,
+        ROTARY_DIM=rotary_dim,
+        V_HEAD_DIM=v_head_dim,
+        HEADS=heads,
+        HALF=triton.next_power_of_2(max(1, rotary_dim // 2)),
+        REST=triton.next_power_of_2(rest) if rest else 0,
+        V_BLOCK=triton.next_power_of_2(v_head_dim),
+        FP8=is_quantized and k_cache is not None and k_cache.dtype is torch.float8_e4m3fn,
+        QUANTIZED=is_quantized,
+        num_warps=4,
+    )

@@ -1,0 +1,131 @@
+"""A mixture of experts: which tokens go to which experts, what those say, and the weighted sum of it.
+
+Sources: Fedus et al. 2021 (Switch Transformer), Jiang et al. 2024 (Mixtral of Experts); Gale et al. 2023 (MegaBlocks)
+for products over tokens that are grouped by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .clamped_swiglu import ClampedSwiGLU
+from .gated_activation import gelu_tanh_and_mul, silu_and_mul
+
+GatedActivation = Callable[[torch.Tensor], torch.Tensor]
+
+ACTIVATIONS = (silu_and_mul, gelu_tanh_and_mul)  # beside any `ClampedSwiGLU`
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStack:
+    """Experts behind each other, for products over all of them in one launch.
+
+    Attributes:
+        w13: `[num_experts, 2 * inner, hidden_size]`: each expert's gate and, behind it, the other input's matrix.
+        w2: `[num_experts, hidden_size, inner]`.
+        b13, b2: `[num_experts, 2 * inner]` and `[num_experts, hidden_size]`; None for none.
+        first: the number that the router knows the first of them by; tokens for others are another rank's.
+        act: one of `ACTIVATIONS`, or a `ClampedSwiGLU`.
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    b13: torch.Tensor | None
+    b2: torch.Tensor | None
+    first: int
+    act: GatedActivation
+
+    def __post_init__(self) -> None:
+        num_experts, doubled, hidden_size = self.w13.shape
+        if tuple(self.w2.shape) != (num_experts, hidden_size, doubled // 2) or doubled % 2:
+            raise ValueError(f"w13 is {list(self.w13.shape)} and w2 {list(self.w2.shape)}: they do not fit each other")
+        for bias, shape in ((self.b13, (num_experts, doubled)), (self.b2, (num_experts, hidden_size))):
+            if bias is not None and tuple(bias.shape) != shape:
+                raise ValueError(f"a bias is {list(bias.shape)} instead of {list(shape)}")
+        if not is_fusable(self.act):
+            raise ValueError(f"{self.act} is none of the activations that are fused into the products")
+
+
+def is_fusable(act: GatedActivation) -> bool:
+    """Whether the products over a stack can activate by `act`."""
+    return act in ACTIVATIONS or isinstance(act, ClampedSwiGLU)
+
+
+def route(
+    logits: torch.Tensor, num_chosen: int, *, of_chosen: bool = False, normalizes: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose each token's experts.
+
+    Args:
+        logits: `[num_tokens, num_experts]`, any float dtype; what follows is done in float32.
+        of_chosen: the weights are the softmax over the chosen experts; else over all.
+        normalizes: weights that are parts of all are made to add up to one.
+
+    Returns:
+        Weights, float32, and experts, int32 on a GPU and int64 on a CPU, `[num_tokens, num_chosen]` both, the best
+        first. Of equal ones the GPU takes the one with the lower number; torch promises nothing.
+    """
+    if logits.is_cuda:
+        from .gpu.expert_groups import route as on_gpu
+
+        return on_gpu(logits, num_chosen, of_chosen=of_chosen, normalizes=normalizes)
+    return route_ref(logits, num_chosen, of_chosen=of_chosen, normalizes=normalizes)
+
+
+def route_ref(
+    logits: torch.Tensor, num_chosen: int, *, of_chosen: bool = False, normalizes: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `route` means."""
+    if of_chosen:
+        best, chosen = logits.float().topk(num_chosen, dim=-1)
+        return torch.softmax(best, dim=-1), chosen
+    weights, chosen = torch.softmax(logits.float(), dim=-1).topk(num_chosen, dim=-1)
+    return (weights / weights.sum(dim=-1, keepdim=True) if normalizes else weights), chosen
+
+
+def mixture(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    stack: ExpertStack,
+    *,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """Send each token to its experts and add up what they say.
+
+    On a GPU nothing waits for the host: what has to be launched follows from the number of tokens alone.
+
+    Args:
+        x: `[num_tokens, hidden_size]`, the dtype of the stack.
+        weights: `[num_tokens, num_chosen]`, float32 or the dtype of `x`.
+        chosen: int, the same shape; a number that is none of the stack's is passed over, as -1 is.
+        batch_invariant: each token's bits are the same, whatever else is in the batch; slower for few tokens.
+
+    Returns:
+        `[num_tokens, hidden_size]` like `x`. Each expert's word is rounded to the dtype of `x`; the sum over experts is
+        done in float32, in the order of `chosen`, and rounded once.
+    """
+    if x.is_cuda:
+        from .gpu.mixture import mixture as on_gpu
+
+        return on_gpu(x, weights, chosen, stack, batch_invariant=batch_invariant)
+    return mixture_ref(x, weights, chosen, stack)
+
+
+def mixture_ref(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, stack: ExpertStack) -> torch.Tensor:
+    """What `mixture` means, but for sums in float32 that torch may do in another order; float64 for float64."""
+    num_tokens, num_chosen = chosen.shape
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    said = x.new_zeros((num_tokens, num_chosen, x.shape[1]))
+    for expert in range(stack.w13.shape[0]):
+        token, place = torch.where(chosen == stack.first + expert)
+        if len(token):
+            b13 = None if stack.b13 is None else stack.b13[expert].to(wide)
+            b2 = None if stack.b2 is None else stack.b2[expert].to(wide)
+            inner = stack.act(F.linear(x[token].to(wide), stack.w13[expert].to(wide), b13)).to(x.dtype)
+            said[token, place] = F.linear(inner.to(wide), stack.w2[expert].to(wide), b2).to(x.dtype)
+    return torch.einsum("tkh,tk->th", said.to(wide), weights.to(wide)).to(x.dtype)

@@ -1,0 +1,224 @@
+"""A router and the experts that it sends tokens to, in place of one gated MLP.
+
+Sources: Fedus et al. 2021 (Switch Transformer), Jiang et al. 2024 (Mixtral of Experts), Yang et al. 2025 (Qwen3),
+OpenAI 2025 (gpt-oss), and the implementations in `transformers`, to which the tokens are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels import mixture as kernels
+from ..kernels.linear_quantized import LinearWeight
+from .errors import UnsupportedModelError
+from .layers import GatedActivation, Linear, linear_for
+from .mlp import Expert, GatedMLP
+from .parallel import ParallelGroup
+from .sharding import share_evenly, share_roughly
+from .weights import ALL, WeightReader
+
+# Names of the gates' and other inputs' projection together, and of the output's, where all experts share one tensor.
+STACKED_NAMES = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureSettings:
+    """What tells mixtures apart.
+
+    Attributes:
+        block: the mixture's name in the checkpoint, below the layer's.
+        names: of an expert's projections, as `mlp.DENSE_NAMES`; or `STACKED_NAMES`, where experts have biases too.
+        num_experts, num_chosen: how many there are, and how many a token goes to.
+        inner: features within an expert.
+        normalizes: the chosen experts' weights are made to add up to one.
+        rounds: those weights are rounded to the model's dtype.
+        layers: whether a layer has a mixture in place of one gated MLP.
+        router: its name below the mixture's.
+        router_bias: it adds one.
+        of_chosen: weights are the softmax over the chosen experts, not parts of that over all.
+    """
+
+    block: str
+    names: tuple[str, ...]
+    num_experts: int
+    num_chosen: int
+    inner: int
+    normalizes: bool
+    rounds: bool
+    layers: tuple[bool, ...]
+    router: str = "gate"
+    router_bias: bool = False
+    of_chosen: bool = False
+
+
+class MixtureOfExperts:
+    """A router that sends each token to a few of many gated MLPs and adds up what they say.
+
+    Ranks divide each expert's inner features, or with expert parallel the experts. All have the same tokens and the
+    same router, so either way each adds its part and one sum ends the layer.
+    """
+
+    def __init__(  # noqa: PLR0917 - reader, name, sizes: as everything that is read from a checkpoint
+        self,
+        reader: WeightReader,
+        prefix: str,
+        hidden: int,
+        settings: MixtureSettings,
+        act: GatedActivation,
+        group: ParallelGroup,
+    ) -> None:
+        s = settings
+        self._settings, self._group = s, group
+        self.linear = linear_for(reader.dtype, reader.device)
+        # Never quantised: it is small, and a wrong choice of expert is the dearest of errors.
+        router = f"{prefix}.{s.block}.{s.router}"
+        self._router = reader.take(f"{router}.weight", s.num_experts, hidden)
+        self._router_bias = reader.take(f"{router}.bias", s.num_experts) if s.router_bias else None
+        read = read_stacked_experts if s.names == STACKED_NAMES else read_experts
+        self.experts: dict[int, Expert] = read(reader, f"{prefix}.{s.block}.experts", hidden, s, act, group)
+        self.batch_invariant = False
+        self._stack: kernels.ExpertStack | None = None
+
+    def stack_experts(self) -> None:
+        """Compute by products over all experts at once, as a GPU does, which must not wait for the router's choice.
+
+        Call it when the experts' contents are there.
+
+        Raises:
+            UnsupportedModelError: the experts are quantised, or activated in a way that cannot be fused.
+        """
+        experts = list(self.experts.values())
+        act = experts[0].act
+        if not kernels.is_fusable(act):
+            raise UnsupportedModelError("this activation is not supported in a mixture of experts on a GPU")
+        w13, w2 = _stacked([expert.gate_up for expert in experts]), _stacked([expert.down for expert in experts])
+        b13 = [expert.gate_up_bias for expert in experts if expert.gate_up_bias is not None]
+        b2 = [expert.down_bias for expert in experts if expert.down_bias is not None]
+        self._stack = kernels.ExpertStack(
+            w13=w13,
+            w2=w2,
+            b13=torch.stack(b13) if b13 else None,
+            b2=torch.stack(b2) if b2 else None,
+            first=next(iter(self.experts)),
+            act=act,
+        )
+        for index, expert in enumerate(experts):  # the memory that each had is given back
+            expert.gate_up, expert.down = w13[index], w2[index]
+
+    def use(self, linear: Linear, acts: Mapping[GatedActivation, GatedActivation]) -> None:
+        """See `Expert.use`."""
+        self.linear = linear
+        for expert in self.experts.values():
+            expert.use(linear, acts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[num_tokens, hidden_size]` to the same."""
+        s = self._settings
+        logits = self.linear(x, self._router, self._router_bias)
+        weights, chosen = kernels.route(logits, s.num_chosen, of_chosen=s.of_chosen, normalizes=s.normalizes)
+        if s.rounds:
+            weights = weights.to(x.dtype)
+        if self._stack is not None:
+            said = kernels.mixture(x, weights, chosen, self._stack, batch_invariant=self.batch_invariant)
+            return self._group.all_reduce(said)
+        return self._group.all_reduce(self._one_by_one(x, weights, chosen))
+
+    def _one_by_one(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """This rank's part, expert by expert: on a CPU, where the choice is at hand."""
+        s = self._settings
+        # Sorted by expert, and within one by token: an expert's tokens lie behind each other.
+        order = chosen.flatten().argsort(stable=True)
+        tokens, weights = order // s.num_chosen, weights.flatten()[order].unsqueeze(-1)
+        counts = chosen.flatten().bincount(minlength=s.num_experts).tolist()
+        out = torch.zeros_like(x)
+        end = 0
+        for index, count in enumerate(counts):
+            begin, end = end, end + count
+            if count and index in self.experts:
+                rows = tokens[begin:end]
+                said = self.experts[index].partial(x.index_select(0, rows))
+                out.index_add_(0, rows, (said * weights[begin:end]).to(x.dtype))
+        return out
+
+
+def stack_on_device(blocks: Sequence[Expert | MixtureOfExperts], device: torch.device) -> None:
+    """`stack_experts` of every mixture among a model's feed-forward blocks that has been read, on anything but a CPU.
+
+    One layer after the other: what it takes for a moment is one layer's experts.
+    """
+    if device.type != "cpu":
+        for block in blocks:
+            if isinstance(block, MixtureOfExperts):
+                block.stack_experts()
+
+
+def read_experts(  # noqa: PLR0917 - as `MixtureOfExperts`
+    reader: WeightReader,
+    prefix: str,
+    hidden: int,
+    settings: MixtureSettings,
+    act: GatedActivation,
+    group: ParallelGroup,
+) -> dict[int, Expert]:
+    """A rank's experts by number, of a checkpoint that has tensors for each."""
+    s, by_expert = settings, group.expert_parallel
+    experts: dict[int, Expert] = {
+        index: GatedMLP(reader, f"{prefix}.{index}", hidden, s.inner, act, group, names=s.names, is_whole=by_expert)
+        for index in held_experts(s, group)
+    }
+    reader.leave(*(f"{prefix}.{index}." for index in range(s.num_experts) if index not in experts))
+    return experts
+
+
+def read_stacked_experts(  # noqa: PLR0917 - as `MixtureOfExperts`
+    reader: WeightReader,
+    prefix: str,
+    hidden: int,
+    settings: MixtureSettings,
+    act: GatedActivation,
+    group: ParallelGroup,
+) -> dict[int, Expert]:
+    """As `read_experts`, of a checkpoint in which all experts share a tensor: GPT-OSS's.
+
+    There gate and up take turns, and matrices are transposed: `[num_experts, hidden, 2 * inner]` and
+    `[num_experts, inner, hidden]`.
+    """
+    s = settings
+    gate_up, down = (f"{prefix}.{name}" for name in s.names)
+    part = ALL if group.expert_parallel else share_evenly(group, s.inner)
+    linear = linear_for(reader.dtype, reader.device)
+    gate_up_bias = reader.take(f"{gate_up}_bias", s.num_experts, 2 * s.inner)
+    down_bias = reader.take(f"{down}_bias", s.num_experts, hidden)
+    adds_bias = group.expert_parallel or group.tp_rank == 0  # of the sum, it is part once
+
+    def expert(index: int) -> Expert:
+        bias = torch.cat((gate_up_bias[index, 0::2][part], gate_up_bias[index, 1::2][part]))
+        return Expert(
+            reader.take_expert(gate_up, (s.num_experts, hidden, 2 * s.inner), index, takes_turns=True, rows=part),
+            bias,
+            reader.take_expert(down, (s.num_experts, s.inner, hidden), index, columns=part),
+            down_bias[index] if adds_bias else None,
+            act,
+            linear,
+        )
+
+    return {index: expert(index) for index in held_experts(s, group)}
+
+
+def held_experts(settings: MixtureSettings, group: ParallelGroup) -> range:
+    """The experts that a rank has, of each all or a part."""
+    if group.expert_parallel:
+        return share_roughly(group.tp_rank, group.tp_size, settings.num_experts)
+    return range(settings.num_experts)
+
+
+def _stacked(weights: list[LinearWeight]) -> torch.Tensor:
+    floating = [weight for weight in weights if isinstance(weight, torch.Tensor)]
+    if len(floating) < len(weights):
+        raise UnsupportedModelError(
+            "quantised experts are not supported on a GPU: leave --quantization at auto and take a floating checkpoint"
+        )
+    return torch.stack(floating)

@@ -1,0 +1,64 @@
+"""What the ceilings and the comparison of attention are measured with does what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from octavo.kernels.gpu import bench_attention_peers, bench_ceilings
+from octavo.kernels.gpu.bench_attention_peers import Shape, make_inputs, reference, relative_error, rows
+from octavo.kernels.gpu.bench_ceilings import read_all
+
+CPU = torch.device("cpu")
+SMALL = (Shape(2, 1, 20, 4, 2, 16), Shape(1, 9, 0, 4, 2, 16), Shape(1, 5, 12, 4, 2, 16))
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3, 70])
+def test_a_read_reads_everything(num_blocks: int) -> None:
+    x = torch.randn(num_blocks * 8192, generator=torch.Generator().manual_seed(num_blocks))
+    torch.testing.assert_close(read_all(x).sum(), x.sum(), atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("peer", ["octavo", "torch_attention"])
+def test_attention_of_each_engine_is_the_same(peer: str) -> None:
+    for shape in SMALL:
+        inputs = make_inputs(shape, CPU, torch.float32)
+        out = bench_attention_peers._MAKERS[peer](inputs)()
+        assert relative_error(out, reference(inputs)) < 1e-5
+
+
+def test_work_is_counted_as_defined() -> None:
+    decode = Shape(2, 1, 99, 8, 2, 64)
+    assert decode.num_bytes == 2 * (2 * 2 * 100 * 2 * 64 + 2 * 2 * 8 * 64)
+    prompt = Shape(1, 4, 0, 8, 2, 64)
+    assert prompt.flops == 4 * 8 * 64 * 10
+
+
+def test_a_peer_that_is_absent_is_one_row_and_one_that_fails_a_row_for_each_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(bench_attention_peers.FA3_LIBRARY, raising=False)
+    (row,) = rows(CPU, peer="fa3", shapes=SMALL)
+    assert "left out" in row["note"]
+    assert bench_attention_peers.FA3_LIBRARY in row["note"]
+
+    def broken(inputs: object) -> object:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(bench_attention_peers._MAKERS, "flashinfer", broken)
+    found = list(rows(CPU, peer="flashinfer", shapes=SMALL))
+    assert len(found) == len(SMALL)
+    assert all("no kernel image" in row["note"] and "us" not in row for row in found)
+
+
+def test_figures_are_timed_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_attention_peers, "median_ms", lambda run: 2.0)
+    monkeypatch.setattr(bench_ceilings, "median_ms", lambda run: 2.0)
+    (row,) = rows(CPU, peer="torch_attention", shapes=SMALL[:1])
+    assert row["us"] == 2000.0
+    assert row["note"].startswith("error ")
+    assert "WRONG" not in row["note"]
+    found = bench_ceilings.rows(CPU, num_bytes=8192 * 4, size=8)
+    assert [entry["kernel"] for entry in found] == ["read", "copy", "product"] * 2
+    assert found[1]["bytes"] == 2 * found[0]["bytes"] == 2 * 8192 * 4
+    assert found[2]["flops"] == 2 * 8**3

@@ -1,0 +1,141 @@
+"""What the compiler makes of paged attention for Hopper, as it would be launched there: no GPU is needed to see it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from sm90 import MAX_SHARED_BYTES, Report, Variant, compile_all
+
+from octavo.kernels.attention_batch import AttentionBatch
+from octavo.kernels.gpu import paged_attention as module
+from octavo.kernels.kv_quantization import row_width
+
+REGISTERS_OF_A_PROCESSOR = 65536
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.float8_e4m3fn: "fp8e4nv",
+}  # fmt: skip
+
+
+class Launches:
+    """Takes a kernel's place and notes what it is launched with."""
+
+    def __init__(self, kernel: Any, name: str) -> None:
+        self.arguments = list(inspect.signature(kernel.fn).parameters)
+        self.name = name
+        self.variants: list[Variant] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self._launch
+
+    def _launch(self, *args: Any, num_warps: int, num_stages: int = 0, **constexprs: Any) -> None:
+        signature = {}
+        for name, value in zip(self.arguments, args, strict=False):
+            if isinstance(value, torch.Tensor):
+                signature[name] = f"*{TYPES[value.dtype]}"
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:  # strides of queries and outputs are specialised, as at launch; nothing else is
+                aligned = "stride" in name and name != "table_stride" and value % 16 == 0
+                signature[name] = "i32:16" if aligned else "i32"
+        constexprs["S"] = dataclasses.replace(constexprs["S"], UPCAST=False)
+        self.variants.append(
+            Variant(f"octavo.kernels.gpu.attention_kernels:{self.name}", signature, constexprs, num_warps, num_stages)
+        )
+
+
+def launched(
+    monkeypatch: pytest.MonkeyPatch,
+    head_dim: int,
+    query_len: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    block_size: int = 16,
+    **options: Any,
+) -> Variant:
+    """The main kernel of one call with 8 KV heads and groups of 4."""
+    shares, tiles = (Launches(getattr(module, name), name) for name in ("share_kernel", "tile_kernel"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "share_kernel", shares)
+        patch.setattr(module, "tile_kernel", tiles)
+        for name in ("reduce_shares_kernel", "reduce_chunks_kernel"):
+            patch.setattr(module, name, Launches(getattr(module, name), name))
+        meta = {"device": "meta"}
+        cache = torch.empty(64, 8, block_size, row_width(head_dim, dtype), dtype=dtype, **meta)
+        batch = AttentionBatch(
+            query_start=torch.empty(257, dtype=torch.int32, **meta),
+            context_lens=torch.empty(256, dtype=torch.int32, **meta),
+            block_tables=torch.empty(256, 64, dtype=torch.int32, **meta),
+            slot_mapping=torch.empty(256 * query_len, dtype=torch.int64, **meta),
+            block_size=block_size,
+            max_query_len=query_len,
+            max_context_len=4096,
+            num_decodes=256 if query_len == 1 else 0,
+        )
+        q = torch.empty(256 * query_len, 32, head_dim, dtype=torch.bfloat16, **meta)
+        module.paged_attention(q, cache, cache, batch, scale=0.1, **options)
+    (variant,) = shares.variants + tiles.variants
+    return variant
+
+
+PROCESSOR_OPTIONS = {"sliding_window": 128, "softcap": 30.0}
+CALLS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "decode, 64 wide": (64, 1, {}),
+    "decode": (128, 1, {}),
+    "decode, 256 wide": (256, 1, {}),
+    "decode, all masks": (128, 1, {**PROCESSOR_OPTIONS, "sinks": torch.ones(32), "alibi_slopes": torch.ones(32)}),
+    "decode, fp8": (128, 1, {"dtype": torch.float8_e4m3fn}),
+    "prefill, 64 wide": (64, 512, {}),
+    "prefill": (128, 512, {}),
+    "prefill, blocks of 128": (128, 512, {"block_size": 128}),
+    "prefill, 256 wide": (256, 512, {}),
+    "prefill, fp8": (128, 512, {"dtype": torch.float8_e4m3fn}),
+    "prefill, batch-invariant": (128, 512, {"batch_invariant": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, tuple[Variant, Report]]:
+    with pytest.MonkeyPatch.context() as patch:
+        variants = [launched(patch, head_dim, query_len, **options) for head_dim, query_len, options in CALLS.values()]
+    return dict(zip(CALLS, zip(variants, compile_all(variants), strict=True), strict=True))
+
+
+def test_prefills_use_wgmma(reports: dict[str, tuple[Variant, Report]]) -> None:
+    for name, (variant, report) in reports.items():
+        assert variant.kernel.endswith("tile_kernel") == name.startswith("prefill")
+        if name.startswith("prefill"):
+            assert report.uses_wgmma, name
+
+
+def test_nothing_spills(reports: dict[str, tuple[Variant, Report]]) -> None:
+    assert {name: report.spills for name, (_, report) in reports.items() if report.spills} == {}
+
+
+def test_shared_memory_fits(reports: dict[str, tuple[Variant, Report]]) -> None:
+    for name, (_, report) in reports.items():
+        assert report.shared_bytes <= MAX_SHARED_BYTES, name
+
+
+def test_a_processor_holds_as_many_decode_programs_as_are_launched_for_it(
+    reports: dict[str, tuple[Variant, Report]],
+) -> None:
+    for name, (variant, report) in reports.items():
+        if name.startswith("decode"):
+            registers = -(-report.num_registers // 8) * 8 * 32 * variant.num_warps
+            assert 2 * registers <= REGISTERS_OF_A_PROCESSOR, name
+            assert 2 * (report.shared_bytes + 1024) <= MAX_SHARED_BYTES + 1024, name  # 1 KiB of each is the system's
+
+
+def test_keys_and_values_are_copied_sixteen_bytes_at_a_time(reports: dict[str, tuple[Variant, Report]]) -> None:
+    for name, (_, report) in reports.items():
+        wide, narrow = report.ptx.count(", 0x10"), report.ptx.count(", 0x4,")
+        if "fp8" not in name:  # whose rows of 132 bytes are aligned to four
+            assert wide >= 16, name
+            assert narrow == 0, name

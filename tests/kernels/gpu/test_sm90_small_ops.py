@@ -1,0 +1,159 @@
+"""The small kernels compiled for Hopper without a GPU: nothing is spilled, and loads are as wide as they should be."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from sm90 import Report, Variant, compile_all
+
+PACKAGE = "octavo.kernels.gpu."
+SIZES = {"stride": "i32:16", "vocab_size": "i32:16", "num_chunks": "i32"}
+ROW = {"temperature_ptr": "*fp32", "top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
+STATS = {"chunk_max_ptr": "*fp32", "chunk_sum_ptr": "*fp64"}
+UNIT = float(1 << 44)
+FILTER = {
+    "window_ptr": "*fp32",
+    "above_ptr": "*i64",
+    "kept_ptr": "*i64",
+    "count_ptr": "*i32",
+    "values_ptr": "*fp32",
+    "columns_ptr": "*i32",
+}
+
+
+def rotary(cache: str, *, fp8: bool = False, quantized: bool = False) -> Variant:
+    """Qwen3's heads, their norm, and a cache."""
+    strides = {f"{x}_stride_{axis}": "i32:16" for x in "qkv" for axis in ("token", "head")}
+    return Variant(
+        PACKAGE + "rotary:_rotary_kernel",
+        {
+            **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr"), "*bf16"),
+            "cos_sin_ptr": "*fp32",
+            **dict.fromkeys(("positions_ptr", "slots_ptr"), "*i64"),
+            **dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), cache),
+            **strides,
+            **dict.fromkeys(("num_heads", "block_size", "num_slots", "max_position"), "i32:16"),
+            "num_kv_heads": "i32",
+            "eps": "fp32",
+        },
+        {
+            **{"HEAD_DIM": 128, "ROTARY_DIM": 128, "V_HEAD_DIM": 128, "HEADS": 8, "HALF": 64, "REST": 0},
+            **{"V_BLOCK": 128, "FP8": fp8, "QUANTIZED": quantized},
+        },
+        num_warps=4,
+    )
+
+
+def choose(*, filtered: bool) -> Variant:
+    return Variant(
+        PACKAGE + "sampling:_choose_kernel",
+        {
+            **{"logits_ptr": "*fp32", **ROW, "seeds_ptr": "*i64", "positions_ptr": "*i64", **STATS},
+            **{"chunk_best_ptr": "*i32", "out_ptr": "*i64", **SIZES},
+            **(FILTER if filtered else {}),
+        },
+        {
+            **{"CHUNK": 2048, "CHUNKS": 128, "CAPACITY": 8192, "UNIT": UNIT},
+            **({} if filtered else dict.fromkeys(FILTER)),
+        },
+        num_warps=8,
+    )
+
+
+VARIANTS = {
+    "rms_norm": Variant(
+        PACKAGE + "rms_norm:_rms_norm_kernel",
+        {
+            **dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "total_ptr"), "*bf16"),
+            **dict.fromkeys(("x_stride", "residual_stride", "hidden_size"), "i32:16"),
+            "eps": "fp32",
+        },
+        {"BLOCK": 4096},
+        num_warps=16,
+    ),
+    "silu_and_mul": Variant(
+        PACKAGE + "gated_activation:_gated_activation_kernel",
+        {"gate_up_ptr": "*bf16", "out_ptr": "*bf16", "stride": "i32:16", "intermediate_size": "i32:16"},
+        {"GELU": False, "BLOCK": 1024},
+        num_warps=4,
+    ),
+    "gelu_tanh_and_mul": Variant(
+        PACKAGE + "gated_activation:_gated_activation_kernel",
+        {"gate_up_ptr": "*bf16", "out_ptr": "*bf16", "stride": "i32:16", "intermediate_size": "i32:16"},
+        {"GELU": True, "BLOCK": 1024},
+        num_warps=4,
+    ),
+    "embedding": Variant(
+        PACKAGE + "embedding:_embed_kernel",
+        {
+            **{"ids_ptr": "*i64", "weight_ptr": "*bf16", "out_ptr": "*bf16"},
+            **dict.fromkeys(("weight_stride", "vocab_size", "hidden_size"), "i32:16"),
+        },
+        {"BLOCK": 1024},
+        num_warps=4,
+    ),
+    "rotary": rotary("*bf16"),
+    "rotary_fp8": rotary("*u8", fp8=True, quantized=True),
+    "rotary_int8": rotary("*u8", quantized=True),
+    "stats": Variant(
+        PACKAGE + "sampling:stats_kernel",
+        {
+            **{"logits_ptr": "*fp32", "temperature_ptr": "*fp32", **STATS, "chunk_best_ptr": "*i32"},
+            **{"group_max_ptr": "*fp32", "count_ptr": "*i32", **SIZES},
+        },
+        {"token_ids_ptr": None, "CHUNK": 2048, "GROUP": 64},
+        num_warps=4,
+    ),
+    "bracket": Variant(
+        PACKAGE + "sampling:_bracket_kernel",
+        {
+            **{"logits_ptr": "*fp32", **ROW, **STATS, "group_max_ptr": "*fp32", "window_ptr": "*fp32", **SIZES},
+            "num_groups": "i32:16",
+        },
+        {"CHUNKS": 128, "GROUPS": 4096, "GROUP": 64, "SAMPLE": 8192, "CAPACITY": 8192},
+        num_warps=16,
+    ),
+    "collect": Variant(
+        PACKAGE + "sampling:_collect_kernel",
+        {
+            **{"logits_ptr": "*fp32", "temperature_ptr": "*fp32", "min_p_ptr": "*fp32", "chunk_max_ptr": "*fp32"},
+            **{**FILTER, **SIZES},
+        },
+        {"CHUNK": 2048, "CHUNKS": 128, "CAPACITY": 8192, "UNIT": UNIT},
+        num_warps=8,
+    ),
+    "choose": choose(filtered=False),
+    "choose_filtered": choose(filtered=True),
+}
+
+
+@functools.cache
+def reports() -> dict[str, Report]:
+    return dict(zip(VARIANTS, compile_all(list(VARIANTS.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_is_spilled(name: str) -> None:
+    report = reports()[name]
+    assert report.spills == 0
+
+
+@pytest.mark.parametrize("name", ["stats", "bracket", "collect"])
+def test_what_reads_whole_rows_shares_a_processor_with_itself(name: str) -> None:
+    registers = reports()[name].num_registers * VARIANTS[name].num_warps * 32
+    assert 2 * registers <= 65_536
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        ("rms_norm", "v4.b32"),
+        ("silu_and_mul", "v4.b32"),
+        ("embedding", "v4.b32"),
+        ("stats", "v4.b32"),
+        ("collect", "v4.b32"),
+    ],
+)
+def test_rows_are_read_sixteen_bytes_at_a_time(name: str, width: str) -> None:
+    assert f"ld.global.{width}" in reports()[name].ptx
