@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from ...messages.base import Message
 from ...messages.ids import Epoch
@@ -13,9 +14,13 @@ from ...messages.step import ExecuteStep
 from ...messages.system import ExecutorFailed, ExecutorReady, StartExecutor
 from .config import ExecutorConfig
 from .device import Device
+from .gpu.runner import GpuRunner
+from .launch_ahead import LaunchAhead
 from .runner import StepRunner, load_runner
 
 _STOP = None
+_POLL_S = 50e-6
+"""How often a device is asked whether it is done, where a step may still come that it could begin before."""
 
 
 class ExecutorThread:
@@ -31,14 +36,19 @@ class ExecutorThread:
         self._send = send
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="octavo-executor", daemon=True)
-        self._runner: StepRunner | None = None
+        self._runner: StepRunner | GpuRunner | None = None
         self._epoch = Epoch(0)
         self._busy_since_ns = 0
 
     def busy_for_ns(self) -> int:
-        """How long the step that is running has run; 0 if none is."""
+        """How long the oldest step that is running has run, or what came of the last; 0 if none is."""
         since_ns = self._busy_since_ns
         return time.monotonic_ns() - since_ns if since_ns else 0
+
+    @property
+    def num_late(self) -> int:
+        """See `GpuRunner.num_late`."""
+        return 0 if self._runner is None else self._runner.num_late
 
     def load(self) -> Device:
         """Load the model, allocate the KV cache and warm up. Blocks.
@@ -69,25 +79,37 @@ class ExecutorThread:
         runner = self._runner
         assert runner is not None, "load() comes before start()"
         runner.bind_threads()
+        ahead: LaunchAhead[Any] = LaunchAhead(runner)
         has_failed = False
-        while (message := self._inbox.get()) is not _STOP:
-            if isinstance(message, StartExecutor):
-                self._epoch = message.epoch
-                has_failed = not self._begin_epoch(runner)
-                continue
-            assert isinstance(message, ExecuteStep), message
-            if has_failed or message.epoch != self._epoch:
-                continue  # the supervisor was told; a later epoch is on its way
-            self._busy_since_ns = time.monotonic_ns()
+        while True:
             try:
-                self._send(runner.execute(message))
+                if ahead.is_due(has_step=not self._inbox.empty()):
+                    self._send(ahead.collect())
+                    self._busy_since_ns = time.monotonic_ns() if ahead else 0
+                    continue
+                message = self._inbox.get(timeout=_POLL_S if ahead else None)
+                if message is _STOP:
+                    return
+                if isinstance(message, StartExecutor):
+                    self._epoch = message.epoch
+                    ahead.clear()
+                    self._busy_since_ns = 0
+                    has_failed = not self._begin_epoch(runner)
+                    continue
+                assert isinstance(message, ExecuteStep), message
+                if has_failed or message.epoch != self._epoch:
+                    continue  # the supervisor was told; a later epoch is on its way
+                self._busy_since_ns = self._busy_since_ns or time.monotonic_ns()
+                ahead.launch(message)
+            except queue.Empty:
+                continue
             except Exception as error:
                 has_failed = True
-                self._send(ExecutorFailed(self._epoch, f"{type(error).__name__}: {error}"))
-            finally:
+                ahead.clear()
                 self._busy_since_ns = 0
+                self._send(ExecutorFailed(self._epoch, f"{type(error).__name__}: {error}"))
 
-    def _begin_epoch(self, runner: StepRunner) -> bool:
+    def _begin_epoch(self, runner: StepRunner | GpuRunner) -> bool:
         try:
             if self._epoch:
                 runner.reset()

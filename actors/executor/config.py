@@ -25,7 +25,8 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
         block_size: tokens in a KV block.
         num_blocks: exact number of blocks, or None.
         kv_cache_memory_bytes: size of the KV cache, or None to measure free memory.
-        memory_utilization: share of the measured free memory to take.
+        memory_utilization: on a CPU the share of free memory that the KV cache takes, on a GPU the share of all memory
+            that everything takes together.
         num_threads: to compute with; None takes the physical cores of one NUMA node, or what a quota is worth.
         trust_remote_code: run code that the checkpoint brings.
         quantization: `int8` or `int4` quantises floating weights at load; `auto` takes them as they are stored.
@@ -40,6 +41,10 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
         init_method: where the processes meet, `file:///path` or `tcp://host:port`; see `ParallelConfig`.
         collective_timeout_s: a process that keeps others waiting for so long counts as lost.
         check_ranks: compare what the ranks of a stage sample, each step; for tests.
+        device: what to compute on; `auto` takes a GPU where torch can use one.
+        load_format: `dummy` takes random weights, from the configuration alone.
+        max_num_batched_tokens: tokens in one step; a GPU's memory for activations is measured with so many.
+        cuda_graph_sizes: rows of decode steps that are captured as graphs on a GPU, ascending; empty for none.
     """
 
     model_path: str
@@ -64,6 +69,10 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
     collective_timeout_s: float = 300.0
     check_ranks: bool = False
     cpu_affinity: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
+    max_num_batched_tokens: int = 2048
+    cuda_graph_sizes: tuple[int, ...] = ()
 
 
 class ExecutorProcessSpec(msgspec.Struct, frozen=True, kw_only=True):

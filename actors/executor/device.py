@@ -13,12 +13,15 @@ import torch
 
 from ...kernels.attention_batch import AttentionBatch
 from ...kernels.kv_quantization import row_width
+from ...messages.errors import InvalidConfigError
 from ...models.interface import CausalLM, KVCache
 from ...models.parallel import ParallelGroup, alone
 from ...models.registry import load_model
 from ..kv_allocator.sizing import KVCachePlan, size_kv_cache
 from .config import ExecutorConfig, KVCacheDtype
 from .cpu_affinity import CpuAffinity
+from .gpu_memory import GpuMemoryPlan, as_table, log_fields, share_out
+from .memory_profile import ExecutorMemory, does_not_fit, largest_step, measured_memory, memory_now, small_caches
 from .standing_batch import StepArrays
 
 _KV_DTYPES: dict[KVCacheDtype, torch.dtype] = {
@@ -56,6 +59,26 @@ def plan_kv_cache(config: ExecutorConfig, *, bytes_per_token: int, max_position:
     )
 
 
+def resolve_device(asked: str, group: ParallelGroup) -> torch.device:
+    """What to compute on; ranks of a group that share a host take its GPUs in turn.
+
+    Raises:
+        InvalidConfigError: a GPU was asked for, and torch can use none.
+    """
+    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = "was built without CUDA" if torch.version.cuda is None else "finds no GPU that it can use"
+        raise InvalidConfigError(
+            f"device is cuda, but torch {torch.__version__} {built}: install a driver and a build of torch for it, or "
+            "take --device cpu",
+            field="device",
+        )
+    if group.world_size > 1:
+        torch.cuda.set_device(group.rank % torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def free_memory_bytes(device: torch.device) -> int:
     """Memory that the KV cache could take on this device, after the weights."""
     if device.type == "cuda":
@@ -76,27 +99,90 @@ class Device:
         self._affinity = CpuAffinity(config.cpu_affinity, config.num_threads, ranks=self.group.num_ranks_on_host())
         torch.set_num_threads(self._affinity.choice.num_threads)
         started = time.monotonic()
-        with self._affinity.near_memory():
-            self.model: CausalLM = load_model(
-                Path(config.model_path),
-                dtype=config.dtype,
-                model_impl=config.model_impl,
-                trust_remote_code=config.trust_remote_code,
-                max_model_len=config.max_model_len,
-                quantization=config.quantization,
-                deterministic=config.deterministic,
-                group=self.group,
-            )
+        where = resolve_device(config.device, self.group)
+        before = memory_now(where) if where.type == "cuda" else None
+        try:
+            with self._affinity.near_memory():
+                self.model: CausalLM = load_model(
+                    Path(config.model_path),
+                    dtype=config.dtype,
+                    model_impl=config.model_impl,
+                    trust_remote_code=config.trust_remote_code,
+                    device=str(where),
+                    max_model_len=config.max_model_len,
+                    quantization=config.quantization,
+                    deterministic=config.deterministic,
+                    group=self.group,
+                    load_format=config.load_format,
+                )
+        except torch.OutOfMemoryError as error:
+            raise does_not_fit(config, "weights", where, error) from error
         self.load_seconds = time.monotonic() - started
         self.kv_dtype = _KV_DTYPES.get(config.kv_cache_dtype, self.model.dtype)
-        self.plan = self._plan(config)
         self._block_size = config.block_size
         self._kv_caches: list[KVCache] = []
+        self.gpu_plan = None if before is None else self._share_out(config, before)
+        self.plan = self._plan(config)
         self.reset()
 
     def bind_threads(self) -> None:
         """Bind the calling thread and its workers to their cores; to be called once, on the thread that will step."""
         self._affinity.apply()
+
+    def _share_out(self, config: ExecutorConfig, before: ExecutorMemory) -> GpuMemoryPlan:
+        """Measure the largest step on the GPU and give the KV cache what is left.
+
+        Raises:
+            InvalidConfigError: nothing is left, or less than was asked for; the message has the numbers.
+        """
+        model, where, block_size = self.model, self.model.device, self._block_size
+        longest = min(config.max_model_len or model.max_position, model.max_position)
+        loaded = memory_now(where)
+        arrays = largest_step(config.max_num_batched_tokens, config.max_num_seqs, longest, block_size)
+        try:
+            self._kv_caches = small_caches(model, self.kv_dtype, arrays.max_context_len, block_size, where)
+            cache_bytes = sum(cache.k.nbytes + cache.v.nbytes for cache in self._kv_caches)
+            torch.cuda.reset_peak_memory_stats(where)
+            if self.group.pp_size == 1:  # stages would wait for each other; what they sample with is kept back anyway
+                hidden = self.forward(arrays)
+                self.logits(hidden[: config.max_num_seqs])
+                del hidden
+            peak = torch.cuda.max_memory_allocated(where)
+        except torch.OutOfMemoryError as error:
+            raise does_not_fit(config, "step", where, error) from error
+        finally:
+            self._kv_caches = []
+        measured = measured_memory(
+            config,
+            model=model,
+            before=before,
+            loaded=loaded,
+            after=memory_now(where),
+            peak=peak,
+            cache_bytes=cache_bytes,
+            num_tokens=len(arrays.input_ids),
+            max_model_len=longest,
+        )
+        asked, asked_as = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+        if config.num_blocks is not None:
+            per_token = sum(spec.bytes_per_token(self.kv_dtype) for spec in model.kv_cache_specs)
+            asked, asked_as = config.num_blocks * block_size * per_token, "num_blocks"
+        return share_out(measured, memory_utilization=config.memory_utilization, asked_bytes=asked, asked_as=asked_as)
+
+    def memory_report(self) -> tuple[dict[str, object], str] | None:
+        """Fields for a log line and a table of how a GPU's memory is shared out; None on a CPU."""
+        plan, blocks = self.gpu_plan, self.plan
+        if plan is None:
+            return None
+        return (
+            log_fields(plan, num_blocks=blocks.num_blocks, bytes_per_block=blocks.bytes_per_block),
+            as_table(
+                plan,
+                num_blocks=blocks.num_blocks,
+                bytes_per_block=blocks.bytes_per_block,
+                block_size=self._block_size,
+            ),
+        )
 
     def _plan(self, config: ExecutorConfig) -> KVCachePlan:
         """As `plan_kv_cache`; of several ranks all take what the one with least room has, so that ids mean the same."""
@@ -107,6 +193,8 @@ class Device:
         free_bytes = free_memory_bytes(device)
         if device.type == "cpu":
             free_bytes //= num_ranks_here
+        if self.gpu_plan is not None and config.num_blocks is None:
+            config = msgspec.structs.replace(config, kv_cache_memory_bytes=self.gpu_plan.kv_bytes)
         if group.world_size > 1 and config.num_blocks is None:
             kv_bytes = config.kv_cache_memory_bytes
             if kv_bytes is None:
@@ -122,8 +210,21 @@ class Device:
     def kv_cache_bytes(self) -> int:
         return self.plan.num_blocks * self.plan.bytes_per_block
 
+    @property
+    def kv_caches(self) -> list[KVCache]:
+        """One of each of the model's `kv_cache_specs`."""
+        return self._kv_caches
+
     def reset(self) -> None:
-        """Give the KV cache back and take a new one: zeros, so that no stale value is ever read as a number."""
+        """Give the KV cache back and take a new one: zeros, so that no stale value is ever read as a number.
+
+        On a GPU it stays where it is, as captured graphs remember.
+        """
+        if self._kv_caches and self.model.device.type != "cpu":
+            for cache in self._kv_caches:
+                cache.k.view(torch.uint8).zero_()
+                cache.v.view(torch.uint8).zero_()
+            return
         self._kv_caches.clear()
         shape = (self.plan.num_blocks, self._block_size)
         for spec in self.model.kv_cache_specs:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ...messages.errors import ModelNotFoundError, UnsupportedModelError
 from ...models import errors as model_errors
-from ...models.checkpoint import resolve_checkpoint
+from ...models.checkpoint import DEFAULT_MODEL, SHIPPED, resolve_checkpoint
+from ...models.shapes import PRESETS, write_config_folder
 
 
 def locate_model(
@@ -34,3 +35,17 @@ def locate_model(
     if folder.is_file():  # of a GGUF file the name says what it is
         return folder, folder.stem
     return folder, folder.name if model is None or Path(model).is_dir() else model
+
+
+def random_model_shapes() -> tuple[str, ...]:
+    """Names of the models whose shape `write_random_model` knows."""
+    return tuple(PRESETS)
+
+
+def write_random_model(like: str, out: Path, dtype: str = "bfloat16") -> None:
+    """Write what an engine needs to serve random weights in a known model's shape: a configuration and a tokenizer.
+
+    Args:
+        like: one of `random_model_shapes`.
+    """
+    write_config_folder(like, out, tokenizer=SHIPPED / DEFAULT_MODEL, dtype=dtype)

@@ -31,6 +31,8 @@ log = structlog.get_logger("octavo.executor")
 
 BEAT_S = 0.25
 _FLUSH_MS = 200
+_POLL_S = 20e-6
+"""How often a device is asked whether it is done, where a step may still come that it could begin before."""
 _MAX_REPEATED = 16
 """Answers kept for an engine that is heard before it is known where it is; more than there are steps in flight."""
 
@@ -66,6 +68,8 @@ class _ExecutorProcess:
         self._engine_elsewhere: PeerStarted | None = None
         self._speaks = False
         self._ready_epoch = spec.epoch
+        self._begun: deque[tuple[int, int]] = deque()  # steps in flight: when each was begun, and its tokens
+        self._num_late = 0  # kernels compiled and graphs captured since this process was ready
         self._early: list[Message] = []  # came before this rank knew where to meet the others
         self._answers: deque[StepExecuted] = deque(maxlen=_MAX_REPEATED)
         self._executor: RankExecutor
@@ -114,15 +118,24 @@ class _ExecutorProcess:
                 ),
             )
             port.send(EDGE, ExecutorReady(spec.epoch))
-        early, self._early = self._early, []
-        for message in early:
-            if not self._take(message):
-                return 1
+        inbox = deque(self._early)
+        self._early = []
+        launched = self._executor.launched
         while True:
-            port.wait(1000)
-            for received in self._receive():
-                if not self._take(received):
-                    return 1
+            if not inbox and not launched.is_full:
+                port.wait(0 if launched else 1000)
+                inbox.extend(self._receive())
+            if launched.is_due(has_step=bool(inbox)):
+                is_of_use = self._collect()
+            elif inbox:
+                is_of_use = self._take(inbox.popleft())
+            else:
+                if launched:
+                    time.sleep(_POLL_S)
+                continue
+            if not is_of_use:
+                self._flush()
+                return 1
 
     def _take(self, message: Message) -> bool:
         """React to a message; False if this process is of no use any more."""
@@ -133,9 +146,8 @@ class _ExecutorProcess:
         elif isinstance(message, PeerStarted):
             self._engine_elsewhere = message
             self._connect_engine_elsewhere()
-        elif isinstance(message, ExecuteStep) and not self._execute(message):
-            self._flush()
-            return False
+        elif isinstance(message, ExecuteStep):
+            return self._launch(message)
         return True
 
     def _receive(self) -> list[Message]:
@@ -173,33 +185,56 @@ class _ExecutorProcess:
             meet_at = as_called_from(meet_at, self._spec.edge_endpoint)
         return msgspec.structs.replace(config, init_method=meet_at)
 
-    def _execute(self, step: ExecuteStep) -> bool:
-        """Compute a step; False if this process is of no use any more."""
+    def _launch(self, step: ExecuteStep) -> bool:
+        """Begin a step; False if this process is of no use any more."""
         gauge = self._gauge
         if step.epoch < gauge.epoch:
             return True  # of an engine or an executor that is lost
         self._begin(step.epoch)  # the engine may be quicker than the supervisor
-        started_ns = time.monotonic_ns()
-        num_tokens = sum(step.num_tokens)
-        gauge.busy_tokens, gauge.busy_since_ns = num_tokens, started_ns
+        self._begun.append((time.monotonic_ns(), sum(step.num_tokens)))
+        if len(self._begun) == 1:
+            gauge.busy_since_ns, gauge.busy_tokens = self._begun[0]
         try:
-            executed = self._executor.execute(step)
+            if not self._executor.launch(step):
+                self._begun.pop()
         except Exception as error:
-            log.exception("step.failed", epoch=step.epoch, step_id=step.step_id)
-            self._port.send(EDGE, ExecutorFailed(step.epoch, f"{type(error).__name__}: {error}"))
-            if self._spec.config.tensor_parallel_size * self._spec.config.pipeline_parallel_size > 1:
-                return False  # the others wait for this rank in a collective
-            gauge.epoch = Epoch(gauge.epoch + 1)  # the rest of this epoch's steps are lost
-            self._executor.begin_epoch(gauge.epoch)
-            return True
-        finally:
-            gauge.busy_since_ns = 0
-        took_ns = time.monotonic_ns() - started_ns
+            return self._fail(error)
+        return True
+
+    def _collect(self) -> bool:
+        """Answer the oldest step that was begun; False if this process is of no use any more."""
+        gauge = self._gauge
+        try:
+            executed = self._executor.collect()
+        except Exception as error:
+            return self._fail(error)
+        now_ns = time.monotonic_ns()
+        _, num_tokens = self._begun.popleft()
+        took_ns = now_ns - gauge.busy_since_ns
         gauge.num_steps += 1
         if took_ns > gauge.longest[0]:
             gauge.longest = (took_ns, num_tokens)
-        if executed is not None:
-            return self._answer(executed)
+        num_late = self._executor.num_late
+        if num_late > self._num_late:
+            self._num_late = num_late
+            log.warning("executor.compiled", after_ready=num_late, step_ns=took_ns, step_tokens=num_tokens)
+        if self._begun:
+            gauge.busy_since_ns, gauge.busy_tokens = now_ns, self._begun[0][1]
+        else:
+            gauge.busy_since_ns = 0
+        return executed is None or self._answer(executed)
+
+    def _fail(self, error: Exception) -> bool:
+        """A step could not be computed, and with it the rest of its epoch; False if this process is of no use."""
+        gauge = self._gauge
+        gauge.busy_since_ns = 0
+        self._begun.clear()
+        log.error("step.failed", epoch=gauge.epoch, exc_info=error)
+        self._port.send(EDGE, ExecutorFailed(gauge.epoch, f"{type(error).__name__}: {error}"))
+        if self._spec.config.tensor_parallel_size * self._spec.config.pipeline_parallel_size > 1:
+            return False  # the others wait for this rank in a collective
+        gauge.epoch = Epoch(gauge.epoch + 1)  # the rest of this epoch's steps are lost
+        self._executor.begin_epoch(gauge.epoch)
         return True
 
     def _answer(self, executed: StepExecuted) -> bool:
@@ -217,6 +252,8 @@ class _ExecutorProcess:
         if epoch > self._gauge.epoch:
             self._executor.begin_epoch(epoch)
             self._gauge.epoch = epoch
+            self._gauge.busy_since_ns = 0
+            self._begun.clear()
         if epoch == self._gauge.epoch != self._ready_epoch and self._speaks:
             self._port.send(EDGE, ExecutorReady(epoch))
         self._ready_epoch = self._gauge.epoch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from ...messages.errors import UnsupportedModelError
@@ -10,6 +12,8 @@ from ...messages.step import ExecuteStep, StepExecuted
 from ...models.errors import UnsupportedModelError as ModelUnsupported
 from ...models.parallel import ParallelConfig, ParallelGroup
 from .config import ExecutorConfig
+from .gpu.runner import GpuRunner
+from .launch_ahead import LaunchAhead
 from .runner import StepRunner, load_runner
 
 
@@ -60,7 +64,8 @@ class RankExecutor:
             raise UnsupportedModelError(str(error)) from error
         self._config = config
         self._group: ParallelGroup | None = None
-        self._runner: StepRunner | None = None
+        self._runner: StepRunner | GpuRunner | None = None
+        self._ahead: LaunchAhead[Any] | None = None
         self._epoch = Epoch(0)
 
     def load(self) -> ExecutorFacts:
@@ -78,6 +83,7 @@ class RankExecutor:
             group.leave()
             raise
         self._group = group
+        self._ahead = LaunchAhead(self._runner)
         self._runner.bind_threads()  # steps run on the thread that loads
         device = self._runner.device
         return ExecutorFacts(
@@ -94,22 +100,43 @@ class RankExecutor:
         """Begin (again) as `epoch`, with an empty batch and an empty cache."""
         assert self._runner is not None, "load() comes first"
         if epoch != self._epoch:
+            self.launched.clear()
             self._runner.reset()
         self._epoch = epoch
 
     def execute(self, step: ExecuteStep) -> StepExecuted | None:
         """Compute this rank's part of a step; None on ranks that do not speak, and for a step of another epoch."""
-        assert self._runner is not None and self._group is not None, "load() comes first"
+        return self.collect() if self.launch(step) else None
+
+    @property
+    def launched(self) -> LaunchAhead[Any]:
+        """What is in flight."""
+        assert self._ahead is not None, "load() comes first"
+        return self._ahead
+
+    @property
+    def num_late(self) -> int:
+        """See `GpuRunner.num_late`."""
+        return 0 if self._runner is None else self._runner.num_late
+
+    def launch(self, step: ExecuteStep) -> bool:
+        """Begin this rank's part of a step; False for a step of another epoch, which is let go."""
         if step.epoch != self._epoch:
-            return None
-        executed = self._runner.execute(step)
+            return False
+        self.launched.launch(step)
+        return True
+
+    def collect(self) -> StepExecuted | None:
+        """What came of the oldest step in flight; None on ranks that do not speak. May wait for it."""
+        assert self._group is not None, "load() comes first"
+        executed = self.launched.collect()
         return executed if self._group.speaks else None
 
     def close(self) -> None:
         """Leave the group and let the model go. Only after every rank has executed the same steps."""
         if self._runner is not None:
             self._runner.drain()
-        self._runner = None
+        self._runner = self._ahead = None
         if self._group is not None:
             self._group.leave()
             self._group = None

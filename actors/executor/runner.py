@@ -16,16 +16,20 @@ from ...models.errors import ModelLoadError, ModelNotFoundError
 from ...models.parallel import ParallelGroup
 from .config import ExecutorConfig
 from .device import Device
+from .gpu.runner import GpuRunner
 from .pending_tokens import PendingTokens
 from .sampler import SampledTokens, Sampler
+from .say_memory import say_memory
 from .standing_batch import StandingBatch, StepArrays
 from .token_logprobs import prompt_logprobs
 
 PromptLogprobs = tuple[RequestId, int, tuple[TokenLogprobs, ...]]
 
 
-def load_runner(config: ExecutorConfig, group: ParallelGroup | None = None) -> StepRunner:
+def load_runner(config: ExecutorConfig, group: ParallelGroup | None = None) -> StepRunner | GpuRunner:
     """Load the model, or one rank's part, allocate the KV cache and warm up. Blocks.
+
+    On a GPU steps are launched ahead, but for the stages of a pipeline, which hand activations on step by step.
 
     Raises:
         ModelNotFoundError: there is no such checkpoint.
@@ -38,6 +42,20 @@ def load_runner(config: ExecutorConfig, group: ParallelGroup | None = None) -> S
         raise errors.ModelNotFoundError(str(error)) from error
     except ModelLoadError as error:
         raise errors.UnsupportedModelError(str(error)) from error
+    say_memory(device)
+    runner: StepRunner | GpuRunner
+    if device.model.device.type != "cpu" and device.group.pp_size == 1:
+        runner = GpuRunner(
+            device,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            pipeline_depth=config.pipeline_depth,
+            block_size=config.block_size,
+            graph_sizes=config.cuda_graph_sizes if getattr(device.model, "fits_graphs", True) else (),
+            check_ranks=config.check_ranks,
+        )
+        runner.warm_up()
+        return runner
     runner = StepRunner(
         device,
         max_num_seqs=config.max_num_seqs,
@@ -74,7 +92,7 @@ class StepRunner:
             max_model_len=device.plan.max_model_len,
             block_size=block_size,
         )
-        self._sampler = Sampler(device.model.vocab_size)
+        self._sampler = Sampler(device.model.vocab_size, device.model.device)
         self._wants_prompt_logprobs: dict[RequestId, tuple[int, int]] = {}
         self._pending = PendingTokens(self._group.receive_tokens, self._batch.append)
 
@@ -90,9 +108,24 @@ class StepRunner:
         """Forget every request and the KV: a new epoch begins."""
         self.drain()
         self._batch.clear()
-        self._sampler = Sampler(self.device.model.vocab_size)
+        self._sampler = Sampler(self.device.model.vocab_size, self.device.model.device)
         self._wants_prompt_logprobs.clear()
         self.device.reset()
+
+    # What `Launcher` asks for: a launch is the whole step.
+
+    max_launched = 1
+    num_late = 0
+
+    def launch(self, step: ExecuteStep) -> StepExecuted:
+        """See `execute`."""
+        return self.execute(step)
+
+    def is_done(self, launched: StepExecuted) -> bool:
+        return True
+
+    def collect(self, launched: StepExecuted) -> StepExecuted:
+        return launched
 
     def execute(self, step: ExecuteStep) -> StepExecuted:
         """Apply the step's changes, compute its rows in one forward pass, sample.

@@ -116,6 +116,10 @@ class Sampler:
         if self._requests.pop(request_id, None) is not None:
             self._batch = None
 
+    def state_of(self, request_id: RequestId) -> SamplingState:
+        """What is kept of a request that was added."""
+        return self._requests[request_id]
+
     def sample(self, logits: torch.Tensor, request_ids: Sequence[RequestId]) -> SampledTokens:
         """Choose the next token of each row, and append it to its request's state.
 

@@ -32,11 +32,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {}, {}),
     "mixtral": ("mixtral", {}, {}),
     "qwen3-moe": ("qwen3_moe", {"num_hidden_layers": 3, "mlp_only_layers": [1], "norm_topk_prob": True}, {}),
+    "gpt-oss": ("gpt_oss", {}, {}),
     "int8": ("llama", {**_WIDE, "tie_word_embeddings": True}, {"quantization": "int8"}),
     "int4-moe": ("qwen3_moe", {**_WIDE, "moe_intermediate_size": 64}, {"quantization": "int4"}),
 }
-WITH_EXPERTS = ("mixtral", "qwen3-moe", "int4-moe")
-OF_FOUR = ("llama-one-kv-head-odd-vocabulary", "qwen3-tied", "gemma3", "qwen3-moe")
+WITH_EXPERTS = ("mixtral", "qwen3-moe", "gpt-oss", "int4-moe")
+OF_FOUR = ("llama-one-kv-head-odd-vocabulary", "qwen3-tied", "gemma3", "qwen3-moe", "gpt-oss")
 
 
 class Recording(msgspec.Struct):

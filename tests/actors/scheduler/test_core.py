@@ -9,6 +9,7 @@ from core_ring import CoreRing, pack, reference_stream, submit
 
 from octavo.actors.scheduler.config import SchedulerConfig
 from octavo.actors.scheduler.core import SchedulerCore
+from octavo.messages.base import Message
 from octavo.messages.ids import Epoch, RequestId, StepId
 from octavo.messages.kv import BlocksFreed, MatchPrefix, PrefixMatched, ReleaseMatch, ResetBlocks
 from octavo.messages.request import CancelRequest, RequestEnded
@@ -489,6 +490,21 @@ def test_losses_between_which_a_request_gains_tokens_are_not_held_against_it() -
     ring.run()
     assert ring.ended[RequestId(1)].reason == "length"
     assert ring.scheduler.stats().num_executor_losses > 10
+
+
+@pytest.mark.parametrize("is_innocent", [True, False])
+def test_losses_that_no_request_can_cause_convict_none(is_innocent: bool) -> None:
+    scheduler = SchedulerCore(SchedulerConfig(num_blocks=8, block_size=4, max_model_len=32))
+    scheduler.handle(submit(1, [1, 2, 3]), 1)
+    said: list[Message] = []
+    for number in range(1, 20):
+        for message in scheduler.handle(PlanDue(), number):
+            if isinstance(message, MatchPrefix):
+                scheduler.handle(PrefixMatched(message.epoch, message.request_id, 0, 0), number)
+                scheduler.handle(PlanDue(), number)  # it is in flight
+        said += scheduler.handle(ExecutorLost(Epoch(number), "stopped", is_innocent), number)
+    assert any(isinstance(message, RequestEnded) for message in said) is not is_innocent
+    assert scheduler.stats().num_executor_losses == 19
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

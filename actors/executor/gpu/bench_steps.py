@@ -1,0 +1,270 @@
+"""How long steps take: decode at many batch sizes, with graphs and without, and prompts; device idle and host time.
+
+The runner is the one that serves, the messages are the ones that it gets; weights are random and so is the KV that
+decode steps read. `octavo bench gpu` runs this in a process of its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ....messages.ids import BlockId, Epoch, RequestId, StepId
+from ....messages.sampling import SamplingParams
+from ....messages.step import ExecuteStep, StartRequest
+from ..config import ExecutorConfig
+from ..device import Device
+from .runner import GpuRunner
+from .stream import Completion, Stream, stream_of
+
+_PARAMS = SamplingParams(temperature=0.6, seed=0, ignore_eos=True)
+_DEPTH = 2
+
+
+class TimedStream:
+    """A stream that knows how long the device was busy, and how long the host waited for it.
+
+    A launch without a graph keeps the device waiting for the host in between, which counts as busy here.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: Stream = stream_of(device)
+        self._is_cuda = device.type == "cuda"
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._busy_s = 0.0
+        self.waited_s = 0.0
+
+    def submit(self, work: Callable[[], None]) -> Completion:
+        if not self._is_cuda:
+            started = time.perf_counter()
+            completion = self._stream.submit(work)
+            self._busy_s += time.perf_counter() - started
+            return completion
+        begin, end = _timing_event(), _timing_event()
+        begin.record()
+        completion = self._stream.submit(work)
+        end.record()
+        self._spans.append((begin, end))
+        return _Waited(self, completion)
+
+    def take_busy_s(self) -> float:
+        """Seconds that the device computed since the last time this was asked; waits for it."""
+        if self._is_cuda:
+            torch.cuda.synchronize()
+            self._busy_s += sum(begin.elapsed_time(end) for begin, end in self._spans) / 1e3
+            self._spans.clear()
+        busy_s, self._busy_s = self._busy_s, 0.0
+        return busy_s
+
+
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no type for it
+
+
+class _Waited:
+    def __init__(self, stream: TimedStream, completion: Completion) -> None:
+        self._stream, self._completion = stream, completion
+
+    def is_done(self) -> bool:
+        return self._completion.is_done()
+
+    def wait(self) -> None:
+        started = time.perf_counter()
+        self._completion.wait()
+        self._stream.waited_s += time.perf_counter() - started
+
+
+def rows(
+    device: torch.device,
+    *,
+    model: str,
+    context: int = 1024,
+    batches: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    prompts: Sequence[int] = (1024, 8192),
+    num_steps: int = 64,
+    rounds: int = 3,
+    dtype: str = "auto",
+    max_num_batched_tokens: int = 8192,
+    without_graphs: Sequence[int] = (1, 256),
+    num_threads: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Figures of one model.
+
+    Args:
+        model: folder with a config.json; its weights are random.
+        context: tokens of each row, the mean over the steps that are timed.
+        batches: rows of decode steps; those that the KV cache does not hold are left out, with a note.
+        prompts: lengths of prompts that are computed in one step.
+        without_graphs: batches that are measured launch by launch as well.
+        num_threads: of torch on the CPU.
+    """
+    block_size = 16
+    longest = max([context + (rounds + 1) * num_steps + 1, *prompts])
+    config = ExecutorConfig(
+        model_path=model,
+        dtype=dtype,
+        load_format="dummy",
+        device="cuda" if device.type == "cuda" else "cpu",
+        max_model_len=longest,
+        max_num_seqs=max(batches),
+        max_num_batched_tokens=max([max_num_batched_tokens, *prompts]),
+        pipeline_depth=_DEPTH,
+        block_size=block_size,
+        memory_utilization=0.9 if device.type == "cuda" else 0.1,
+        cuda_graph_sizes=tuple(sorted(batches)),
+        num_threads=num_threads,
+    )
+    started = time.perf_counter()
+    loaded = Device(config)
+    load_s = time.perf_counter() - started
+    for cache in loaded.kv_caches:
+        if cache.k.is_floating_point() and cache.k.itemsize > 1:
+            cache.k.normal_()
+            cache.v.normal_()
+    for size_of_graphs in (tuple(sorted(batches)), ()):
+        stream = TimedStream(device)
+        runner = GpuRunner(
+            loaded,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            pipeline_depth=_DEPTH,
+            block_size=block_size,
+            graph_sizes=size_of_graphs,
+            stream=stream,
+        )
+        started = time.perf_counter()
+        runner.warm_up()
+        warm_up_s = time.perf_counter() - started
+        if size_of_graphs:
+            yield {
+                "kernel": "start",
+                "shape": f"{runner.num_captured} graphs",
+                "ms": (load_s + warm_up_s) * 1e3,
+                "note": f"weights and KV cache {load_s:.1f} s, warm-up and graphs {warm_up_s:.1f} s",
+            }
+        for batch in batches if size_of_graphs else without_graphs:
+            if batch in batches:
+                yield _decode_row(
+                    runner,
+                    stream,
+                    batch=batch,
+                    context=context,
+                    num_steps=num_steps,
+                    rounds=rounds,
+                    with_graphs=bool(size_of_graphs),
+                )
+    for num_tokens in prompts:
+        yield _prompt_row(runner, num_tokens, rounds)
+
+
+def _decode_row(
+    runner: GpuRunner,
+    stream: TimedStream,
+    *,
+    batch: int,
+    context: int,
+    num_steps: int,
+    rounds: int,
+    with_graphs: bool,
+) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "kernel": "decode step",
+        "shape": f"B={batch} ctx={context} {'graph' if with_graphs else 'no graph'}",
+        "batch": batch,
+        "context": context,
+    }
+    # So that `context` is the mean over the steps that are timed, which come after `num_steps` that are not.
+    context = max(2, context - (rounds + 2) * num_steps // 2)
+    needed = batch * -(-(context + (rounds + 1) * num_steps + 1) // 16)
+    if needed > runner.device.plan.num_blocks:
+        return {**row, "note": f"needs {needed} KV blocks of {runner.device.plan.num_blocks}"}
+    steps = _decode_steps(batch, context, (rounds + 1) * num_steps, 16, runner.device.model.vocab_size)
+    _run(runner, [next(steps) for _ in range(num_steps)])  # starts the requests; not timed
+    walls, idles, hosts = [], [], []
+    for _ in range(rounds):
+        messages = [next(steps) for _ in range(num_steps)]
+        stream.take_busy_s()
+        stream.waited_s = 0.0
+        started = time.perf_counter()
+        _run(runner, messages)
+        wall_s = time.perf_counter() - started
+        busy_s = stream.take_busy_s()
+        walls.append(wall_s / num_steps)
+        idles.append(max(0.0, 1.0 - busy_s / wall_s))
+        hosts.append((wall_s - stream.waited_s) / num_steps)
+    runner.execute(next(steps))
+    idle, host_s = statistics.median(idles), statistics.median(hosts)
+    note = f"host {host_s * 1e6:.0f} us"
+    if with_graphs:
+        note += f", device idle {100 * idle:.1f} %"
+    return {**row, "ms": statistics.median(walls) * 1e3, "idle": idle, "host_us": host_s * 1e6, "note": note}
+
+
+def _run(runner: GpuRunner, messages: Sequence[ExecuteStep]) -> None:
+    """Steps back to back, each launched before the tokens of the one before it are read."""
+    in_flight: deque[Any] = deque()
+    for message in messages:
+        in_flight.append(runner.launch(message))
+        if len(in_flight) >= _DEPTH:
+            runner.collect(in_flight.popleft())
+    while in_flight:
+        runner.collect(in_flight.popleft())
+
+
+def _decode_steps(batch: int, context: int, num_steps: int, block_size: int, vocab_size: int) -> Iterator[ExecuteStep]:
+    """Steps of the same requests, the first of which starts them as if their prompts were computed; then one that
+    drops them."""
+    request_ids = tuple(RequestId(1 + row) for row in range(batch))
+    blocks_each = -(-(context + num_steps + 1) // block_size)
+    chance = np.random.default_rng(0)
+    held = -(-context // block_size)
+    starts = tuple(
+        StartRequest(
+            request_id, chance.integers(0, vocab_size, context, dtype=np.int32).tobytes(), context, context - 1, _PARAMS
+        )
+        for request_id in request_ids
+    )
+    tables = tuple(tuple(BlockId(row * blocks_each + index) for index in range(held)) for row in range(batch))
+    yield ExecuteStep(Epoch(0), StepId(1), request_ids, (1,) * batch, start=starts, block_tables=tables)
+    for step in range(1, num_steps):
+        grown: tuple[tuple[RequestId, tuple[BlockId, ...]], ...] = ()
+        if (context + step - 1) % block_size == 0:
+            index = (context + step - 1) // block_size
+            grown = tuple(
+                (request_id, (BlockId(row * blocks_each + index),)) for row, request_id in enumerate(request_ids)
+            )
+        yield ExecuteStep(Epoch(0), StepId(1 + step), request_ids, (1,) * batch, append_blocks=grown)
+    yield ExecuteStep(Epoch(0), StepId(1 + num_steps), (), (), drop=request_ids)
+
+
+def _prompt_row(runner: GpuRunner, num_tokens: int, rounds: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"kernel": "prefill step", "shape": f"1 x {num_tokens}", "num_tokens": num_tokens}
+    num_blocks = -(-num_tokens // 16)
+    if num_blocks > runner.device.plan.num_blocks:
+        return {**row, "note": f"needs {num_blocks} KV blocks of {runner.device.plan.num_blocks}"}
+    token_ids = (
+        np.random.default_rng(1).integers(0, runner.device.model.vocab_size, num_tokens, dtype=np.int32).tobytes()
+    )
+    request_id = RequestId(1)
+    times = []
+    for _ in range(rounds + 1):
+        start = StartRequest(request_id, token_ids, num_tokens, 0, _PARAMS)
+        blocks = ((request_id, tuple(BlockId(index) for index in range(num_blocks))),)
+        message = ExecuteStep(
+            *(Epoch(0), StepId(1), (request_id,), (num_tokens,)),
+            start=(start,),
+            block_tables=((),),
+            append_blocks=blocks,
+        )
+        started = time.perf_counter()
+        runner.execute(message)
+        times.append(time.perf_counter() - started)
+        runner.execute(ExecuteStep(Epoch(0), StepId(2), (), (), drop=(request_id,)))
+    seconds = statistics.median(times[1:])
+    return {**row, "ms": seconds * 1e3, "note": f"{num_tokens / seconds:,.0f} tok/s"}

@@ -1,0 +1,272 @@
+"""What the host knows of the batch that stays on the device.
+
+The host mirrors what follows from the plans alone: a request's row, how many tokens it has and how many are computed,
+how many blocks. It never needs the tokens, so a step can be packed while the ones before it are running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ....kernels.step_inputs import StepLayout
+from ....messages.ids import RequestId
+from ....messages.step import ExecuteStep, StartRequest
+from ..sampling_state import SamplingState
+from .step_diff import Int32, StepDiff
+
+Int64 = npt.NDArray[np.int64]
+
+_ONE = np.int32(1)
+
+
+@dataclass(slots=True, eq=False)
+class Standing:
+    """One request, from its start to its drop.
+
+    Attributes:
+        row: on the device.
+        sampling: its state in the `Sampler`.
+        is_plain: the device can sample it from now on, and nothing but a token is asked for.
+        has_failed: no token could be sampled for it, so there is nothing to go on with.
+    """
+
+    request_id: RequestId
+    row: int
+    num_prompt_tokens: int
+    sampling: SamplingState
+    is_plain: bool
+    has_failed: bool = False
+
+
+@dataclass(slots=True)
+class PackedStep:
+    """What a packed step holds, for whoever launches it.
+
+    Attributes:
+        num_words: of the packed step.
+        num_pieces: of its diff.
+        max_query_len, max_context_len, num_decodes: as in `AttentionBatch`.
+        sampled: the requests that sample, in the order of the step's rows.
+        is_decode: every row computes one token and samples, so that row i is sample i.
+        shape: steps of the same number differ in what each decode step counts up by one, and in their diff.
+    """
+
+    num_words: int
+    num_pieces: int
+    num_rows: int
+    num_tokens: int
+    max_query_len: int
+    max_context_len: int
+    num_decodes: int
+    sampled: Sequence[Standing]
+    is_decode: bool
+    shape: int
+
+
+class DeviceBatch:
+    """Rows of the standing batch, without their contents.
+
+    Args:
+        layout: of steps and rows.
+        num_state_rows: requests that can stand at once.
+    """
+
+    def __init__(self, layout: StepLayout, num_state_rows: int) -> None:
+        self._layout = layout
+        self._free_rows = list(range(num_state_rows - 1, -1, -1))
+        self._standing: dict[RequestId, Standing] = {}
+        self._num_tokens: Int32 = np.zeros(num_state_rows, dtype=np.int32)
+        self._num_computed: Int32 = np.zeros(num_state_rows, dtype=np.int32)
+        self._num_blocks = [0] * num_state_rows
+        self._has_failed = np.zeros(num_state_rows, dtype=np.bool_)
+        self._num_failed = 0
+        self._key: tuple[RequestId, ...] | None = None
+        self._rows: Int64 = np.zeros(0, dtype=np.int64)
+        self._of_rows: list[Standing] = []
+        self._ones: tuple[int, ...] = ()
+        self._every_row = np.arange(layout.max_rows + 1, dtype=np.int32)
+        # While the same rows decode, only these go on; the two arrays above are brought up to date when that ends.
+        self._context_lens: Int32 | None = None
+        self._max_context_len = 0
+        self._shape = 0
+
+    def __contains__(self, request_id: RequestId) -> bool:
+        return request_id in self._standing
+
+    def __len__(self) -> int:
+        return len(self._standing)
+
+    def num_output_tokens(self, standing: Standing) -> int:
+        """Sampled so far, those of steps in flight included."""
+        self._catch_up()
+        return int(self._num_tokens[standing.row]) - standing.num_prompt_tokens
+
+    def drop(self, request_id: RequestId) -> None:
+        """Forget a request; unknown ids are ignored (its start may have been lost with an epoch)."""
+        standing = self._standing.pop(request_id, None)
+        if standing is not None:
+            self._catch_up()
+            self._free_rows.append(standing.row)
+            self._num_failed -= standing.has_failed
+            self._key = None
+
+    def fail(self, standing: Standing) -> None:
+        """Sample no more for this request: what it has is not known to be a sequence any longer."""
+        standing.has_failed = True
+        if self._standing.get(standing.request_id) is standing:
+            self._catch_up()
+            self._has_failed[standing.row] = True
+            self._num_failed += 1
+
+    def clear(self) -> None:
+        """Forget every request."""
+        for request_id in list(self._standing):
+            self.drop(request_id)
+
+    def start(self, start: StartRequest, num_blocks: int, sampling: SamplingState) -> Standing:
+        """Give a request a row."""
+        self._catch_up()
+        row = self._free_rows.pop()
+        is_plain = start.params.logprobs is None and not sampling.is_processed
+        standing = Standing(start.request_id, row, start.num_prompt_tokens, sampling, is_plain)
+        self._standing[start.request_id] = standing
+        self._num_tokens[row] = len(start.token_ids) // 4
+        self._num_computed[row] = start.num_computed_tokens
+        self._num_blocks[row] = num_blocks
+        self._has_failed[row] = False
+        self._key = None
+        return standing
+
+    def append_blocks(self, step: ExecuteStep) -> Iterator[tuple[int, int, Sequence[int]]]:
+        """Count the blocks that the step appends: `(row, index in its block table, block_ids)`."""
+        num_blocks = self._num_blocks
+        for request_id, block_ids in step.append_blocks:
+            row = self._standing[request_id].row
+            yield row, num_blocks[row], block_ids
+            num_blocks[row] += len(block_ids)
+
+    def pack(self, step: ExecuteStep, diff: StepDiff, words: Int32, shape: int = -1) -> PackedStep:
+        """Write the packed step to `words`, and count its tokens as computed and its samples as tokens.
+
+        Args:
+            words: `diff.packed_words` at least; every word up to there is written that has to be.
+            shape: of the step that `words` has held last; -1 for none.
+        """
+        if step.request_ids != self._key:
+            self._turn_to(step.request_ids)
+        if step.num_tokens == self._ones:  # which tuples of the same small numbers know quickly
+            if self._context_lens is not None:
+                return self._pack_next_decodes(step, diff, words, shape)
+            query_start = self._every_row[: len(self._rows) + 1]
+            return self._pack_any(step, diff, words, np.ones(len(self._rows), dtype=np.int32), query_start)
+        self._catch_up()
+        num_new = np.array(step.num_tokens, dtype=np.int32)
+        query_start = np.zeros(len(num_new) + 1, dtype=np.int32)
+        np.cumsum(num_new, out=query_start[1:])
+        return self._pack_any(step, diff, words, num_new, query_start)
+
+    def _pack_any(
+        self, step: ExecuteStep, diff: StepDiff, words: Int32, num_new: Int32, query_start: Int32
+    ) -> PackedStep:
+        layout, rows = self._layout, self._rows
+        before = self._num_computed[rows]
+        context_lens = before + num_new
+        self._num_computed[rows] = context_lens
+        samples = context_lens == self._num_tokens[rows]
+        if self._num_failed:
+            samples &= ~self._has_failed[rows]
+        sampled: Sequence[Standing]
+        if samples.all():
+            sampling_rows, columns, sampled = rows, context_lens, self._of_rows
+            sample_tokens = query_start[1:] - _ONE
+        else:
+            chosen = samples.nonzero()[0]
+            sampling_rows, columns = rows[chosen], context_lens[chosen]
+            sampled = [self._of_rows[index] for index in chosen.tolist()]
+            sample_tokens = query_start[1:][chosen] - _ONE
+        self._num_tokens[sampling_rows] += _ONE
+        num_tokens, max_query_len = int(query_start[-1]), int(num_new.max(initial=0))
+        self._max_context_len = int(context_lens.max(initial=0))
+        self._shape += 1
+        is_decode = max_query_len == 1 and len(sampled) == len(rows)
+        if is_decode and not self._num_failed:
+            self._context_lens = context_lens
+        _fill(words, layout.rows, layout.starts, rows, 0)
+        _fill(words, layout.starts, layout.query_start, before, 0)
+        _fill(words, layout.query_start, layout.context_lens, query_start, num_tokens)
+        _fill(words, layout.context_lens, layout.sample_rows, context_lens, 0)
+        _fill(words, layout.sample_rows, layout.sample_columns, sampling_rows, -1)
+        _fill(words, layout.sample_columns, layout.sample_tokens, columns, 0)
+        _fill(words, layout.sample_tokens, layout.diff, sample_tokens, 0)
+        return PackedStep(
+            num_words=diff.pack(words),
+            num_pieces=diff.num_pieces,
+            num_rows=len(rows),
+            num_tokens=num_tokens,
+            max_query_len=max_query_len,
+            max_context_len=self._max_context_len,
+            num_decodes=len(rows) if max_query_len <= 1 else int(np.argmax(num_new != 1)),
+            sampled=sampled,
+            is_decode=is_decode,
+            shape=self._shape,
+        )
+
+    def _pack_next_decodes(self, step: ExecuteStep, diff: StepDiff, words: Int32, shape: int) -> PackedStep:
+        """The same rows once more, each with the token that was sampled last; `_pack_any` would say the same, later."""
+        layout, before = self._layout, self._context_lens
+        assert before is not None
+        self._context_lens = context_lens = before + _ONE
+        self._max_context_len += 1
+        count = len(before)
+        if shape != self._shape:
+            query_start = self._every_row[: count + 1]
+            _fill(words, layout.rows, layout.starts, self._rows, 0)
+            _fill(words, layout.starts, layout.query_start, before, 0)
+            _fill(words, layout.query_start, layout.context_lens, query_start, count)
+            _fill(words, layout.context_lens, layout.sample_rows, context_lens, 0)
+            _fill(words, layout.sample_rows, layout.sample_columns, self._rows, -1)
+            _fill(words, layout.sample_columns, layout.sample_tokens, context_lens, 0)
+            _fill(words, layout.sample_tokens, layout.diff, query_start[:-1], 0)
+        else:
+            words[layout.starts : layout.starts + count] = before
+            words[layout.context_lens : layout.context_lens + count] = context_lens
+            words[layout.sample_columns : layout.sample_columns + count] = context_lens
+        return PackedStep(
+            num_words=diff.pack(words),
+            num_pieces=diff.num_pieces,
+            num_rows=count,
+            num_tokens=count,
+            max_query_len=1,
+            max_context_len=self._max_context_len,
+            num_decodes=count,
+            sampled=self._of_rows,
+            is_decode=True,
+            shape=self._shape,
+        )
+
+    def _turn_to(self, request_ids: tuple[RequestId, ...]) -> None:
+        """Let these be the rows, in this order."""
+        self._catch_up()
+        self._of_rows = [self._standing[request_id] for request_id in request_ids]
+        self._rows = np.array([standing.row for standing in self._of_rows], dtype=np.int64)
+        self._key = request_ids
+        self._ones = (1,) * len(request_ids)
+
+    def _catch_up(self) -> None:
+        """Enter what decoding has counted on the side."""
+        if self._context_lens is not None:
+            self._num_computed[self._rows] = self._context_lens
+            self._num_tokens[self._rows] = self._context_lens + _ONE
+            self._context_lens = None
+
+
+def _fill(words: Int32, begin: int, end: int, values: Int32 | Int64, behind: int) -> None:
+    """Write a section, and `behind` in the room that its values leave."""
+    middle = begin + len(values)
+    words[begin:middle] = values
+    if middle < end:
+        words[middle:end] = behind

@@ -1,0 +1,152 @@
+"""A step on the device: its packed words in, the model, the sampled tokens to where the next step finds them."""
+
+from __future__ import annotations
+
+import torch
+
+from ....kernels import device_sampling
+from ....kernels.attention_batch import AttentionBatch
+from ....kernels.step_inputs import RowInputs, StepLayout, TokenInputs, append_tokens, apply_diff, gather_step
+from ..device import Device
+from .device_batch import PackedStep
+
+PACKED_WORDS = 1 << 16
+"""Words of a packed step that have a fixed place; what more a step brings (long prompts) takes a detour."""
+
+
+class ForwardPass:
+    """The tensors of the standing batch and of one step, and what is done with them; for the stream's `submit`.
+
+    Nothing here waits for the device, and nothing depends on what it computed: a graph can hold `decode`.
+
+    Args:
+        device: model and KV cache.
+        layout: of steps and rows.
+        num_state_rows: requests that can stand at once.
+    """
+
+    def __init__(self, device: Device, layout: StepLayout, num_state_rows: int) -> None:
+        self._device, self._model, self._layout = device, device.model, layout
+        where = device.model.device
+        self._where = where
+        self._state = torch.zeros((num_state_rows, layout.row_words), dtype=torch.int32, device=where)
+        self._packed = torch.zeros(layout.diff + PACKED_WORDS, dtype=torch.int32, device=where)
+        self._rows = RowInputs.empty(layout, where)
+        self._tokens = TokenInputs.empty(layout.section, where)  # of decode steps, whose addresses graphs remember
+        self._sampled = torch.zeros(layout.section, dtype=torch.int64, device=where)
+        self._hidden: torch.Tensor | None = None  # of the last decode step, [layout.section, hidden_size]
+
+    def load(self, words: torch.Tensor, step: PackedStep) -> None:
+        """Bring a step's words to the device and apply its diff.
+
+        Args:
+            words: int32, pinned, not to be written before this is done.
+        """
+        packed, layout = self._packed, self._layout
+        if step.num_words <= len(packed):
+            packed[: step.num_words].copy_(words[: step.num_words], non_blocking=True)
+        else:
+            packed = words[: step.num_words].to(self._where, non_blocking=True, copy=True)
+            self._packed[: layout.diff].copy_(packed[: layout.diff])
+        if step.num_pieces:
+            apply_diff(self._state, packed, step.num_pieces, layout)
+
+    def decode(self, num_rows: int) -> None:
+        """One token for each of `num_rows` rows, padding included, from what was loaded to what is sampled."""
+        tokens, layout = self._tokens.first(num_rows), self._layout
+        gather_step(self._state, self._packed, self._rows, tokens, num_rows, 1, layout)
+        hidden = self._forward(
+            tokens,
+            self._batch(
+                tokens,
+                num_rows=num_rows,
+                max_query_len=1,
+                max_context_len=layout.max_model_len,
+                num_decodes=num_rows,
+            ),
+        )
+        if self._hidden is None:
+            self._hidden = hidden.new_zeros((layout.section, hidden.shape[1]))
+        self._hidden[:num_rows].copy_(hidden)
+        self.sample(self._model.compute_logits(hidden))
+
+    def decoded_logits(self, num_rows: int) -> torch.Tensor:
+        """Of the last `decode`, once more: a graph keeps its hidden states, not its logits."""
+        assert self._hidden is not None, "decode() comes first"
+        return self._model.compute_logits(self._hidden[:num_rows])
+
+    def compute(self, step: PackedStep) -> torch.Tensor:
+        """Hidden states `[num_tokens, hidden_size]` of any step that was loaded."""
+        tokens = TokenInputs.empty(step.num_tokens, self._where)
+        gather_step(self._state, self._packed, self._rows, tokens, step.num_rows, step.max_query_len, self._layout)
+        batch = self._batch(
+            tokens,
+            num_rows=step.num_rows,
+            max_query_len=step.max_query_len,
+            max_context_len=step.max_context_len,
+            num_decodes=step.num_decodes,
+        )
+        return self._forward(tokens, batch)
+
+    def sampling_logits(self, step: PackedStep, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 logits `[num_samples, vocab_size]` from the hidden states of `compute`."""
+        if len(step.sampled) != step.num_tokens:
+            first = self._layout.sample_tokens
+            hidden = hidden.index_select(0, self._packed[first : first + len(step.sampled)])
+        return self._model.compute_logits(hidden)
+
+    def sample(self, logits: torch.Tensor) -> torch.Tensor:
+        """Choose a token from each row of `logits`, the step's samples in order, and append it; `[n]` int64."""
+        count, rows = len(logits), self._rows
+        sampled = self._sampled[:count]
+        device_sampling.sample_on_device(
+            logits,
+            rows.temperature[:count],
+            rows.top_k[:count],
+            rows.top_p[:count],
+            rows.min_p[:count],
+            rows.seeds[:count],
+            rows.draw_positions[:count],
+            out=sampled,
+        )
+        append_tokens(self._state, self._packed, sampled, self._layout)
+        return sampled
+
+    def sampled(self, count: int) -> torch.Tensor:
+        """The first tokens of the last step, `[count]` int64."""
+        return self._sampled[:count]
+
+    def append(self, token_ids: torch.Tensor) -> None:
+        """Append tokens that were chosen elsewhere, one for each of the step's samples."""
+        append_tokens(self._state, self._packed, token_ids.to(self._where), self._layout)
+
+    def with_logprobs(self, sampled: torch.Tensor, logits: torch.Tensor, num_top: int) -> torch.Tensor:
+        """Tokens and log-probabilities as int64 words, to come back in one copy; see `sampling_plan.read_tokens`."""
+        chosen, ranks, top_ids, top_logprobs = device_sampling.logprobs_on_device(logits, sampled.clamp(min=0), num_top)
+        return torch.cat(
+            (
+                sampled,
+                chosen.view(torch.int32).to(torch.int64),
+                ranks.to(torch.int64),
+                top_ids.reshape(-1).to(torch.int64),
+                top_logprobs.reshape(-1).view(torch.int32).to(torch.int64),
+            )
+        )
+
+    def _batch(
+        self, tokens: TokenInputs, *, num_rows: int, max_query_len: int, max_context_len: int, num_decodes: int
+    ) -> AttentionBatch:
+        packed, layout = self._packed, self._layout
+        return AttentionBatch(
+            query_start=packed[layout.query_start : layout.query_start + num_rows + 1],
+            context_lens=packed[layout.context_lens : layout.context_lens + num_rows],
+            block_tables=self._rows.block_tables[:num_rows],
+            slot_mapping=tokens.slot_mapping,
+            block_size=layout.block_size,
+            max_query_len=max_query_len,
+            max_context_len=max_context_len,
+            num_decodes=num_decodes,
+        )
+
+    def _forward(self, tokens: TokenInputs, batch: AttentionBatch) -> torch.Tensor:
+        return self._model.forward(tokens.input_ids, tokens.positions, batch, self._device.kv_caches)

@@ -1,0 +1,91 @@
+"""What a step writes to the batch that stays on the device, in pieces."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from ....kernels.step_inputs import PIECE_ENTRY_WORDS, PIECE_WORDS, StepLayout
+from ....messages.step import StartRequest
+
+Int32 = npt.NDArray[np.int32]
+
+_PARAMS = struct.Struct("<fiffqii")  # see `octavo.kernels.step_inputs.PARAM_WORDS`
+
+
+@dataclass(slots=True)
+class StepDiff:
+    """Pieces of standing rows, each a run of words.
+
+    Attributes:
+        table: entries as in `StepLayout`, one behind the other; sources count from the first word.
+        words: what they write, one array behind the other.
+    """
+
+    layout: StepLayout
+    table: list[int] = field(default_factory=list)
+    words: list[Int32] = field(default_factory=list)
+    num_words: int = 0
+
+    @property
+    def num_pieces(self) -> int:
+        return len(self.table) // PIECE_ENTRY_WORDS
+
+    @property
+    def packed_words(self) -> int:
+        """Words that the whole packed step takes."""
+        return self.layout.diff + len(self.table) + self.num_words
+
+    def write_start(self, row: int, start: StartRequest, block_table: Sequence[int], seed: int) -> None:
+        """All that a row holds: parameters, blocks, tokens.
+
+        Args:
+            seed: as a signed number.
+        """
+        params = start.params
+        top_k = params.top_k if 0 < params.top_k < 2**31 else 0  # outside of int32 it means all, as 0 does
+        words = _PARAMS.pack(params.temperature, top_k, params.top_p, params.min_p, seed, start.num_prompt_tokens, 0)
+        self._write(row, 0, np.frombuffer(words, dtype=np.int32))
+        self._write(row, self.layout.blocks, np.array(block_table, dtype=np.int32))
+        self._write(row, self.layout.token_ids, np.frombuffer(start.token_ids, dtype=np.int32))
+
+    def write_blocks(self, appended: Iterable[tuple[int, int, Sequence[int]]]) -> None:
+        """Blocks that are appended to block tables.
+
+        Args:
+            appended: `(row, index, block_ids)`, the second where in the row's block table.
+        """
+        table, first = self.table, self.layout.blocks
+        ids: list[int] = []
+        for row, index, block_ids in appended:
+            for begin in range(0, len(block_ids), PIECE_WORDS):
+                piece = block_ids[begin : begin + PIECE_WORDS]
+                table += (row, first + index + begin, self.num_words + len(ids), len(piece))
+                ids += piece
+        if ids:
+            self.words.append(np.array(ids, dtype=np.int32))
+            self.num_words += len(ids)
+
+    def pack(self, words: Int32) -> int:
+        """Write table and words to their place in a packed step; returns where they end."""
+        begin = self.layout.diff
+        end = begin + len(self.table)
+        if self.table:
+            table = np.array(self.table, dtype=np.int32)
+            table[2::PIECE_ENTRY_WORDS] += end
+            words[begin:end] = table
+        for part in self.words:
+            words[end : end + len(part)] = part
+            end += len(part)
+        return end
+
+    def _write(self, row: int, column: int, words: Int32) -> None:
+        for begin in range(0, len(words), PIECE_WORDS):
+            length = min(PIECE_WORDS, len(words) - begin)
+            self.table += (row, column + begin, self.num_words + begin, length)
+        self.words.append(words)
+        self.num_words += len(words)

@@ -1,0 +1,61 @@
+"""The benchmark of steps, on a CPU with a tiny model: its messages and its books."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tiny_model
+
+from octavo.actors.executor.gpu.bench_steps import TimedStream, _decode_steps, rows
+
+
+def test_it_tells_of_every_batch_with_graphs_and_without_and_of_prompts(tmp_path: Path) -> None:
+    save_tiny_model("qwen3", tmp_path)
+    found = list(
+        rows(
+            torch.device("cpu"),
+            model=str(tmp_path),
+            context=20,
+            batches=(1, 3),
+            prompts=(8,),
+            num_steps=3,
+            rounds=1,
+            max_num_batched_tokens=64,
+            without_graphs=(3,),
+            num_threads=1,
+        )
+    )
+    assert [(row["kernel"], row["shape"]) for row in found] == [
+        ("start", "2 graphs"),
+        ("decode step", "B=1 ctx=20 graph"),
+        ("decode step", "B=3 ctx=20 graph"),
+        ("decode step", "B=3 ctx=20 no graph"),
+        ("prefill step", "1 x 8"),
+    ]
+    assert all(row["ms"] > 0 for row in found)
+    assert all(0.0 <= row["idle"] <= 1.0 for row in found if "idle" in row)
+    assert found[1]["context"] == 20
+
+
+def test_its_steps_take_a_block_when_the_last_is_full_and_never_share_one() -> None:
+    steps = list(_decode_steps(2, 30, 40, 16, vocab_size=50))
+    assert len(steps) == 41
+    tables = {start.request_id: list(table) for start, table in zip(steps[0].start, steps[0].block_tables, strict=True)}
+    assert all(start.num_computed_tokens == 29 for start in steps[0].start)
+    for number, step in enumerate(steps[:-1]):
+        for request_id, blocks in step.append_blocks:
+            tables[request_id] += blocks
+        num_tokens = 30 + number
+        assert all(len(table) == -(-num_tokens // 16) for table in tables.values())
+    held = [block for table in tables.values() for block in table]
+    assert len(set(held)) == len(held)
+    assert steps[-1].drop == steps[0].request_ids
+
+
+def test_time_is_counted_once() -> None:
+    stream = TimedStream(torch.device("cpu"))
+    stream.submit(lambda: None).wait()
+    assert stream.take_busy_s() > 0
+    assert stream.take_busy_s() == pytest.approx(0.0)

@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from launch_tools import (
+    GRAPH_SIZES,
+    LateStream,
+    config_of,
+    gpu_runner,
+    plain_workload,
+    replay,
+    serve,
+    step_runner,
+    streams,
+    timeless,
+)
+from recorded_steps import workload
+from tiny_models import greedy_reference, save_tiny_model
+
+from octavo.messages.ids import BlockId, Epoch, RequestId, StepId
+from octavo.messages.sampling import SamplingParams
+from octavo.messages.step import ExecuteStep, StartRequest
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qwen3")
+    save_tiny_model("qwen3", path, seed=7)
+    return path
+
+
+def prompt_step(index: int, request_id: int, tokens: list[int], params: SamplingParams, **fields) -> ExecuteStep:
+    """A whole prompt in one step, in blocks of its own."""
+    start = StartRequest(RequestId(request_id), np.array(tokens, dtype=np.int32).tobytes(), len(tokens), 0, params)
+    return ExecuteStep(
+        Epoch(0),
+        StepId(index),
+        (RequestId(request_id),),
+        (len(tokens),),
+        start=(start,),
+        block_tables=((),),
+        append_blocks=((RequestId(request_id), tuple(BlockId(request_id * 6 + block) for block in range(6))),),
+        **fields,
+    )
+
+
+def decode_step(index: int, *request_ids: int, **fields) -> ExecuteStep:
+    rows = tuple(RequestId(request_id) for request_id in request_ids)
+    return ExecuteStep(Epoch(0), StepId(index), rows, (1,) * len(rows), **fields)
+
+
+@pytest.mark.parametrize("requests", [plain_workload, workload], ids=["plain", "with penalties"])
+@pytest.mark.parametrize("graph_sizes", [(), GRAPH_SIZES], ids=["eager", "padded"])
+def test_every_step_is_answered_as_by_the_runner_that_waits(folder: Path, requests, graph_sizes) -> None:
+    config = config_of(folder)
+    served = serve(step_runner(config), requests())
+    assert served.num_preemptions > 0 or requests is workload
+    for num_ahead in (1, 2, 3):
+        for stream in (None, LateStream()):
+            runner = gpu_runner(config, graph_sizes=graph_sizes, stream=stream)
+            assert timeless(replay(runner, served.steps, num_ahead)) == timeless(served.results)
+
+
+def test_steps_launched_ahead_serve_the_same_streams(folder: Path) -> None:
+    config = config_of(folder)
+    expected = streams(serve(step_runner(config), plain_workload()).results)
+    for seed in (3, 4):
+        served = serve(gpu_runner(config, stream=LateStream()), plain_workload(), seed)
+        assert served.most_in_flight == config.pipeline_depth
+        assert served.num_preemptions > 0
+        ours = streams(served.results)
+        assert ours.keys() == expected.keys()
+        for request_id, tokens in ours.items():
+            # A schedule of its own may have more or fewer rows in flight past the end of a request.
+            count = min(len(tokens), len(expected[request_id]))
+            assert tokens[:count] == expected[request_id][:count]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3_moe", "gpt2"])
+def test_greedy_tokens_are_those_of_transformers(model_type: str, tmp_path: Path) -> None:
+    reference = save_tiny_model(model_type, tmp_path, seed=3)
+    graph_sizes = GRAPH_SIZES if model_type != "gpt2" else ()  # served by transformers: launched as it comes
+    runner = gpu_runner(config_of(tmp_path), graph_sizes=graph_sizes, stream=LateStream())
+    prompts = {0: [5, 6, 7, 8, 9], 1: [11, 12, 13]}
+    greedy = SamplingParams(temperature=0.0)
+    steps = [prompt_step(index, index, prompt, greedy) for index, prompt in prompts.items()]
+    steps += [decode_step(index, 0, 1) for index in range(2, 11)]
+    ours = streams(replay(runner, steps, 3))
+    for index, prompt in prompts.items():
+        assert ours[RequestId(index)] == greedy_reference(reference, prompt, 10)
+
+
+def test_a_step_is_launched_before_the_tokens_of_the_last_are_known(folder: Path) -> None:
+    runner = gpu_runner(config_of(folder), stream=LateStream())
+    first = runner.launch(prompt_step(0, 0, [5, 6, 7], SamplingParams(temperature=0.0)))
+    second = runner.launch(decode_step(1, 0))
+    assert not runner.is_done(first)
+    assert not runner.is_done(second)
+    assert runner.collect(first).request_ids == (RequestId(0),)
+    assert not runner.is_done(second)
+    runner.collect(second)
+
+
+def test_a_step_with_the_samplers_requests_is_complete_when_it_is_launched(folder: Path) -> None:
+    runner = gpu_runner(config_of(folder), stream=LateStream())
+    plain = runner.launch(prompt_step(0, 0, [5, 6, 7], SamplingParams(temperature=0.0)))
+    assert not runner.is_done(plain)
+    biased = runner.launch(prompt_step(1, 1, [5, 6, 7], SamplingParams(temperature=0.0, logit_bias={17: 100.0})))
+    assert runner.is_done(biased)
+    runner.collect(plain)
+    assert runner.collect(biased).token_ids == (17,)
+
+
+def test_more_steps_than_the_pipeline_holds_wait_for_the_oldest(folder: Path) -> None:
+    runner = gpu_runner(config_of(folder), stream=LateStream())
+    greedy = SamplingParams(temperature=0.0)
+    steps = [prompt_step(0, 0, [5, 6, 7], greedy), *(decode_step(index, 0) for index in range(1, 12))]
+    launched = [runner.launch(step) for step in steps]
+    results = [runner.collect(each) for each in launched]
+    assert timeless(results) == timeless(replay(step_runner(config_of(folder)), steps, 1))
+
+
+def test_min_tokens_are_the_samplers_and_what_comes_after_them_the_devices(folder: Path) -> None:
+    config = config_of(folder)
+    free = [step_runner(config).execute(prompt_step(0, 0, [5, 6, 7], SamplingParams(temperature=0.0))).token_ids[0]]
+    params = SamplingParams(temperature=0.0, min_tokens=3, stop_token_ids=tuple(range(0, 256, 2)) + tuple(free))
+    steps = [prompt_step(0, 0, [5, 6, 7], params), *(decode_step(index, 0) for index in range(1, 8))]
+    runner = gpu_runner(config, stream=LateStream())
+    launched = [runner.launch(step) for step in steps]
+    assert runner.is_done(launched[2])
+    assert not runner.is_done(launched[-1])
+    results = [runner.collect(each) for each in launched]
+    assert timeless(results) == timeless(replay(step_runner(config), steps, 1))
+    assert not any(token in params.stop_token_ids for executed in results[:3] for token in executed.token_ids)
+    assert any(executed.stopped for executed in results[3:])
+
+
+def break_logits(monkeypatch: pytest.MonkeyPatch, runner, row: int, at_call: int) -> None:
+    """Of one row of one call of `compute_logits`."""
+    model, calls = runner.device.model, []
+    compute_logits = model.compute_logits
+
+    def broken(hidden: torch.Tensor) -> torch.Tensor:
+        logits = compute_logits(hidden)
+        calls.append(len(hidden))
+        if len(calls) == at_call:
+            logits = logits.clone()
+            logits[row, 4] = float("nan")
+        return logits
+
+    monkeypatch.setattr(model, "compute_logits", broken)
+
+
+@pytest.mark.parametrize("num_ahead", [1, 3])
+def test_a_row_without_a_token_fails_once_and_the_others_go_on(
+    folder: Path, num_ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    greedy = SamplingParams(temperature=0.0)
+    steps = [
+        prompt_step(0, 0, [5, 6, 7], greedy),
+        prompt_step(1, 1, [8, 9], greedy),
+        *(decode_step(index, 0, 1) for index in range(2, 7)),
+        decode_step(7, 0, drop=(RequestId(1),)),
+        prompt_step(8, 1, [8, 9], greedy),
+        decode_step(9, 0, 1),
+    ]
+    expected = replay(step_runner(config_of(folder)), steps, 1)
+    runner = gpu_runner(config_of(folder), stream=LateStream())
+    break_logits(monkeypatch, runner, row=1, at_call=4)
+    results = replay(runner, steps, num_ahead)
+    assert [executed.failed for executed in results if executed.failed] == [
+        ((RequestId(1), "the model computed no usable logits for this request: NaN, infinity, or nothing finite"),)
+    ]
+    assert results[3].failed
+    assert results[3].request_ids == results[4].request_ids == results[6].request_ids == (RequestId(0),)
+    assert streams(results)[RequestId(0)] == streams(expected)[RequestId(0)]
+    assert results[8].token_ids == expected[8].token_ids  # started anew, under the same id
+    assert results[9].token_ids[0] == expected[9].token_ids[0]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.0, prompt_logprobs=2, logprobs=1),
+        SamplingParams(temperature=0.0, logprobs=-1),
+        SamplingParams(temperature=0.0, logprobs=33),
+        SamplingParams(temperature=0.9, seed=2**64 - 5, logprobs=32, top_k=2**40),
+        SamplingParams(temperature=0.9, seed=3, bad_words_token_ids=((5,), (7, 8)), presence_penalty=1.0),
+        SamplingParams(temperature=0.9, seed=3, allowed_token_ids=(5, 6, 7, 8), frequency_penalty=0.5),
+    ],
+    ids=lambda params: ",".join(name for name in params.__struct_fields__ if getattr(params, name) not in (0, None)),
+)
+def test_what_a_request_may_ask_for_it_gets(folder: Path, params: SamplingParams) -> None:
+    tokens = list(range(5, 25))
+    start = prompt_step(0, 0, tokens, params)
+    chunks = [
+        msgspec.structs.replace(start, num_tokens=(1,)),
+        ExecuteStep(Epoch(0), StepId(1), (RequestId(0),), (18,)),
+        decode_step(2, 0),
+        prompt_step(3, 1, [9, 9, 8], SamplingParams(temperature=0.5, seed=1, logprobs=3)),
+        *(decode_step(index, 0, 1) for index in range(4, 8)),
+        prompt_step(8, 2, [7], SamplingParams(temperature=0.5, seed=1)),
+        ExecuteStep(Epoch(0), StepId(9), (), (), drop=(RequestId(0),)),
+        *(decode_step(index, 1, 2) for index in range(10, 12)),
+    ]
+    expected = replay(step_runner(config_of(folder)), chunks, 1)
+    for graph_sizes in ((), GRAPH_SIZES):
+        runner = gpu_runner(config_of(folder), graph_sizes=graph_sizes, stream=LateStream())
+        assert timeless(replay(runner, chunks, 3)) == timeless(expected)
+
+
+def test_a_diff_that_does_not_fit_takes_a_detour(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.actors.executor.gpu.forward_pass.PACKED_WORDS", 40)
+    monkeypatch.setattr("octavo.actors.executor.gpu.launched.PACKED_WORDS", 40)
+    config = config_of(folder)
+    served = serve(step_runner(config), plain_workload())
+    runner = gpu_runner(config, stream=LateStream())
+    assert timeless(replay(runner, served.steps, 3)) == timeless(served.results)
+
+
+def test_after_a_reset_nothing_is_left_of_the_epoch_before(folder: Path) -> None:
+    config = config_of(folder)
+    runner = gpu_runner(config, stream=LateStream())
+    steps = serve(step_runner(config), plain_workload()).steps
+    fresh = timeless(replay(gpu_runner(config), steps, 3))
+    for step in steps[:9]:
+        runner.launch(step)
+    runner.reset()
+    assert timeless(replay(runner, steps, 3)) == fresh
+
+
+def test_an_error_on_the_device_loses_no_memory_of_the_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(folder)
+    runner = gpu_runner(config)
+    forward = runner.device.model.forward
+    step = prompt_step(0, 0, [5, 6, 7], SamplingParams(temperature=0.0))
+    expected = step_runner(config).execute(step)
+
+    def fail(*_args: object) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    for _ in range(7):
+        monkeypatch.setattr(runner.device.model, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            runner.launch(step)
+        runner.reset()
+        monkeypatch.setattr(runner.device.model, "forward", forward)
+        assert runner.execute(step).token_ids == expected.token_ids
+        runner.reset()
+
+
+def test_warm_up_captures_every_size_once_and_leaves_no_trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(folder)
+    runner = gpu_runner(config)
+    runner.warm_up()
+    assert runner.num_captured == len(GRAPH_SIZES)
+    assert runner.num_late == 0
+    steps = serve(step_runner(config), plain_workload()).steps
+    assert timeless(replay(runner, steps, 3)) == timeless(replay(gpu_runner(config), steps, 3))
+    assert runner.num_late == 0
+    monkeypatch.setattr(type(runner), "num_compiled", 3)
+    assert runner.num_late == 3

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from octavo.actors.executor import runner
+from octavo.actors.executor.config import ExecutorConfig
+
+
+class Made:
+    """Stands for a runner, and says what it was made with."""
+
+    def __init__(self, device: Any, **fields: Any) -> None:
+        self.device, self.fields, self.is_warm = device, fields, False
+
+    def warm_up(self) -> None:
+        self.is_warm = True
+
+
+class MadeAhead(Made):
+    pass
+
+
+def load(monkeypatch: pytest.MonkeyPatch, where: str, *, pp_size: int = 1, **of_model: Any) -> Made:
+    model = SimpleNamespace(device=torch.device(where), **of_model)
+    device = SimpleNamespace(model=model, group=SimpleNamespace(pp_size=pp_size), memory_report=lambda: None)
+    monkeypatch.setattr(runner, "Device", lambda config, group: device)
+    monkeypatch.setattr(runner, "StepRunner", Made)
+    monkeypatch.setattr(runner, "GpuRunner", MadeAhead)
+    config = ExecutorConfig(model_path="model", cuda_graph_sizes=(1, 8), max_num_batched_tokens=99, pipeline_depth=3)
+    made: Any = runner.load_runner(config)
+    assert made.is_warm
+    return made
+
+
+def test_on_a_gpu_steps_are_launched_ahead_and_decodes_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = load(monkeypatch, "cuda:1")
+    assert type(made) is MadeAhead
+    assert made.fields["graph_sizes"] == (1, 8)
+    assert (made.fields["max_num_batched_tokens"], made.fields["pipeline_depth"]) == (99, 3)
+
+
+def test_a_model_that_looks_at_numbers_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = load(monkeypatch, "cuda", fits_graphs=False)
+    assert type(made) is MadeAhead
+    assert made.fields["graph_sizes"] == ()
+
+
+@pytest.mark.parametrize(("where", "pp_size"), [("cpu", 1), ("cuda", 2)])
+def test_on_a_cpu_and_in_a_pipeline_a_step_is_complete_before_the_next(
+    monkeypatch: pytest.MonkeyPatch, where: str, pp_size: int
+) -> None:
+    assert type(load(monkeypatch, where, pp_size=pp_size)) is Made
