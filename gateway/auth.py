@@ -44,12 +44,7 @@ class KeyRing:
         if resource is not None and resource.canonical in OPEN_PATHS:
             return
         given = request.headers.getall("Authorization", [])
-        header = given[0] if len(given) == 1 else ""
-        scheme, _, key = header.partition(" ")
-        digest = _digest(key.strip().encode("utf-8", "surrogateescape"))
-        # Every key is compared, so that the time tells nothing about which one came close.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if not any(matches) or scheme.lower() != "bearer":
+        if not self.opens(given[0] if len(given) == 1 else ""):
             raise ApiError(
                 401,
                 "a valid API key is needed: send the header `Authorization: Bearer <key>`",
@@ -57,20 +52,36 @@ class KeyRing:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
+    def opens(self, authorization: str) -> bool:
+        """Whether a header `Authorization` carries one of the keys, or none is asked for."""
+        if not self._digests:
+            return True
+        scheme, _, key = authorization.partition(" ")
+        digest = _digest(key.strip().encode("utf-8", "surrogateescape"))
+        # Every key is compared, so that the time tells nothing about which one came close.
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return any(matches) and scheme.lower() == "bearer"
 
-def check_host(request: web.Request, allowed_hosts: Sequence[str]) -> None:
-    """Refuse host names that a foreign page may have bound to this machine's address.
+
+def is_host_allowed(host: str, allowed_hosts: Sequence[str]) -> bool:
+    """Whether a header `Host` is none that a foreign page may have bound to this machine's address.
 
     Args:
         allowed_hosts: names in lower case; `*` is any, and none at all means that nobody asks.
+    """
+    if not allowed_hosts or "*" in allowed_hosts:
+        return True
+    name = _host_name(host)
+    return name in allowed_hosts or name.endswith(".localhost") or _is_address(name)
+
+
+def check_host(request: web.Request, allowed_hosts: Sequence[str]) -> None:
+    """Refuse host names as `is_host_allowed` has it.
 
     Raises:
         ApiError: 403.
     """
-    if not allowed_hosts or "*" in allowed_hosts:
-        return
-    name = _host_name(request.headers.get("Host", ""))
-    if name in allowed_hosts or name.endswith(".localhost") or _is_address(name):
+    if is_host_allowed(request.headers.get("Host", ""), allowed_hosts):
         return
     raise ApiError(
         403,

@@ -10,10 +10,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import shlex
+import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import aiohttp
 import msgspec
@@ -21,9 +24,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
 from ..messages.errors import OctavoError
-from .chaos_faults import FaultKind, FaultNotDeliveredError, Injector, ProcessInjector
+from .chaos_faults import HOW_TO_RESTART, FaultKind, FaultNotDeliveredError, Injector, ProcessInjector
 from .chaos_processes import ProcessNotFoundError, ServerProcesses
 from .chaos_report import ChaosReport, print_report, stall_of
+from .chaos_server import Restarter, served
 from .chaos_workload import Recipe, StreamOutput, ask_served_model, difference, make_recipes, read_stream
 
 MAX_FAILURES_TOLD = 10
@@ -41,7 +45,8 @@ class ChaosPlan(msgspec.Struct, frozen=True, kw_only=True):
         times: faults; None for as many as fit in `for_s`.
         every_s: mean pause before each.
         give_up_s: a seat that hears nothing for so long makes the run fail.
-        may_resume: a stream that breaks off is taken up by its last event's id; for edges that are killed.
+        may_resume: a stream that breaks off is taken up by its last event's id, and one that had no event yet is asked
+            for anew; for edges that are killed.
     """
 
     victims: tuple[str, ...]
@@ -109,6 +114,7 @@ class ChaosRun:
         self._chance = random.Random(plan.seed)  # noqa: S311  # a plan, not a secret
         self._is_over = False
         self._num_started = self._num_finished = self._num_identical = 0
+        self._num_resumed = self._num_asked_anew = 0
         self._next_recipe = 0
         self._gaps_s: list[float] = []
         self._faults: Counter[str] = Counter()
@@ -239,10 +245,15 @@ class ChaosRun:
 
     async def _stream(self, recipe: Recipe, seat: _Seat) -> StreamOutput:
         output = await read_stream(self._session, recipe, seat.hear)
-        give_up_at_s = time.monotonic() + self._plan.give_up_s
-        while self._plan.may_resume and output.error and output.last_event_id and time.monotonic() < give_up_at_s:
+        is_resumed = is_anew = False
+        while self._plan.may_resume and output.error and time.monotonic() < seat.last_s + self._plan.give_up_s:
             await asyncio.sleep(RETRY_S)
-            output = await read_stream(self._session, recipe, seat.hear, resume=output)
+            had_event = bool(output.last_event_id)
+            is_resumed |= had_event
+            is_anew |= not had_event
+            output = await read_stream(self._session, recipe, seat.hear, resume=output if had_event else None)
+        self._num_resumed += is_resumed
+        self._num_asked_anew += is_anew
         return output
 
     def _fail(self, why: str) -> None:
@@ -271,6 +282,8 @@ class ChaosRun:
             num_faults_asked=num_asked,
             num_faults=num_faults,
             faults=dict(self._faults),
+            num_resumed=self._num_resumed,
+            num_asked_anew=self._num_asked_anew,
             stall=stall_of(self._gaps_s),
             # A server that was itself started anew counts from nothing.
             restarts={actor: max(0, num - before.restarts.get(actor, 0)) for actor, num in after.restarts.items()},
@@ -332,10 +345,23 @@ def chaos(arguments: argparse.Namespace) -> int:
 
 
 async def _chaos(arguments: argparse.Namespace) -> ChaosReport:
+    if arguments.serve is not None:
+        needs_journal = "edge" in (arguments.kill or ())
+        async with served(arguments.url, arguments.serve, needs_journal=needs_journal) as restarter:
+            return await _disturb_server(arguments, restarter)
+    if arguments.restart is None:
+        return await _disturb_server(arguments, None)
+    with tempfile.TemporaryDirectory(prefix="octavo-chaos-") as folder:
+        return await _disturb_server(arguments, Restarter(shlex.split(arguments.restart), Path(folder) / "serve.log"))
+
+
+async def _disturb_server(arguments: argparse.Namespace, restarter: Restarter | None) -> ChaosReport:
     async with connected(arguments.url, arguments.api_key) as session:
         model = await ask_served_model(session)
         recipes = make_recipes(model, arguments.streams, seed=arguments.seed, max_output_len=arguments.output_len)
         plan = await _plan(arguments, ServerProcesses.behind(arguments.url), session)
+        if "edge" in plan.victims and restarter is None:
+            raise FaultNotDeliveredError(HOW_TO_RESTART)
         run = ChaosRun(session, plan, recipes)
         with tqdm(total=2 * len(recipes), desc="undisturbed", unit="req", leave=False) as bar:
             await run.record(bar)
@@ -344,7 +370,7 @@ async def _chaos(arguments: argparse.Namespace) -> ChaosReport:
             lambda: ServerProcesses.behind(arguments.url),
             session,
             random.Random(plan.seed + 1),  # noqa: S311  # a plan, not a secret
-            restart=arguments.restart,
+            restarter=restarter,
             on_problem=run.problems.append,
         )
         started = time.monotonic()

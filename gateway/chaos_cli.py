@@ -57,10 +57,18 @@ def add_chaos(commands: argparse._SubParsersAction[Parser]) -> None:
     chaos.add_argument(
         "--give-up", type=duration, default=60.0, metavar="TIME", help="for a stream that gets nothing for so long"
     )
-    chaos.add_argument(
+    chaos.add_argument("--json", action="store_true", help="print the report as JSON")
+    start = chaos.add_mutually_exclusive_group()
+    start.add_argument(
         "--restart", metavar="COMMAND", help="for --kill edge: starts the server again (it needs --journal)"
     )
-    chaos.add_argument("--json", action="store_true", help="print the report as JSON")
+    start.add_argument(
+        "--serve",
+        nargs=argparse.REMAINDER,
+        metavar="FLAG",
+        help="start `octavo serve` with these flags at --url for the run, and again when its edge is killed, with a "
+        "journal of its streams; the last flag of this command",
+    )
     chaos.set_defaults(run=_chaos, parser=chaos)
 
 

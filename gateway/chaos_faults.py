@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-import shlex
 import signal
-import subprocess
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal, Protocol
 
@@ -15,13 +14,22 @@ import psutil
 
 from ..messages.errors import OctavoError
 from .chaos_processes import ProcessNotFoundError, ServerProcesses, title_of
+from .chaos_server import Restarter
 
 FaultKind = Literal["KILL", "STOP", "DELAY"]
 
 REPLACED_WITHIN_S = 30.0
 """A stopped process that nobody replaces for so long is let go on, and told of."""
 
+DEAD_WITHIN_S = 5.0
 LOOK_EVERY_S = 0.05
+
+
+HOW_TO_RESTART = (
+    "killing the edge ends this server, which somebody must start again with the journal of its streams: let this "
+    "command start it and start it again (--serve, with its flags), or say how that is done (--restart 'octavo serve "
+    "... --journal DIR')"
+)
 
 
 class FaultNotDeliveredError(OctavoError):
@@ -54,7 +62,7 @@ class ProcessInjector:
         find: finds its processes; asked again whenever the server itself was started anew.
         session: to the server.
         chance: picks victims and delays.
-        restart: command that starts the server again after its edge was killed.
+        restarter: starts the server again after its edge was killed.
         on_problem: told of what did not go as it should.
     """
 
@@ -64,14 +72,14 @@ class ProcessInjector:
         session: aiohttp.ClientSession,
         chance: random.Random,
         *,
-        restart: str | None,
+        restarter: Restarter | None,
         on_problem: Callable[[str], None],
     ) -> None:
         self._find = find
         self._processes = find()
         self._session = session
         self._chance = chance
-        self._restart = restart
+        self._restarter = restarter
         self._on_problem = on_problem
         self._hit: tuple[str, psutil.Process] | None = None
         self._expected: dict[str, int] = {}
@@ -139,25 +147,15 @@ class ProcessInjector:
         return f"{actor} (by request)"
 
     def _check_restart(self, victims: list[psutil.Process]) -> None:
-        if self._restart is None and any(victim == self._processes.root for victim in victims):
-            raise FaultNotDeliveredError(
-                "killing the edge ends this server: say how to start it again (--restart 'octavo serve ... --journal "
-                "DIR'), so that streams can be taken up by their Last-Event-ID"
-            )
+        if self._restarter is None and any(victim == self._processes.root for victim in victims):
+            raise FaultNotDeliveredError(HOW_TO_RESTART)
 
     async def _start_again(self) -> None:
-        if self._restart is None:
+        if self._restarter is None:
             return
-        await asyncio.to_thread(psutil.wait_procs, [self._processes.root], 5.0)
-        if self._processes.root.is_running() and self._processes.root.status() != psutil.STATUS_ZOMBIE:
+        if not await _has_ended(self._processes.root, DEAD_WITHIN_S):
             return  # one of several edges: its own server replaces it
-        # Its own session: a Ctrl-C meant for this command must not stop the server.
-        await asyncio.create_subprocess_exec(
-            *shlex.split(self._restart),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        server = await self._restarter.start()
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
@@ -165,7 +163,11 @@ class ProcessInjector:
                 self._hit = None
                 return
             except ProcessNotFoundError:
-                continue
+                if server.returncode is not None:
+                    self._on_problem(
+                        f"the server did not start again (code {server.returncode}): {self._restarter.last_words()}"
+                    )
+                    return
 
     async def _continue_when_replaced(self, actor: str, victim: psutil.Process, title: str) -> None:
         try:
@@ -185,6 +187,19 @@ class ProcessInjector:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _has_ended(process: psutil.Process, timeout_s: float) -> bool:
+    """Whether a process ends in time; it is not reaped, as it may be a child that somebody else waits for."""
+    ends_s = time.monotonic() + timeout_s
+    while time.monotonic() < ends_s:
+        try:
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        await asyncio.sleep(LOOK_EVERY_S)
+    return False
 
 
 def _let_go_on(process: psutil.Process) -> None:

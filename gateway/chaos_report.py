@@ -30,6 +30,8 @@ class ChaosReport(msgspec.Struct, frozen=True, kw_only=True):
         num_unstable_recipes: requests whose answers differed between two runs without any fault. The model's arithmetic
             depends on the batch then, and no recovery can be judged by them.
         faults: delivered, by victim and kind, as `executor KILL`.
+        num_resumed, num_asked_anew: streams that were taken up by their last event's id, and those that had no event
+            yet and were asked for again, after their edge was killed.
         restarts: of each actor, by the server's metrics.
         num_requeued, num_dropped_messages, num_quarantined: by the server's metrics.
         failures: the first few streams that did not finish or were not identical, and why.
@@ -54,6 +56,8 @@ class ChaosReport(msgspec.Struct, frozen=True, kw_only=True):
     num_quarantined: int
     failures: list[str]
     problems: list[str]
+    num_resumed: int = 0
+    num_asked_anew: int = 0
 
 
 def stall_of(gaps_s: Sequence[float]) -> Stall:
@@ -86,6 +90,8 @@ def print_report(report: ChaosReport) -> None:
     table.add_row("requests put back", str(report.num_requeued))
     table.add_row("messages dropped", str(report.num_dropped_messages))
     table.add_row("requests quarantined", str(report.num_quarantined))
+    if report.num_resumed or report.num_asked_anew:
+        table.add_row("taken up / asked anew", f"{report.num_resumed} / {report.num_asked_anew}")
     table.add_row("time", f"{report.duration_s:.1f} s")
     table.add_row("verdict", "[green]passed[/]" if report.is_passed else "[red]failed[/]")
     console.print(table)

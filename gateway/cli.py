@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable
 
 from .. import __version__
+from .bench_drain_cli import add_bench_drain
 from .bench_overload_cli import add_bench_overload
 from .chaos_cli import add_chaos
 from .flags import Parser, add_engine_flags, add_nodes_flags, add_server_flags, named_path, positive, rate
+from .gpu_bench.flags import add_bench_gpu
 from .keys import add_keys
 from .node_cli import add_node
 from .sim_cli import add_sim
@@ -115,6 +117,8 @@ def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     serve.add_argument("--json", metavar="FILE", help="write the figures to this file; - for standard output")
     serve.set_defaults(run=_bench_serve, parser=serve)
     add_bench_overload(kinds)
+    add_bench_gpu(kinds)
+    add_bench_drain(kinds)
 
 
 def _add_peers(parser: Parser) -> None:

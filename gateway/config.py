@@ -9,6 +9,8 @@ from typing import Any, Literal
 import msgspec
 
 from ..messages.errors import InvalidConfigError
+from .accelerator import resolve_device
+from .performance_mode import fill_in
 
 MAX_BLOCK_SIZE = 256
 _AT_LEAST: dict[str, int] = {
@@ -41,7 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         dtype: of weights and KV; `auto` takes the checkpoint's (float32 where the CPU is slower otherwise).
         model_impl: `auto` prefers our own implementation, `transformers` never uses it.
         quantization: `int8` or `int4` quantises floating weights at load; `auto` takes them as they are stored.
-        deterministic: a row's logits are the same bits alone and in any batch, for native implementations on a CPU.
+        deterministic: a row's logits are the same bits alone and in any batch, for native implementations.
         kv_cache_dtype: of keys and values; `int8` and `fp8` halve them, at a small error.
         cpu_affinity: `auto` binds each computing thread to a core unless that would do harm; `off`; or cores, `0-3,8`.
         in_process: every actor on the caller's event loop, the executor on a thread; otherwise engine and executors are
@@ -52,12 +54,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         enable_expert_parallel: of a mixture of experts, those who share a layer hold whole experts.
         routing: how the router chooses among replicas.
         max_restarts: of an executor within a minute; None leaves room to find a request that kills it.
+        device: what executors compute on; `auto` takes a GPU where there is one that torch can use.
+        performance_mode: names the settings of `performance_mode.ModeSettings`, for those that `make_config` is not
+            given; here each is as it stands.
+        cuda_graph_sizes: rows of decode steps that a GPU replays from a graph; empty for no graphs. Ascending.
+        load_format: `dummy` takes random weights in place of a checkpoint's, from its config.json alone; for
+            benchmarks.
         max_model_len: longest prompt plus output; None takes the checkpoint's, lowered to what the KV cache holds.
         max_num_seqs: requests in one step.
         max_num_batched_tokens: tokens in one step, prompt and output together.
         block_size: tokens in a KV block, 1 to 256.
         kv_cache_memory_bytes: size of the KV cache; None measures free memory.
-        memory_utilization: share of free memory the KV cache may take when it is measured.
+        memory_utilization: when the KV cache is measured: on a CPU the share of free memory it may take, on a GPU the
+            share of all memory that weights, activations, graphs and KV cache may take together.
         num_blocks: exact number of KV blocks, for tests; None derives it.
         enable_prefix_caching: reuse KV of equal prefixes.
         max_num_queued_requests, max_num_queued_tokens: bounds of the waiting queue; past them requests are refused.
@@ -114,6 +123,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     enable_expert_parallel: bool = False
     routing: Literal["round_robin", "least_loaded", "prefix_aware"] = "prefix_aware"
     max_restarts: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    performance_mode: Literal["throughput", "balanced", "interactivity"] = "balanced"
+    cuda_graph_sizes: tuple[int, ...] = ()
+    load_format: Literal["auto", "dummy"] = "auto"
 
     def __post_init__(self) -> None:
         for name, least in _AT_LEAST.items():
@@ -135,6 +148,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"tensor, pipeline and data parallel sizes make {num_processes} executors, but in_process has one: "
                 "leave in_process out (--in-process)",
                 field="in_process",
+            )
+        sizes = self.cuda_graph_sizes
+        if any(size < 1 for size in sizes) or list(sizes) != sorted(set(sizes)):
+            raise InvalidConfigError(
+                f"cuda_graph_sizes are {', '.join(map(str, sizes))}, but must be numbers of rows from 1 up, ascending",
+                field="cuda_graph_sizes",
             )
         if self.journal_prompts and self.journal is None:
             raise InvalidConfigError(
@@ -189,6 +208,8 @@ class NodesConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 def make_config(fields: dict[str, Any]) -> EngineConfig:
     """An `EngineConfig` of loosely typed fields, such as keyword arguments or parsed flags.
 
+    What `performance_mode` decides and `fields` leave out is what that mode says for the device.
+
     Raises:
         InvalidConfigError: an unknown field, a value of a wrong type or out of range.
     """
@@ -198,6 +219,9 @@ def make_config(fields: dict[str, Any]) -> EngineConfig:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f": did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}"
             raise InvalidConfigError(f"there is no configuration field {name!r}{hint}", field=name)
+    device = fields.get("device", "auto")
+    if device in ("auto", "cpu", "cuda"):  # what else it is, the conversion refuses
+        fields = fill_in(fields, resolve_device(device))
     try:
         return msgspec.convert(fields, EngineConfig, strict=False)
     except msgspec.ValidationError as error:

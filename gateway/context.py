@@ -55,6 +55,8 @@ class GatewayContext:
                 max_bytes=settings.max_open_bytes,
                 max_wait_ns=int(settings.max_queue_wait_s * 1e9),
                 min_waiting=config.max_num_seqs,
+                min_waiting_overloaded=max(1, config.max_num_seqs // 8),
+                max_running=config.max_num_seqs * config.data_parallel_size,
             ),
             engine.stats,
             lambda: self.metrics.num_ended,

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 MAX_N = 16
 """Most sequences of one prompt."""
 
+MAX_TOKENIZING_NS = 2_000_000
+"""Prompts that come together are tokenized for so long before streams, and requests to be refused, have their turn."""
+
 
 class EdgeActors:
     """Registers the edge's actors with a runtime; who they talk to is the runtime's matter.
@@ -55,7 +58,9 @@ class EdgeActors:
         )
         self._tokenizer_actor = TokenizerActor(core, runtime)
         runtime.add_actor("frontend", self.frontend.handle, self.capacity)
-        self._tokenizer_mailbox = runtime.add_actor("tokenizer", self._tokenizer_actor.handle, self.capacity)
+        self._tokenizer_mailbox = runtime.add_actor(
+            "tokenizer", self._tokenizer_actor.handle, self.capacity, max_hold_ns=MAX_TOKENIZING_NS
+        )
         self._detokenizer_actor = DetokenizerActor(lambda: DetokenizerCore(tokenizer))
         runtime.add_actor("detokenizer", self._detokenizer_actor.handle, self.capacity)
 

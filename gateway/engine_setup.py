@@ -64,6 +64,10 @@ def executor_config(config: EngineConfig, folder: Path) -> ExecutorConfig:
         expert_parallel=config.enable_expert_parallel,
         kv_cache_dtype=config.kv_cache_dtype,
         cpu_affinity=config.cpu_affinity,
+        device=config.device,
+        load_format=config.load_format,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        cuda_graph_sizes=config.cuda_graph_sizes,
     )
 
 

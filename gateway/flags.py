@@ -11,6 +11,8 @@ from fractions import Fraction
 from typing import Any, NoReturn
 
 from ..messages.errors import InvalidConfigError
+from .accelerator import resolve_device
+from .performance_mode import fill_in
 
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([kKmMgG]?)([iI]?)[bB]?$")
 _FACTOR = {"": 0, "k": 1, "m": 2, "g": 3}
@@ -145,6 +147,7 @@ def _with_dashes(word: str) -> str:
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that become an `EngineConfig`; their defaults are the struct's."""
     _add_model_flags(parser)
+    _add_device_flags(parser)
     _add_memory_flags(parser)
     _add_scheduling_flags(parser)
     _add_process_flags(parser)
@@ -178,9 +181,37 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="a request's logits are the same bits alone and in any batch (what that costs here is measured by "
         "octavo bench offline --peers octavo-deterministic)",
     )
+    group.add_argument(
+        "--load-format",
+        default="auto",
+        choices=["auto", "dummy"],
+        help="dummy: random weights, made on the device; the folder needs a config.json and a tokenizer, no weights",
+    )
     group.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint brings")
     group.add_argument("--offline", action="store_true", help="never contact the hub (HF_HUB_OFFLINE works too)")
     group.add_argument("--chat-template", help="jinja file or text, if not the tokenizer's own")
+
+
+def _add_device_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("device")
+    group.add_argument(
+        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU where torch can use one"
+    )
+    group.add_argument(
+        "--performance-mode",
+        default="balanced",
+        choices=["throughput", "balanced", "interactivity"],
+        help="decides --max-num-seqs, --max-num-batched-tokens, --pipeline-depth, --gpu-memory-utilization and "
+        "--cuda-graph-sizes where they are not given, for the device; what they are is said at start",
+    )
+    group.add_argument(
+        "--cuda-graph-sizes",
+        nargs="*",
+        metavar="ROWS",
+        type=positive,
+        help="rows of decode steps that a GPU replays from a captured graph; with nothing behind it: no graphs. "
+        "Default: the mode's",
+    )
 
 
 def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
@@ -203,8 +234,8 @@ def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
         "--memory-utilization",
         dest="memory_utilization",
         type=float,
-        default=0.5,
-        help="share of free memory for the KV cache when it is measured",
+        help="when the KV cache is measured: on a CPU its share of free memory, on a GPU the share of all memory for "
+        "everything. Default: the mode's (0.5; 0.9 on a GPU)",
     )
     group.add_argument("--num-gpu-blocks-override", dest="num_blocks", type=number, help="exact number of KV blocks")
     group.add_argument(
@@ -217,8 +248,10 @@ def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_scheduling_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("scheduling")
-    group.add_argument("--max-num-seqs", type=number, default=256, help="requests in one step")
-    group.add_argument("--max-num-batched-tokens", type=number, default=2048, help="tokens in one step")
+    group.add_argument("--max-num-seqs", type=number, help="requests in one step; default: the mode's (256)")
+    group.add_argument(
+        "--max-num-batched-tokens", type=number, help="tokens in one step; default: the mode's (2048; 8192 on a GPU)"
+    )
     group.add_argument(
         "--max-num-queued-reqs", dest="max_num_queued_requests", type=number, default=4096, help="then 429"
     )
@@ -234,7 +267,9 @@ def _add_scheduling_flags(parser: argparse.ArgumentParser) -> None:
         help="waiting this long is worth one level of priority; 0: priorities alone decide",
     )
     group.add_argument(
-        "--pipeline-depth", type=number, default=2, help="steps in flight; 1: each waits for the one before"
+        "--pipeline-depth",
+        type=number,
+        help="steps in flight; 1: each waits for the one before. Default: the mode's (2)",
     )
     group.add_argument("--seed", type=int, default=0, help="of requests that bring none")
     group.add_argument("--num-threads", type=number, help="torch's threads on the CPU")
@@ -325,6 +360,10 @@ ENGINE_FIELDS = (
     "routing",
     "max_restarts",
     "cpu_affinity",
+    "device",
+    "performance_mode",
+    "cuda_graph_sizes",
+    "load_format",
 )
 
 
@@ -338,7 +377,9 @@ def engine_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     if fields["in_process"] is None:  # several executors are several processes
         sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
         fields["in_process"] = all(fields[size] == 1 for size in sizes)
-    return fields
+    if fields["cuda_graph_sizes"] is not None:
+        fields["cuda_graph_sizes"] = tuple(fields["cuda_graph_sizes"])
+    return fill_in(fields, resolve_device(fields["device"]))
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:

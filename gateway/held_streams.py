@@ -121,6 +121,7 @@ class HeldStream:
         self._choice = 0
         self._is_released = False
         self._may_go_on = False
+        self._is_doubted = record.num_attempts > 0
         self._error = b""
         self._client: EventStream | None = None
         self._over: asyncio.Future[None] | None = None
@@ -184,6 +185,9 @@ class HeldStream:
         skipped = self._skipped
         if self._client is None or counts[choice] <= skipped[choice]:
             return
+        if self._is_doubted and sum(counts) > max(sum(skipped), self.record.num_events):
+            self._is_doubted = False
+            self._streams.journal.got_further(self.record, sum(counts))
         if len(skipped) == len(counts) == 1:  # nearly always, and for every token
             self._client.write(b"%b%d\n%b" % (self._id_line, counts[0], event))
             return

@@ -13,25 +13,48 @@ from aiohttp.web_protocol import RequestHandler
 
 from .connections import ConnectionTable, RefusedConnection, ResponseWriter, peer_address, raw_response
 from .context import CONTEXT, SERVER_NAME
+from .early_refusal import EarlyRefusals, read_head
 from .http_errors import ApiError
 from .settings import ServerSettings
 
 log = structlog.get_logger("octavo.http")
 
 LINGERING_S: Final = 2.0
+EARLY_REFUSALS: Final = web.AppKey("early_refusals", EarlyRefusals)
 
 
 class GatewayProtocol(RequestHandler):
     """A connection whose broken requests are answered in the shape of all other errors, and not waited for for ever.
 
     A client that closes its sending half after a whole request is served to the end; one that turns out to be gone
-    altogether is dropped, and its request with it.
+    altogether is dropped, and its request with it. A request that is not let in is refused here, where that can be told
+    from its head, and the library never hears of it.
     """
 
-    __slots__ = ("_address", "_fd", "_header_timer", "_is_half_closed", "_payload", "_settings", "_table", "_writer")
+    __slots__ = (
+        "_address",
+        "_body_timer",
+        "_fd",
+        "_header_timer",
+        "_is_half_closed",
+        "_num_owed",
+        "_num_unwanted",
+        "_payload",
+        "_refusals",
+        "_settings",
+        "_table",
+        "_writer",
+    )
 
-    def __init__(self, *args: Any, settings: ServerSettings, table: ConnectionTable, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, settings: ServerSettings, table: ConnectionTable, refusals: EarlyRefusals, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._refusals = refusals
+        # Bytes that the library's current request still lacks; None once it cannot be told where that ends.
+        self._num_owed: int | None = 0
+        self._num_unwanted = 0  # bytes of a refused body that are to come
+        self._body_timer: asyncio.TimerHandle | None = None
         self._settings = settings
         self._table = table
         self._header_timer: asyncio.TimerHandle | None = None
@@ -56,14 +79,72 @@ class GatewayProtocol(RequestHandler):
         self._header_timer = self._loop.call_later(self._settings.header_timeout_s, self._headers_overdue)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
+        for timer in (self._header_timer, self._body_timer):
+            if timer is not None:
+                timer.cancel()
         if self._is_half_closed:
             self._table.hangups.forget(self._fd)
         if self._address is not None:
             self._table.release(self._address)
             self._address = None
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Refuse what is not let in; the library gets everything else."""
+        if self._num_unwanted:
+            num_dropped = min(self._num_unwanted, len(data))
+            self._num_unwanted -= num_dropped
+            if not self._num_unwanted and self._body_timer is not None:
+                self._body_timer.cancel()
+                self._body_timer = None
+            if num_dropped == len(data):
+                return
+            data = data[num_dropped:]
+        owed = self._num_owed
+        if owed == 0:
+            head = read_head(data)
+            if head is None or len(data) > head.num_bytes:
+                self._num_owed = None
+            else:
+                self._num_owed = head.num_bytes - len(data)
+                if self._is_idle() and self.transport is not None:
+                    answer = self._refusals.answer(head, self.transport)
+                    if answer is not None:
+                        self._refuse(answer)
+                        return
+        elif owed is not None:
+            self._num_owed = owed - len(data) if len(data) <= owed else None
+        super().data_received(data)
+
+    def _is_idle(self) -> bool:
+        """Whether the library waits for a request, and everything that was answered has been taken."""
+        waiter, transport = self._waiter, self.transport
+        return (
+            waiter is not None
+            and not waiter.done()
+            and not self._messages
+            and not (self._close or self._force_close or self._is_half_closed)
+            and isinstance(transport, asyncio.Transport)
+            and not transport.is_closing()
+            and transport.get_write_buffer_size() == 0
+        )
+
+    def _refuse(self, answer: bytes) -> None:
+        assert isinstance(self.transport, asyncio.Transport)
+        self.transport.write(answer)
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        self._num_unwanted, self._num_owed = self._num_owed or 0, 0
+        if self._num_unwanted:
+            self._body_timer = self._loop.call_later(
+                min(LINGERING_S, self._settings.body_timeout_s), self._body_overdue
+            )
+
+    def _body_overdue(self) -> None:
+        self._body_timer = None
+        self.force_close()
 
     def begin_request(self, payload: StreamReader) -> ResponseWriter:
         """A request's turn has come; returns the writer of its response."""
@@ -135,13 +216,23 @@ class GatewayProtocol(RequestHandler):
 class GatewayServer(web.Server):
     """Makes a `GatewayProtocol` for each connection."""
 
-    def __init__(self, *args: Any, settings: ServerSettings, table: ConnectionTable, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, settings: ServerSettings, table: ConnectionTable, refusals: EarlyRefusals, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._settings = settings
         self._table = table
+        self._refusals = refusals
 
     def __call__(self) -> GatewayProtocol:
-        return GatewayProtocol(self, loop=self._loop, settings=self._settings, table=self._table, **self._kwargs)
+        return GatewayProtocol(
+            self,
+            loop=self._loop,
+            settings=self._settings,
+            table=self._table,
+            refusals=self._refusals,
+            **self._kwargs,
+        )
 
 
 class GatewayRunner(web.AppRunner):
@@ -182,6 +273,7 @@ class GatewayRunner(web.AppRunner):
             loop=asyncio.get_running_loop(),
             settings=self._settings,
             table=self._table,
+            refusals=self.app[EARLY_REFUSALS],
             **made._kwargs,
         )
 

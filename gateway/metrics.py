@@ -33,6 +33,7 @@ LATENCY_BUCKETS: Final = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0),
     *(30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
+REFUSAL_BUCKETS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "OPTIONS"})
 ERROR_CODES: Final = frozenset(
     {
@@ -289,6 +290,12 @@ class GatewayMetrics:
             registry=self.registry,
         )
 
+        self._refusals = self._histogram(
+            "octavo:refusal_seconds",
+            "Arrival of a request's bytes at the socket to its refusal for lack of room.",
+            REFUSAL_BUCKETS,
+        )
+
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -329,6 +336,10 @@ class GatewayMetrics:
         code = ended.error_code if ended.error_code in ERROR_CODES else "request_failed"
         self._failed.labels(*self._labels, code).inc()
         self._success["refused" if ended.reason == "refused" else "error"].inc()
+
+    def refused(self, seconds: float) -> None:
+        """A request was refused for lack of room, so long after it had come."""
+        self._refusals.observe(seconds)
 
     def http_ended(self, handler: str, method: str, status: int, seconds: float) -> None:
         """A response is over; `handler` is a route's path or `other`."""

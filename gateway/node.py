@@ -403,18 +403,15 @@ class Membership:
             num_threads=settings.num_threads or wanted.config.num_threads,
             cpu_affinity=settings.cpu_affinity or wanted.config.cpu_affinity,
         )
-        spec = msgspec.structs.replace(
-            wanted,
-            child=start.child,
-            incarnation=start.incarnation,
-            config=config,
-            run_dir=self._run_dir,
-            log_format=settings.log_format,
-            tcp=self._tcp,
-            edge_endpoint=settings.join,
-            edge_key=settings.server_key,
-            address=settings.address,
-        )
+        here = {
+            "run_dir": self._run_dir,
+            "log_format": settings.log_format,
+            "tcp": self._tcp,
+            "edge_endpoint": settings.join,
+            "edge_key": settings.server_key,
+            "address": settings.address,
+        }
+        spec = msgspec.structs.replace(wanted, child=start.child, incarnation=start.incarnation, config=config, **here)
         return ProcessSpec(
             title=start.child,
             target=f"{EXECUTOR_MODULE}:run",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import structlog
 
@@ -56,76 +56,73 @@ class ProcessGraph(EdgeGraph):
         nodes: NodesConfig | None = None,
         digest: str = "",
     ) -> None:
-        loop = asyncio.get_running_loop()
-        incarnation, tcp = EDGE_INCARNATION, None
-        elsewhere: tuple[str, ...] = ()
-        if nodes is not None:
-            elsewhere = _children_elsewhere(config, nodes)
-            # Another in each run, so that what other hosts still say to the last one is not taken for this one's.
-            incarnation = time.time_ns() // 1_000_000
-            tcp = TcpSettings(host=split_endpoint(nodes.listen)[0], keys=nodes.keys, allow_list=nodes.allow_list)
-        port = _make_port(incarnation, nodes, tcp)
+        footing = _Footing.of(config, nodes)
+        port = _make_port(footing.incarnation, nodes, footing.tcp)
         self._run_dir = RunDir()
-        run_dir = str(self._run_dir.path)
         set_title(EDGE)
         try:
-            port.bind(endpoint_of(run_dir, EDGE, incarnation))
+            port.bind(endpoint_of(str(self._run_dir.path), EDGE, footing.incarnation))
             if nodes is not None:
                 log.info("nodes.listening", endpoint=port.bind(nodes.listen))
         except BaseException:
             port.close()
             self._run_dir.remove()
             raise
-        self._carrier = AsyncioPort(loop, port, self._take, log_link_event)
-        names = ["engine"]
-        if config.data_parallel_size > 1:
-            names = [f"engine {index}" for index in range(config.data_parallel_size)]
-        self.others: OtherEdges | None = None
-        if num_edges > 1:
-            self.others = OtherEdges(
-                num_edges,
-                self._carrier,
-                run_dir,
-                engine_names=tuple(names),
-                post_to_engines=self._post_to_engines,
-                log_format=log_format,
-                edge_incarnation=incarnation,
-            )
+        self._carrier = AsyncioPort(asyncio.get_running_loop(), port, self._take, log_link_event)
+        self.others = self._make_others(num_edges, config, footing, log_format)
         self.nodes: Nodes | None = None
         if nodes is not None:
             self.nodes = Nodes(
                 nodes,
                 self._carrier,
-                incarnation=incarnation,
-                children=elsewhere,
+                incarnation=footing.incarnation,
+                children=footing.elsewhere,
                 prepare=PrepareNode(config.model, config.revision, digest),
                 on_change=self._on_change,
             )
+        self.replicas = self._make_replicas(config, folder, footing, log_format)
+        super().__init__(config, port, [replica.link for replica in self.replicas])
+        self._by_process = {
+            name: replica for replica in self.replicas for name in (replica.engine_name, *replica.executor_names)
+        }
+
+    def _make_others(
+        self, num_edges: int, config: EngineConfig, footing: _Footing, log_format: str
+    ) -> OtherEdges | None:
+        if num_edges <= 1:
+            return None
+        return OtherEdges(
+            num_edges,
+            self._carrier,
+            str(self._run_dir.path),
+            engine_names=tuple(_engine_names(config)),
+            post_to_engines=self._post_to_engines,
+            log_format=log_format,
+            edge_incarnation=footing.incarnation,
+        )
+
+    def _make_replicas(self, config: EngineConfig, folder: str, footing: _Footing, log_format: str) -> list[Replica]:
         quarantine = Quarantine()
-        self.replicas = [
+        return [
             Replica(
                 index,
                 name,
                 config,
                 folder,
                 carrier=self._carrier,
-                run_dir=run_dir,
+                run_dir=str(self._run_dir.path),
                 deliver=self._deliver,
                 on_change=self._on_change,
                 on_give_up=partial(self._on_give_up, index),
                 others=self.others,
                 quarantine=quarantine,
                 log_format=log_format,
-                edge_incarnation=incarnation,
+                edge_incarnation=footing.incarnation,
                 nodes=self.nodes,
-                tcp=tcp,
+                tcp=footing.tcp,
             )
-            for index, name in enumerate(names)
+            for index, name in enumerate(_engine_names(config))
         ]
-        super().__init__(config, port, [replica.link for replica in self.replicas])
-        self._by_process = {
-            name: replica for replica in self.replicas for name in (replica.engine_name, *replica.executor_names)
-        }
 
     @classmethod
     async def start(
@@ -260,6 +257,37 @@ class ProcessGraph(EdgeGraph):
         if not self._fleet.abandon(index):
             self._break(why)
         self._on_change()
+
+
+class _Footing(NamedTuple):
+    """How edge 0 presents itself to its processes.
+
+    Attributes:
+        incarnation: of edge 0.
+        tcp: how it and its engines listen to other hosts; None: not at all.
+        elsewhere: executors on those hosts.
+    """
+
+    incarnation: int
+    tcp: TcpSettings | None = None
+    elsewhere: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: EngineConfig, nodes: NodesConfig | None) -> Self:
+        if nodes is None:
+            return cls(EDGE_INCARNATION)
+        elsewhere = _children_elsewhere(config, nodes)
+        # Another in each run, so that what other hosts still say to the last one is not taken for this one's.
+        incarnation = time.time_ns() // 1_000_000
+        tcp = TcpSettings(host=split_endpoint(nodes.listen)[0], keys=nodes.keys, allow_list=nodes.allow_list)
+        return cls(incarnation, tcp, elsewhere)
+
+
+def _engine_names(config: EngineConfig) -> list[str]:
+    """Of each replica's."""
+    if config.data_parallel_size == 1:
+        return ["engine"]
+    return [f"engine {index}" for index in range(config.data_parallel_size)]
 
 
 def _make_port(incarnation: int, nodes: NodesConfig | None, tcp: TcpSettings | None) -> Port:

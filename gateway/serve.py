@@ -9,13 +9,16 @@ import gc
 import os
 import time
 
+import msgspec
 import structlog
 
 from ..actors.runtime.logs import configure_logs
 from ..messages.errors import InvalidConfigError
+from .accelerator import resolve_device
 from .config import EngineConfig, NodesConfig, make_config
 from .engine import Engine
 from .flags import engine_fields, nodes_fields, server_fields
+from .performance_mode import described
 from .server import serve_http
 from .settings import ServerSettings
 
@@ -54,6 +57,7 @@ async def _serve(config: EngineConfig, arguments: argparse.Namespace, nodes: Nod
         fields = server_fields(arguments)
         fields["max_connections"] = connections_within_files(fields["max_connections"])
         settings = ServerSettings(served_model_names=names, **fields)
+        log.info("server.settings", **described(msgspec.structs.asdict(config), resolve_device(config.device)))
         stop, abort = asyncio.Event(), asyncio.Event()
         reporting = asyncio.create_task(report_throughput(engine, arguments.log_interval))
         beside: list[asyncio.Task[None]] = []

@@ -21,10 +21,11 @@ from aiohttp import web
 
 from .auth import KeyRing, check_host, check_origin, cors_headers, preflight_response
 from .context import CONTEXT, CORS, REQUEST_ID, SERVER_NAME, GatewayContext
+from .early_refusal import GENERATION_PATHS, EarlyRefusals, refusal_error, since_arrival_s
 from .engine_protocol import EngineLike
 from .fault_injection import handle_crash
 from .held_streams import HELD_STREAMS
-from .http_connection import GatewayRunner
+from .http_connection import EARLY_REFUSALS, GatewayRunner
 from .http_errors import ApiError
 from .model_routes import (
     handle_detokenize,
@@ -50,7 +51,6 @@ log = structlog.get_logger("octavo.http")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
-_GENERATION_PATHS: Final = frozenset({"/v1/completions", "/v1/chat/completions"})
 _BACKLOG = 4096
 _ACCEPTS_AT_ONCE = 16
 _FLUSH_S: Final = 1.0  # for the last words of responses that are ended before their time
@@ -72,6 +72,7 @@ def create_app(engine: EngineLike, settings: ServerSettings) -> web.Application:
     app = web.Application(middlewares=[_surround], client_max_size=settings.max_body_bytes)
     app[CONTEXT] = GatewayContext(engine, settings)
     app[_KEYS] = KeyRing(settings.api_keys)
+    app[EARLY_REFUSALS] = EarlyRefusals(app[CONTEXT], app[_KEYS])
     for method, path, handler in (
         ("GET", "/", handle_playground),
         ("GET", "/health", handle_health),
@@ -173,7 +174,7 @@ async def _admit(request: web.Request, handler: Handler) -> web.StreamResponse:
     check_origin(request, settings.allowed_origins)
     request.app[_KEYS].check(request)
     resource = request.match_info.route.resource
-    if resource is None or resource.canonical not in _GENERATION_PATHS or request.method != "POST":
+    if resource is None or resource.canonical not in GENERATION_PATHS or request.method != "POST":
         return await handler(request)
     return await _generate(request, handler)
 
@@ -186,12 +187,9 @@ async def _generate(request: web.Request, handler: Handler) -> web.StreamRespons
     num_bytes = most_bytes if request.content_length is None else min(request.content_length, most_bytes)
     refusal = context.admission.admit(time.monotonic_ns(), num_bytes)
     if refusal is not None:
-        raise ApiError(
-            429,
-            f"{refusal.text}: try again in {refusal.retry_after_s} s",
-            code="queue_full",
-            headers={"Retry-After": str(refusal.retry_after_s)},
-        )
+        if request.transport is not None:
+            context.metrics.refused(since_arrival_s(request.transport))
+        raise refusal_error(refusal)
     try:
         return await handler(request)
     except ApiError as error:

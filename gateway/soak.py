@@ -412,6 +412,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--streams", type=int, default=64, help="clients; as many sequences run at a time")
     parser.add_argument("--faults", type=float, default=0.01, help="share of requests at which an actor fails")
     parser.add_argument("--leave", type=float, default=0.1, help="share of clients that leave early")
+    parser.add_argument(
+        "--processes", action="store_true", help="engine and executor in processes of their own, as of `octavo serve`"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--connect", type=int, help=argparse.SUPPRESS)
@@ -429,7 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leave_share=options.leave,
         seed=options.seed,
     )
-    report = asyncio.run(_soak_model(options.model, plan))
+    report = asyncio.run(_soak_model(options.model, plan, in_process=not options.processes))
     if options.json:
         print(msgspec.json.format(msgspec.json.encode(report)).decode())
     else:
@@ -437,11 +440,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(not report.is_passed)
 
 
-async def _soak_model(model: str | None, plan: SoakPlan) -> SoakReport:
+async def _soak_model(model: str | None, plan: SoakPlan, *, in_process: bool) -> SoakReport:
     from .engine import Engine
 
     # A small pool: the prefix cache is full, and evicts, before the first count.
-    async with Engine(model, max_num_seqs=plan.num_streams, num_blocks=max(1024, 16 * plan.num_streams)) as engine:
+    num_blocks = max(1024, 16 * plan.num_streams)
+    async with Engine(model, max_num_seqs=plan.num_streams, num_blocks=num_blocks, in_process=in_process) as engine:
         return await soak(engine, plan)
 
 

@@ -36,7 +36,8 @@ MAX_BYTES: Final = 64 * 1024 * 1024
 """A longer file is compacted, unless more than half of it is unfinished streams."""
 
 MAX_ATTEMPTS: Final = 3
-"""A stream that outlived so few starts of the server is held to be what kills it, and is given up."""
+"""A stream that outlived so many starts of the server without getting any further is held to be what kills it, and is
+given up."""
 
 _MAGIC: Final = b"octavos\x01"
 _PREFIX: Final = struct.Struct("<II")
@@ -53,7 +54,8 @@ class StreamRecord(msgspec.Struct, frozen=True):
         seeds: one for each prompt, if the body names none.
         owner: digest of the credentials it came with; only the same may have its events.
         accepted_at_ns: Unix time.
-        num_attempts: how many servers have begun with it before this one.
+        num_attempts: how many servers have begun with it since it got further.
+        num_events: told to clients when it was last noted to have got further than ever before.
     """
 
     response_id: str
@@ -64,6 +66,7 @@ class StreamRecord(msgspec.Struct, frozen=True):
     owner: str = ""
     accepted_at_ns: int = 0
     num_attempts: int = 0
+    num_events: int = 0
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -146,6 +149,11 @@ class StreamJournal:
         frame = _frame(_encode(record))
         self._frames[record.response_id] = frame
         self._append(frame)
+
+    def got_further(self, record: StreamRecord, num_events: int) -> None:
+        """Note that a stream which was taken up has had more events than under any server before: it kills none."""
+        if record.response_id in self._frames:
+            self.accepted(msgspec.structs.replace(record, num_attempts=0, num_events=num_events))
 
     def ended(self, response_id: str) -> None:
         """Note that nobody will ask for this stream any more. Unknown ids are ignored."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt: greedy, and exactly `num_output_tokens` of it whatever the end token says."""
+    """One prompt, and exactly `num_output_tokens` to come of it whatever the end token says."""
 
     token_ids: list[int]
     num_output_tokens: int
@@ -32,6 +32,9 @@ class LoadOptions:
         gguf: file for peers that read no other format; empty for none.
         openvino: folder with an OpenVINO IR; empty for none.
         engine_fields: fields of octavo's own `EngineConfig`.
+        device: `cpu` or `cuda`.
+        temperature: of every request; 0 is greedy.
+        load_format: `dummy`: the folder has a config.json and no weights, random ones will do.
     """
 
     folder: str
@@ -43,6 +46,9 @@ class LoadOptions:
     gguf: str = ""
     openvino: str = ""
     engine_fields: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    temperature: float = 0.0
+    load_format: str = "auto"
 
 
 class Peer(Protocol):

@@ -19,10 +19,17 @@ ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama.cpp": ("llamacpp", "LlamaCpp", {}),
     "openvino-genai": ("openvino_batching", "OpenVINOBatching", {}),
     "vllm": ("vllm_offline", "VLLMOffline", {}),
+    "mini-sglang": ("mini_sglang", "MiniSGLang", {}),
+    "nano-vllm": ("nano_vllm", "NanoVLLM", {}),
 }
 
-PEERS = tuple(name for name in ADAPTERS if not name.startswith(OURS))
-"""Measured when none is named."""
+GPU_PEERS = ("mini-sglang", "nano-vllm", "vllm", "transformers-continuous")
+"""Measured beside octavo on a GPU, where they can be imported."""
+
+_GPU_ONLY = ("mini-sglang", "nano-vllm")
+
+PEERS = tuple(name for name in ADAPTERS if not name.startswith(OURS) and name not in _GPU_ONLY)
+"""Measured on a CPU when none is named."""
 
 
 def make_peer(name: str) -> Peer:

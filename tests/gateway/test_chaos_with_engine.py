@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ import pytest
 from engines import save_servable
 
 from octavo.gateway.chaos_cli import add_chaos
+from octavo.gateway.chaos_faults import FaultNotDeliveredError
 from octavo.gateway.flags import Parser
+from octavo.messages.errors import OctavoError
 
 SERVER = """
 import asyncio, sys
@@ -79,3 +82,35 @@ def test_every_stream_goes_on_as_if_nothing_had_happened(
     assert report["is_passed"], report
     restarts = report["restarts"]
     assert isinstance(restarts, dict) and restarts[victim] >= 2
+
+
+def test_the_edge_itself_is_killed_and_every_stream_is_taken_up_under_the_server_that_was_started_again(
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("chaos") / "tiny"
+    save_servable("llama", folder)
+    url = f"http://127.0.0.1:{free_port()}"
+    flags = ["--dtype", "float32", "--num-threads", "1", "--num-gpu-blocks-override", "512", "--block-size", "4"]
+    words = ["--kill", "edge", "--times", "1", "--serve", str(folder), *flags]
+    report = run_chaos(url, capsys, *words)
+    assert report["is_passed"], report
+    assert report["faults"] == {"edge KILL": 1}
+    assert report["num_resumed"] or report["num_asked_anew"]
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) != 0, "the server was ended with the run"
+
+
+def test_an_edge_that_nobody_would_start_again_is_not_killed_and_what_is_needed_is_said(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(FaultNotDeliveredError, match="--serve"):
+        run_chaos(url, capsys, "--kill", "edge", "--times", "1")
+    with pytest.raises(OctavoError, match="somebody listens"):
+        run_chaos(url, capsys, "--kill", "edge", "--times", "1", "--serve")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

@@ -148,11 +148,15 @@ def test_flags_set_every_field_that_they_name_and_default_to_the_struct_s() -> N
         "--max-restarts": ("max_restarts", 0),
         "--cpu-affinity": ("cpu_affinity", "0-1"),
         "--no-in-process": ("in_process", False),
+        "--device": ("device", "cpu"),
+        "--performance-mode": ("performance_mode", "interactivity"),
+        "--cuda-graph-sizes": ("cuda_graph_sizes", (3,)),
+        "--load-format": ("load_format", "dummy"),
     }
     assert {name for name, _ in flags.values()} | {"model"} == set(ENGINE_FIELDS)
     argv = ["serve", "here"]
     for flag, (_, value) in flags.items():
-        argv += [flag] if isinstance(value, bool) else [flag, str(value)]
+        argv += [flag] if isinstance(value, bool) else [flag, str(value[0] if isinstance(value, tuple) else value)]
     expected = EngineConfig(model="here", **dict(flags.values()))
     assert make_config(engine_fields(parser.parse_args(argv))) == expected
 

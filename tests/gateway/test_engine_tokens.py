@@ -17,6 +17,12 @@ from octavo import SamplingParams
 NUM_NEW_TOKENS = 32
 PROMPTS = [random_token_ids(21, seed=1), random_token_ids(9, seed=2), random_token_ids(13, seed=3)]
 
+# GPT-OSS's own, but for the length of pre-training, which is passed here.
+YARN = {
+    **{"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0},
+    **{"truncate": False, "original_max_position_embeddings": 16},
+}
+
 NATIVE = [
     TinyArchitecture("llama", "llama"),
     TinyArchitecture("mistral", "mistral", window=8),
@@ -25,6 +31,7 @@ NATIVE = [
     TinyArchitecture("smollm3", "smollm3"),
     TinyArchitecture("gemma2", "gemma2", window=8),
     TinyArchitecture("gemma3", "gemma3_text", window=8),
+    TinyArchitecture("gpt_oss_yarn", "gpt_oss", {"rope_parameters": YARN}, window=8),
 ]
 
 # How the schedule treats the requests: what the engine is given, and which prompts run at once.

@@ -22,11 +22,12 @@ class Queue:
     def __init__(self, num_waiting: int = 0) -> None:
         self.num_waiting = num_waiting
         self.num_ended = 0
+        self.num_live = 0
 
     def core(self, **limits: int) -> AdmissionCore:
         return AdmissionCore(
             OverloadLimits(**limits),
-            lambda: msgspec.structs.replace(IDLE, num_waiting=self.num_waiting),
+            lambda: msgspec.structs.replace(IDLE, num_waiting=self.num_waiting, num_live=self.num_live),
             lambda: self.num_ended,
         )
 
@@ -153,3 +154,65 @@ def test_requests_that_fail_or_whose_client_leaves_make_room_again() -> None:
                 await asyncio.wait_for(engine.was_cancelled.wait(), 30)
 
     asyncio.run(run())
+
+
+def overloaded(queue: Queue, core: AdmissionCore, *, offered: int, ends_per_s: int, seconds: int = 20) -> int:
+    """Offer so many requests a second to an engine that ends so many, and return when that was over, ns."""
+    now_ns = 0
+    for index in range(seconds * offered):
+        now_ns = index * S // offered
+        num_ended = index * ends_per_s // offered
+        while queue.num_ended < num_ended and core.num_open:
+            queue.num_ended += 1
+            core.release(0)
+        queue.num_live = core.num_open
+        queue.num_waiting = max(0, queue.num_live - 256)
+        core.admit(now_ns, 0)
+    return now_ns
+
+
+LIMITS = {"max_wait_ns": 5 * S, "min_waiting": 256, "min_waiting_overloaded": 32, "max_running": 256}
+
+
+def test_under_overload_no_more_is_open_than_is_done_soon_and_places_never_stand_empty() -> None:
+    queue = Queue()
+    core = queue.core(**LIMITS)
+    overloaded(queue, core, offered=250, ends_per_s=50)
+    # The batch is full, the few who wait fill its next places, and all of it takes little more than the bound.
+    assert 256 < core.num_open <= 256 + 32 + 1
+    slow = Queue()
+    core = slow.core(**LIMITS)
+    overloaded(slow, core, offered=100, ends_per_s=20, seconds=60)
+    assert 256 < core.num_open <= 256 + 32 + 1
+    fast = Queue()
+    core = fast.core(**LIMITS)
+    overloaded(fast, core, offered=1000, ends_per_s=200)
+    assert 950 <= core.num_open <= 1050  # five seconds of its work
+
+
+def test_clients_who_wait_for_their_answers_are_no_overload_however_many_they_are() -> None:
+    queue = Queue()
+    core = queue.core(**LIMITS)
+    assert all(core.admit(0, 0) is None for _ in range(500))
+    refused = 0
+    for index in range(1, 60 * 40):
+        now_ns = index * S // 40
+        queue.num_ended += 1
+        core.release(0)
+        queue.num_live = core.num_open
+        queue.num_waiting = max(0, queue.num_live - 256)
+        refused += core.admit(now_ns, 0) is not None
+    assert refused == 0
+
+
+def test_a_queue_that_is_empty_for_a_moment_is_not_a_queue_that_has_ended() -> None:
+    queue = Queue(num_waiting=300)
+    core = queue.core(max_requests=1)
+    core.admit(0, 0)
+    now_ns = run_saturated(queue, core, seconds=10, ends_per_s=10)
+    queue.num_waiting = 0
+    core.admit(now_ns + S // 10, 0)
+    told = [core.retry_after_s(now_ns + S // 10) for _ in range(50)]
+    assert max(told) >= 4  # it is still known how fast places come free
+    core.admit(now_ns + 2 * S, 0)
+    assert core.retry_after_s(now_ns + 2 * S) == 1

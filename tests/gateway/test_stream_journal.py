@@ -96,6 +96,28 @@ def test_a_stream_that_every_server_dies_of_is_given_up(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_a_stream_that_got_further_is_no_poison_until_it_stops_getting_further(tmp_path: Path) -> None:
+    journal = StreamJournal(tmp_path)
+    journal.accepted(record("long"))
+    journal.close()
+    for life in range(1, 10):
+        journal = StreamJournal(tmp_path)
+        (again,) = journal.to_resume
+        assert (again.num_attempts, again.num_events) == (1, 10 * (life - 1))
+        journal.got_further(again, 10 * life)
+        journal.close()
+    for _ in range(MAX_ATTEMPTS):
+        journal = StreamJournal(tmp_path)
+        (again,) = journal.to_resume
+        assert again.num_events == 90
+        journal.close()
+    journal = StreamJournal(tmp_path)
+    assert (journal.to_resume, journal.num_given_up) == ([], 1)
+    journal.got_further(record("long"), 100)
+    journal.close()
+    assert names(tmp_path) == [], "what was given up or has ended does not come back"
+
+
 def test_a_long_journal_is_compacted_to_what_is_unfinished(tmp_path: Path) -> None:
     journal = StreamJournal(tmp_path, max_bytes=20_000)
     journal.accepted(record("kept"))

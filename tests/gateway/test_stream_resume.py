@@ -22,7 +22,7 @@ from octavo.gateway.held_streams import HeldStreams, HoldLimits
 from octavo.gateway.http_connection import GatewayRunner
 from octavo.gateway.server import create_app
 from octavo.gateway.settings import ServerSettings
-from octavo.gateway.stream_journal import StreamJournal
+from octavo.gateway.stream_journal import MAX_ATTEMPTS, StreamJournal
 from octavo.gateway.stream_resume import hold_streams
 
 CHAT = "/v1/chat/completions"
@@ -210,6 +210,28 @@ def test_a_stream_whose_events_cannot_be_numbered_is_sent_as_it_would_be_without
             assert {event_id for event_id, _ in events} == {""}
             assert events[-1][1] == "[DONE]"
             assert await served.read("/v1/responses-stream/cmpl-taken", None) == first
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_gets_further_under_each_server_is_taken_up_however_many_of_them_die(tmp_path: Path) -> None:
+    async def main() -> None:
+        body = completion(max_tokens=40)
+        async with serving(tmp_path / "a") as served:
+            whole = texts(await served.read(COMPLETIONS, body))
+        heard: list[tuple[str, str]] = []
+        for _ in range(2 * MAX_ATTEMPTS):
+            async with serving(tmp_path, FakeEngine(by_hand=True)) as served:
+                last = heard[-1][0] if heard else ""
+                reading = asyncio.ensure_future(served.read(COMPLETIONS, body, last=last, stop_after=3))
+                await served.engine.was_submitted.wait()
+                while not reading.done():
+                    served.engine.step()
+                    await asyncio.sleep(0)
+                heard += await reading
+        async with serving(tmp_path) as served:
+            heard += await served.read(COMPLETIONS, body, last=heard[-1][0])
+            assert texts(heard) == whole
 
     asyncio.run(main())
 

@@ -1,0 +1,166 @@
+"""The script for a machine with a GPU, with parts that only pretend."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from octavo.gateway.gpu_bench import device_check
+from octavo.gateway.gpu_bench.check_tokens import equal_share, rows
+from octavo.gateway.gpu_bench.device_check import PLAN, Check, main, missing_packages
+from octavo.gateway.gpu_bench.part import PARTS
+from octavo.gateway.gpu_bench.parts import PartResult
+
+ROOT = Path(__file__).resolve().parents[3]
+GOOD = {"kernel": "k", "shape": "s", "ok": True, "error": 1e-3, "bound": 1e-2, "worst": "w", "failures": []}
+BAD = {**GOOD, "kernel": "broken", "ok": False, "failures": ["case: 1.00e+00"]}
+CEILINGS = [
+    {"kernel": "read", "us": 1000.0, "bytes": 4.3e9, "flops": 0},
+    {"kernel": "product", "us": 1000.0, "bytes": 1, "flops": 790e9},
+]
+
+
+def answer(name: str) -> PartResult:
+    found: list[dict[str, Any]] = [{"kernel": name, "shape": "s", "us": 1000.0, "bytes": 2.15e9}]
+    if name == "ceilings":
+        found = CEILINGS
+    elif name == "checks":
+        found = [GOOD]
+    elif name == "tokens":
+        found = [{**GOOD, "kernel": "tokens"}]
+    elif name == "steps":
+        found = [{"kernel": "decode step", "shape": "B=1", "batch": 1, "context": 1024, "ms": 0.6}]
+    return PartResult(name=name, found=found)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any], float]]:
+    seen: list[tuple[str, dict[str, Any], float]] = []
+
+    def run_part(name: str, options: dict[str, Any], *, timeout_s: float) -> PartResult:
+        seen.append((name, options, timeout_s))
+        return answer(name)
+
+    monkeypatch.setattr(device_check, "run_part", run_part)
+    return seen
+
+
+def test_it_writes_what_it_found_and_says_what_is_wrong_last(
+    asked: list[tuple[str, dict[str, Any], float]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = Check(tmp_path, 480.0, "a GPU")
+    check.run([part for part in PLAN if part[0] != "workload"])
+    check.report()
+    assert check.is_right
+    out = capsys.readouterr().out
+    assert out.strip().splitlines()[-1].startswith("2 checks, 0 wrong")
+    found = json.loads((tmp_path / "device_check.json").read_text())
+    assert found["gpu"] == "a GPU"
+    shares = {row["what"]: row["share"] for row in found["rows"]}
+    assert shares["products"] == pytest.approx(0.5)
+    assert shares["qwen3-0.6b decode step"] == pytest.approx(0.304 / 0.6, abs=6e-3)
+    steps = next(options for name, options, _ in asked if name == "steps")
+    assert (Path(steps["model"]).name, "shape" in steps) == ("qwen3-0.6b", False)
+
+
+def test_wrong_kernels_and_parts_that_crash_make_it_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        device_check, "run_part", lambda name, options, timeout_s: PartResult(name=name, found=[GOOD, BAD])
+    )
+    check = Check(None, 480.0, "a GPU")
+    check.run([("checks", {}, 9.0)])
+    check.report()
+    assert not check.is_right
+    assert "WRONG  broken" in capsys.readouterr().out
+    monkeypatch.setattr(
+        device_check, "run_part", lambda name, options, timeout_s: PartResult(name=name, found=[], failure="segfault")
+    )
+    check = Check(None, 480.0, "a GPU")
+    check.run([("checks", {}, 9.0), ("products", {}, 9.0)])
+    check.report()
+    assert not check.is_right
+    assert capsys.readouterr().out.count("segfault") == 2
+
+
+def test_nothing_checked_is_not_right() -> None:
+    assert not Check(None, 480.0, "a GPU").is_right
+
+
+def test_a_part_gets_no_more_time_than_is_left_and_none_is_started_without(
+    asked: list[tuple[str, dict[str, Any], float]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = Check(None, 30.0, "a GPU")
+    check.run([("ceilings", {}, 60.0)])
+    assert asked[0][2] <= 30.0
+    check = Check(None, 5.0, "a GPU")
+    check.run([("ceilings", {}, 60.0)])
+    check.report()
+    assert len(asked) == 1
+    assert "no time left" in capsys.readouterr().out
+
+
+def test_packages_that_engines_lack_are_named_and_kernels_are_measured_without_them(
+    asked: list[tuple[str, dict[str, Any], float]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(device_check, "missing_packages", lambda names: ["msgspec"])
+    check = Check(None, 480.0, "a GPU")
+    check.run(list(PLAN))
+    check.report()
+    assert {name for name, _, _ in asked} == {name for name, _, _ in PLAN} - {"steps", "workload", "tokens"}
+    assert "needs msgspec; bring them as wheels" in capsys.readouterr().out
+    assert missing_packages(("json", "no_such_package_here")) == ["no_such_package_here"]
+
+
+def test_the_script_imports_nothing_that_may_be_absent() -> None:
+    code = (
+        "import sys\n"
+        "absent = ('msgspec', 'structlog', 'zmq', 'setproctitle', 'aiohttp', 'rich', 'tqdm')\n"
+        "for name in absent: sys.modules[name] = None\n"
+        "from octavo.gateway.gpu_bench import device_check, part\n"
+        "print(device_check.missing_packages(('json',)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_script_runs_from_a_checkout_where_nothing_is_installed() -> None:
+    script = ROOT / "gateway" / "gpu_bench" / "device_check.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--only", "nothing"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "no part nothing; there are ceilings" in done.stderr
+
+
+def test_without_a_gpu_it_says_so_and_gives_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_the_plan_names_parts_that_exist_and_fits_its_time_where_nothing_hangs() -> None:
+    assert {name for name, _, _ in PLAN} - {"workload"} <= PARTS.keys()
+    assert [name for name, _, _ in PLAN][:2] == ["ceilings", "checks"]
+
+
+def test_tokens_are_compared_up_to_each_request_s_first_difference() -> None:
+    assert equal_share([[1, 2, 3, 4], [5, 6]], [[1, 2, 9, 4], [5, 6]]) == pytest.approx(4 / 6)
+    assert equal_share([], []) == 1.0
+
+
+def test_an_engine_on_a_cpu_gives_its_own_tokens() -> None:
+    (row,) = rows(torch.device("cpu"), shape="")
+    assert row["ok"]
+    assert row["error"] == 0.0

@@ -1,0 +1,73 @@
+"""Parts of the benchmark in processes: what they say counts, whatever becomes of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from octavo.gateway.gpu_bench.part import CHECK_PARTS, KERNEL_PARTS, PARTS, PEER_PARTS
+from octavo.gateway.gpu_bench.parts import run_part, run_process
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_every_line_that_is_a_figure_counts_and_nothing_else() -> None:
+    output = '{"kernel": "a", "us": 1}\nhello\n[1]\n{"kernel": "b"}\n{"kernel": "c", "us'
+    result = run_part("x", {}, timeout_s=1, start=lambda command, timeout_s: (output, "", 0))
+    assert [row["kernel"] for row in result.found] == ["a", "b"]
+    assert result.failure == ""
+
+
+@pytest.mark.parametrize(
+    ("errors", "status", "why"),
+    [("a warning\nRuntimeError: broken\n\n", 1, "RuntimeError: broken"), ("", 139, "no word"), ("x", -1, "in 7 s")],
+)
+def test_a_part_that_fails_keeps_what_it_said_and_tells_why(errors: str, status: int, why: str) -> None:
+    result = run_part("x", {}, timeout_s=7, start=lambda command, timeout_s: ('{"kernel": "a"}\n', errors, status))
+    assert len(result.found) == 1
+    assert why in result.failure
+
+
+def test_a_part_is_told_its_name_and_options() -> None:
+    seen: list[list[str]] = []
+
+    def start(command: list[str], timeout_s: float) -> tuple[str, str, int]:
+        seen.append(command)
+        return "", "", 0
+
+    run_part("steps", {"model": "here"}, timeout_s=1, start=start)
+    assert seen[0][-2:] == ["steps", '{"model": "here"}']
+    assert seen[0][-3].endswith("gpu_bench.part")
+
+
+def test_output_survives_a_process_that_runs_out_of_time() -> None:
+    code = "import time; print('said', flush=True); time.sleep(60)"
+    output, _, status = run_process([sys.executable, "-c", code], 3.0)
+    assert output == "said\n"
+    assert status == -1
+
+
+def test_each_part_is_a_module_that_is_there() -> None:
+    for module in PARTS.values():
+        path = ROOT / (module.replace(".", "/") + ".py")
+        assert path.is_file(), module
+    assert {*KERNEL_PARTS, *PEER_PARTS, *CHECK_PARTS} <= PARTS.keys()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_a_part_runs_in_a_process_of_its_own_and_prints_what_it_finds() -> None:
+    """The checks of one kernel, in the interpreter."""
+    import os
+
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        options = {"device": "cpu", "dtypes": ["float32"], "small": True, "only": ["embedding", "gated_activation"]}
+        result = run_part("checks", options, timeout_s=300)
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+    assert result.failure == ""
+    assert [row["ok"] for row in result.found] == [True, True], json.dumps(result.found)
