@@ -5,12 +5,16 @@
 An engine and its server run in this process (and those that they start), the clients in another one. After a warm-up,
 when nothing is open, everything is counted; then again at the end. What grew is a leak: blocks, file descriptors,
 tasks, shared memory, and memory (RSS) beyond a per cent. Exit status 0: nothing did, and no request failed.
+
+Before the first count every KV block has been written: the system gives a page of the cache its memory only then. At
+both counts this process has given back what its malloc keeps of freed memory: how large the largest step was is chance.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import gc
 import random
 import signal
@@ -27,11 +31,14 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from ..actors.runtime.logs import configure_logs
 from ..messages.errors import InvalidRequestError
+from ..messages.request import TextDelta
+from ..messages.sampling import SamplingParams
 from .chaos_processes import ServerProcesses, title_of
 from .chaos_workload import Recipe, ask_served_model, make_recipes, read_stream
 from .durations import duration
-from .engine_protocol import EngineLike
+from .engine_protocol import EngineEvent, EngineLike
 from .fault_injection import CrashesActors
 from .server import RunningServer, start_http
 from .settings import ServerSettings
@@ -44,6 +51,9 @@ MIN_GROWTH_BYTES: Final = 2 * 1024 * 1024
 
 FAULT_PAUSE_S: Final = 1.0
 """Least time between two faults: each is to be recovered from before the next."""
+
+FILL_BLOCKS: Final = 16
+"""Of each prompt that fills the KV cache."""
 
 QUIET_S: Final = 30.0
 LOOK_EVERY_S: Final = 0.1
@@ -58,7 +68,7 @@ class Holdings(msgspec.Struct, frozen=True, kw_only=True):
         num_live: sequences.
         kv_usage: share of KV blocks that sequences hold.
         num_streams: open responses.
-        num_files, num_threads, rss_bytes: by process title; of this process as `edge`.
+        num_files, num_threads, rss_bytes: by process title; of this process as `edge`, without what is freed but kept.
         num_tasks: of this process's event loop.
         num_shared: mappings of shared memory.
         pids: by process title.
@@ -137,6 +147,7 @@ async def soak(engine: EngineLike, plan: SoakPlan, *, clients_inside: bool = Fal
     try:
         await _half_close(server.port)
         await _disturbed(breaker, server.port, msgspec.structs.replace(plan, for_s=plan.warm_up_s), clients_inside)
+        unfilled = await fill_kv_cache(engine, plan.seed)
         before = await _holdings_when_quiet(engine, server)
         breaker.faults.clear()
         started_s = time.monotonic()
@@ -146,6 +157,7 @@ async def soak(engine: EngineLike, plan: SoakPlan, *, clients_inside: bool = Fal
     finally:
         await server.close()
     leaks, growth = compare(before, after)
+    work.failures += unfilled
     if plan.fault_share and not breaker.faults:
         work.failures.append("no actor could be made to fail, or there were too few requests for one")
     return SoakReport(
@@ -161,6 +173,38 @@ async def soak(engine: EngineLike, plan: SoakPlan, *, clients_inside: bool = Fal
         before=before,
         after=after,
     )
+
+
+async def fill_kv_cache(engine: EngineLike, seed: int) -> list[str]:
+    """Write every KV block once, by prompts that have no prefix in common; returns what went wrong.
+
+    A page of the cache takes memory when it is first written. Clients that ask the same few things again and again
+    leave part of the cache unwritten for hours, until they ask something else: which then looks like a leak.
+    """
+    block_size = engine.config.block_size
+    most_blocks = max(1, min(FILL_BLOCKS, (engine.max_model_len - 1) // block_size))
+    # Whole blocks: the prefix index keeps each, so that the next prompt takes others for as long as there are any.
+    num_tokens = min(most_blocks * block_size, engine.max_model_len - 1)
+    chance = random.Random(seed)  # noqa: S311  # tokens, not secrets
+    token_ids = [token for token in range(engine.vocab_size) if token not in engine.special_token_ids]
+    # One after another: a step larger than the clients' would leave the heap larger than theirs do, and room for leaks.
+    num_prompts = -(-engine.num_blocks // most_blocks)
+    ends = [await _first_token(engine, chance.choices(token_ids, k=num_tokens)) for _ in range(num_prompts)]
+    errors = [error for error in ends if error]
+    return [f"{len(errors)} prompts that were to fill the KV cache failed: {errors[0]}"] if errors else []
+
+
+async def _first_token(engine: EngineLike, prompt: list[int]) -> str:
+    """Have a prompt computed; returns why it was not, or nothing."""
+    over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def hear(event: EngineEvent) -> None:
+        if isinstance(event, TextDelta) and event.finish_reason is not None and not over.done():
+            is_whole = event.finish_reason in ("stop", "length")
+            over.set_result("" if is_whole else event.ended.error if event.ended else event.finish_reason)
+
+    engine.submit(prompt, SamplingParams(max_tokens=1, temperature=0.0), hear)
+    return await over
 
 
 async def _half_close(port: int) -> None:
@@ -220,6 +264,13 @@ def compare(before: Holdings, after: Holdings) -> tuple[list[str], dict[str, flo
     return sorted(leaks), growth
 
 
+def give_back_freed_memory() -> None:
+    """Let malloc return to the system what nobody holds; does nothing with another C library than glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 async def _holdings_when_quiet(engine: EngineLike, server: RunningServer) -> Holdings:
     """Count, once what was cancelled is gone (blocks are free within a step, sockets a turn of the loop later)."""
     ends_s = time.monotonic() + QUIET_S
@@ -227,6 +278,7 @@ async def _holdings_when_quiet(engine: EngineLike, server: RunningServer) -> Hol
     while time.monotonic() < ends_s:
         await asyncio.sleep(LOOK_EVERY_S)
         gc.collect()
+        give_back_freed_memory()
         now = _holdings(engine, server)
         is_still = msgspec.structs.replace(now, rss_bytes={}) == msgspec.structs.replace(before, rss_bytes={})
         if is_still and engine.is_ready and not (now.num_live or now.num_streams or now.kv_usage):
@@ -432,6 +484,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leave_share=options.leave,
         seed=options.seed,
     )
+    configure_logs("auto")  # to standard error, and without the variables of a traceback's frames
     report = asyncio.run(_soak_model(options.model, plan, in_process=not options.processes))
     if options.json:
         print(msgspec.json.format(msgspec.json.encode(report)).decode())
@@ -443,7 +496,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def _soak_model(model: str | None, plan: SoakPlan, *, in_process: bool) -> SoakReport:
     from .engine import Engine
 
-    # A small pool: the prefix cache is full, and evicts, before the first count.
+    # A small pool: it is soon full, so that the prefix cache evicts.
     num_blocks = max(1024, 16 * plan.num_streams)
     async with Engine(model, max_num_seqs=plan.num_streams, num_blocks=num_blocks, in_process=in_process) as engine:
         return await soak(engine, plan)

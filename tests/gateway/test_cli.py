@@ -299,7 +299,12 @@ def test_a_conversation_ends_without_a_traceback(folder: Path, moment: str) -> N
     argv = ["run", str(folder), "--dtype", "float32", "--num-gpu-blocks-override", "128", "--block-size", "4"]
     argv += ["--num-threads", "1", "--temperature", "0", "--max-tokens", "400", "--chat-template", "{{ messages }}"]
     chat = subprocess.Popen(
-        [sys.executable, "-m", "octavo", *argv], stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "octavo", *argv],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(theirs)
     try:

@@ -3,10 +3,20 @@ from __future__ import annotations
 import asyncio
 
 import msgspec
+import psutil
 import pytest
 from fake_engine import FakeEngine
 
-from octavo.gateway.soak import Holdings, SoakPlan, SoakReport, compare, print_soak, soak
+from octavo.gateway.soak import (
+    Holdings,
+    SoakPlan,
+    SoakReport,
+    compare,
+    fill_kv_cache,
+    give_back_freed_memory,
+    print_soak,
+    soak,
+)
 from octavo.messages.errors import InvalidRequestError
 from octavo.messages.ids import RequestId
 
@@ -25,6 +35,12 @@ QUIET = Holdings(
 )
 
 
+@pytest.fixture
+def memory_may_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a second warm nothing up: the first traceback that is logged, for one, takes megabytes for good."""
+    monkeypatch.setattr("octavo.gateway.soak.MIN_GROWTH_BYTES", 64 << 20)
+
+
 def run(engine: FakeEngine, plan: SoakPlan = PLAN) -> SoakReport:
     async def soak_inside() -> SoakReport:
         return await soak(engine, plan, clients_inside=True)
@@ -32,6 +48,7 @@ def run(engine: FakeEngine, plan: SoakPlan = PLAN) -> SoakReport:
     return asyncio.run(soak_inside())
 
 
+@pytest.mark.usefixtures("memory_may_grow")
 def test_an_engine_that_gives_everything_back_passes(capsys: pytest.CaptureFixture[str]) -> None:
     report = run(FakeEngine())
     assert report.leaks == report.failures == [] and report.is_passed
@@ -65,6 +82,7 @@ def test_requests_that_fail_fail_the_run() -> None:
     assert not report.is_passed and report.num_failed > 0
 
 
+@pytest.mark.usefixtures("memory_may_grow")
 def test_faults_hit_what_can_be_hit_and_their_absence_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("octavo.gateway.soak.FAULT_PAUSE_S", 0.0)
 
@@ -78,6 +96,46 @@ def test_faults_hit_what_can_be_hit_and_their_absence_is_told(monkeypatch: pytes
     assert report.is_passed and set(report.faults) == {"executor", "detokenizer"}
     unbreakable = run(FakeEngine(), plan)
     assert not unbreakable.is_passed and any("made to fail" in failure for failure in unbreakable.failures)
+
+
+def fill(engine: FakeEngine) -> list[str]:
+    async def fill_inside() -> list[str]:
+        return await fill_kv_cache(engine, seed=0)
+
+    return asyncio.run(fill_inside())
+
+
+def test_prompts_without_a_common_prefix_fill_the_kv_cache() -> None:
+    for max_model_len in (512, 100, 10):
+        engine = FakeEngine(max_model_len=max_model_len)
+        assert fill(engine) == []
+        block_size = engine.config.block_size
+        blocks = [
+            tuple(prompt[begin : begin + block_size])
+            for prompt in engine.prompts
+            for begin in range(0, len(prompt), block_size)
+        ]
+        assert len(set(blocks)) == len(blocks) >= engine.num_blocks
+        assert all(params.max_tokens == 1 for params in engine.submitted)
+
+
+def test_a_kv_cache_that_cannot_be_filled_fails_the_run() -> None:
+    engine = FakeEngine()
+    engine.refuse_with = ("queue_full", "not now")
+    assert fill(engine) == [f"{len(engine.prompts)} prompts that were to fill the KV cache failed: not now"]
+    report = run(engine)
+    assert not report.is_passed and any("fill the KV cache" in failure for failure in report.failures)
+
+
+def test_freed_memory_that_malloc_keeps_is_not_counted() -> None:
+    process = psutil.Process()
+    pieces = [bytearray(64 << 10) for _ in range(1024)]
+    held = pieces[::16]  # what lies between them cannot be given back by itself
+    del pieces
+    kept_bytes = process.memory_info().rss
+    give_back_freed_memory()
+    assert kept_bytes - process.memory_info().rss > 32 << 20
+    assert len(held) == 64
 
 
 @pytest.mark.parametrize(

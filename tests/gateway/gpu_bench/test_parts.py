@@ -59,15 +59,10 @@ def test_each_part_is_a_module_that_is_there() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_a_part_runs_in_a_process_of_its_own_and_prints_what_it_finds() -> None:
+def test_a_part_runs_in_a_process_of_its_own_and_prints_what_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks of one kernel, in the interpreter."""
-    import os
-
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        options = {"device": "cpu", "dtypes": ["float32"], "small": True, "only": ["embedding", "gated_activation"]}
-        result = run_part("checks", options, timeout_s=300)
-    finally:
-        del os.environ["TRITON_INTERPRET"]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    options = {"device": "cpu", "dtypes": ["float32"], "small": True, "only": ["embedding", "gated_activation"]}
+    result = run_part("checks", options, timeout_s=300)
     assert result.failure == ""
     assert [row["ok"] for row in result.found] == [True, True], json.dumps(result.found)
