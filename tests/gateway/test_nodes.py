@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from octavo.messages.sampling import SamplingParams
 
 PATIENCE_S = 150.0
 NUM_STREAMS = 6
-PORT = 17001
+PORTS = itertools.count(17001)  # one for each test: ZeroMQ closes the last one's listener when it comes to it
 
 
 def run(coroutine: Awaitable[Any]) -> Any:
@@ -54,6 +55,7 @@ class Keys:
     """Key files of two hosts, each of which lets the other in."""
 
     def __init__(self, folder: Path) -> None:
+        self.port = next(PORTS)
         self.server, self.node = make_keys(), make_keys()
         self.server_file, self.node_file, self.allow_list = folder / "server", folder / "node", folder / "allowed"
         write_keys(self.server, self.server_file)
@@ -66,7 +68,7 @@ class Keys:
     def nodes(self, address: str, **fields: Any) -> NodesConfig:
         return NodesConfig(
             **{
-                "listen": f"tcp://{address}:{PORT}",
+                "listen": f"tcp://{address}:{self.port}",
                 "keys": str(self.server_file),
                 "allow_list": str(self.allow_list),
                 "timeout_s": 60.0,
@@ -75,7 +77,7 @@ class Keys:
         )
 
     def flags(self, address: str) -> list[str]:
-        return [f"--join=tcp://{address}:{PORT}", f"--keys={self.node_file}", f"--server-key={self.server.public}"]
+        return [f"--join=tcp://{address}:{self.port}", f"--keys={self.node_file}", f"--server-key={self.server.public}"]
 
 
 @contextlib.contextmanager
@@ -274,7 +276,7 @@ def test_only_hosts_whose_keys_are_on_the_list_are_heard(
     write_keys(stranger, stranger_file)
 
     async def scenario() -> None:
-        join = f"--join=tcp://{hosts.address}:{PORT}"
+        join = f"--join=tcp://{hosts.address}:{keys.port}"
         with_server_key = f"--server-key={keys.server.public}"
         for wrong in (
             [join, f"--keys={stranger_file}", with_server_key],  # nobody knows this host
@@ -311,7 +313,11 @@ def test_a_node_serves_the_next_run_of_an_engine_and_nothing_of_the_last(
     first = next(iter(hosts.hosts))
     keys = Keys(tmp_path)
     serve = [sys.executable, "-m", "octavo", "serve", str(model), "--port=0", "--num-gpu-blocks-override=64"]
-    serve += [f"--listen=tcp://{hosts.address}:{PORT}", f"--keys={keys.server_file}", f"--allow-list={keys.allow_list}"]
+    serve += [
+        f"--listen=tcp://{hosts.address}:{keys.port}",
+        f"--keys={keys.server_file}",
+        f"--allow-list={keys.allow_list}",
+    ]
 
     async def scenario() -> None:
         with node_on(hosts, first, *keys.flags(hosts.address)) as node:
