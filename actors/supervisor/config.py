@@ -59,7 +59,7 @@ class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_silence_ns: int = 1_500_000_000
     max_silence_at_start_ns: int = 30_000_000_000
     max_engine_start_silence_ns: int = 3_000_000_000
-    max_halt_ns: int = 1_000_000_000
+    max_halt_ns: int = 300_000_000
     max_start_ns: int = 600_000_000_000
     stall_ns: int = 1_000_000_000
     first_step_ns: int = 120_000_000_000
