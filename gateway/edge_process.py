@@ -26,7 +26,7 @@ from .edge_port import FROM_ENGINE, log_link_event
 from .engine import Engine
 from .engine_link import EngineLink
 from .engine_setup import load_tokenizer_of
-from .other_edges import EdgeProcessSpec
+from .other_edges import CUT_SIGNAL, EdgeProcessSpec
 from .server import serve_http
 
 if TYPE_CHECKING:
@@ -51,12 +51,13 @@ async def _serve(spec: EdgeProcessSpec) -> None:
     graph = FollowerGraph(spec, await asyncio.to_thread(load_tokenizer_of, spec.config, Path(spec.facts.folder)))
     stop, abort = asyncio.Event(), asyncio.Event()
 
-    def on_signal() -> None:
-        if stop.is_set():
-            abort.set()
+    def cut() -> None:
         stop.set()
+        abort.set()
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, on_signal)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(CUT_SIGNAL, cut)
     async with Engine.around(spec.config, graph) as engine:
         await serve_http(
             engine,

@@ -27,6 +27,9 @@ log = structlog.get_logger("octavo.edges")
 
 EDGE_MODULE = "octavo.gateway.edge_process"
 
+CUT_SIGNAL = signal.SIGUSR1
+"""Not a second SIGTERM: the system hands over two of a kind as one if they come close together."""
+
 
 class EdgeProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What a further edge is told at its start.
@@ -131,7 +134,7 @@ class OtherEdges:
         if self._supervisor is not None:
             for name in self.names:
                 if (process := self._supervisor.process(name)) is not None:
-                    process.kill(signal.SIGTERM)
+                    process.kill(CUT_SIGNAL)
 
     def take(self, beat: Beat) -> None:
         """Take a message of one of them."""

@@ -8,12 +8,11 @@ rotary embedding and everything elementwise keep it, and attention, products and
 from __future__ import annotations
 
 from ..kernels import linear_deterministic as kernels
+from .decoder import Decoder
 from .errors import UnsupportedModelError
 from .gemma import GemmaForCausalLM
-from .gpt_oss import GptOssForCausalLM
 from .interface import CausalLM
 from .layers import GATED_ACTIVATIONS, or_quantized
-from .llama import LlamaForCausalLM
 from .mixture import MixtureOfExperts
 
 
@@ -23,7 +22,7 @@ def make_deterministic(model: CausalLM) -> CausalLM:
     Raises:
         UnsupportedModelError: its implementation or this machine cannot keep the promise.
     """
-    if not isinstance(model, LlamaForCausalLM | GemmaForCausalLM | GptOssForCausalLM):
+    if not isinstance(model, Decoder):
         raise UnsupportedModelError(
             f"--deterministic: {type(model).__name__} computes a token in another way in another batch; only native "
             "implementations do not. Leave the flag out, or take a model of a native family"
@@ -41,7 +40,7 @@ def make_deterministic(model: CausalLM) -> CausalLM:
     model.linear = linear
     model.group.sums_in_order = True
     for layer in model.layers:
-        layer.linear, layer.batch_invariant = linear, True
+        layer.attention.linear, layer.attention.batch_invariant = linear, True
         layer.mlp.use(linear, acts)
         if isinstance(layer.mlp, MixtureOfExperts):
             layer.mlp.batch_invariant = True

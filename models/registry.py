@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from ..kernels import cpu_build
+from .decoder import Decoder
 from .deterministic import make_deterministic
 from .errors import ModelNotFoundError, QuantizedModelError, UnsupportedModelError
 from .gemma import GemmaForCausalLM
@@ -31,10 +32,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 _LARGER_THAN_CACHES = 64 * 1024**2
 
-NativeClass = type[LlamaForCausalLM] | type[GemmaForCausalLM] | type[GptOssForCausalLM]
 
 # model_type -> the architecture that a native class serves, and the class.
-NATIVE: dict[str, tuple[str, NativeClass]] = {
+NATIVE: dict[str, tuple[str, type[Decoder]]] = {
     "llama": ("LlamaForCausalLM", LlamaForCausalLM),
     "mistral": ("MistralForCausalLM", LlamaForCausalLM),
     "mixtral": ("MixtralForCausalLM", LlamaForCausalLM),
@@ -177,7 +177,7 @@ def _native_names() -> str:
     return ", ".join(architecture for architecture, _ in NATIVE.values())
 
 
-def native_class(config: Any) -> NativeClass | None:
+def native_class(config: Any) -> type[Decoder] | None:
     """The native implementation of a configuration's family, None where there is none."""
     architecture, implementation = NATIVE.get(config.model_type, (None, None))
     named = getattr(config, "architectures", None)

@@ -166,7 +166,8 @@ def test_f_53_a_second_signal_cuts_the_streams_of_every_edge(model: Path) -> Non
             server.process.terminate()
 
         clients = asyncio.run(streams(server.url, NUM_STREAMS, 8000, stop_now))
-        assert {client.error for client in clients} == {"server_shutdown"}
+        ends = {(client.error, client.finish_reason) for client in clients}
+        assert ends == {("server_shutdown", "")}, server.log
         assert server.end() == 0
         assert not any(process.is_running() for process in family)
 

@@ -16,7 +16,8 @@ from octavo.kernels import cpu_build, linear_deterministic
 from octavo.kernels import mixture as mixture_kernels
 from octavo.kernels.mixture import mixture_ref
 from octavo.kernels.paged_attention import paged_attention
-from octavo.models import gemma, gpt_oss, layers, llama
+from octavo.models import attention as attention_of_layers
+from octavo.models import layers
 from octavo.models.deterministic import make_deterministic
 from octavo.models.errors import UnsupportedModelError
 from octavo.models.gemma import softcap_
@@ -154,7 +155,7 @@ def test_on_a_gpu_attention_products_and_mixtures_are_asked_for_it(model_type: s
     made: Any = make_deterministic(model)
     assert made is model and model.group.sums_in_order
     for layer in model.layers:
-        assert layer.batch_invariant and layer.linear is model.linear
+        assert layer.attention.batch_invariant and layer.attention.linear is model.linear
         assert layer.mlp.linear is model.linear
         assert not isinstance(layer.mlp, MixtureOfExperts) or layer.mlp.batch_invariant
     assert getattr(model, "softcap", softcap_) is softcap_, (
@@ -176,7 +177,6 @@ def test_attention_and_mixtures_hear_that_they_are_asked(
 ) -> None:
     save_tiny_model(model_type, tmp_path)
     model: Any = deterministic(tmp_path)
-    module = {"llama": llama, "gemma2": gemma, "gpt_oss": gpt_oss}[model_type]
     asked: list[bool] = []
 
     def attention(*given: Any, batch_invariant: bool = False, **options: Any) -> torch.Tensor:
@@ -187,7 +187,7 @@ def test_attention_and_mixtures_hear_that_they_are_asked(
         asked.append(batch_invariant)
         return mixture_ref(*given)
 
-    monkeypatch.setattr(module, "paged_attention", attention)
+    monkeypatch.setattr(attention_of_layers, "paged_attention", attention)
     monkeypatch.setattr(mixture_kernels, "mixture", mixture)
     if model_type == "gpt_oss":
         for layer in model.layers:

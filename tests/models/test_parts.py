@@ -65,13 +65,13 @@ def test_the_ranks_parts_are_the_whole_to_the_last_bit(kind: str, tp: int, tmp_p
 
     for index, layer in enumerate(whole.layers):
         layers = [rank.layers[index] for rank in ranks]
-        q, k, v = floats(layer.qkv).split((Q_WIDTH, KV_WIDTH, KV_WIDTH))
-        parts = [floats(one.qkv).split(one.widths) for one in layers]
+        q, k, v = floats(layer.attention.qkv).split((Q_WIDTH, KV_WIDTH, KV_WIDTH))
+        parts = [floats(one.attention.qkv).split(one.attention.widths) for one in layers]
         assert torch.equal(together([part[0] for part in parts]), q)
         copies = max(1, tp // 2)  # of each of the two KV heads
         assert torch.equal(together([part[1] for part in parts[::copies]]), k)
         assert torch.equal(together([part[2] for part in parts[::copies]]), v)
-        assert torch.equal(together([floats(one.o) for one in layers], 1), floats(layer.o))
+        assert torch.equal(together([floats(one.attention.o) for one in layers], 1), floats(layer.attention.o))
         gate, up = floats(layer.mlp.gate_up).chunk(2)
         halves = [floats(one.mlp.gate_up).chunk(2) for one in layers]
         assert torch.equal(together([half[0] for half in halves]), gate)
@@ -91,9 +91,9 @@ def test_stages_hold_their_layers_and_the_ends_that_they_need(tied: bool, tmp_pa
     assert [len(stage.layers) for stage in stages] == [1, 1, 2]
     assert [len(stage.kv_cache_specs) for stage in stages] == [1, 1, 2]
     held = [layer for stage in stages for layer in stage.layers]
-    assert [layer.window for layer in held] == [layer.window for layer in whole.layers]
+    assert [layer.attention.window for layer in held] == [layer.attention.window for layer in whole.layers]
     for one, other in zip(held, whole.layers, strict=True):
-        assert torch.equal(floats(one.qkv), floats(other.qkv))
+        assert torch.equal(floats(one.attention.qkv), floats(other.attention.qkv))
     assert [stage.vocabulary.embedding is not None for stage in stages] == [True, False, False]
     assert [stage.vocabulary.head is not None for stage in stages] == [False, False, True]
     assert torch.equal(stages[-1].vocabulary.head, whole.vocabulary.head)

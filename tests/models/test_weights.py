@@ -125,7 +125,7 @@ def test_matrices_stored_in_16_bits_stay_so_and_float32_logits_are_those_of_the_
     token_ids = random_token_ids(12)
     model = load_model(tmp_path, dtype="float32", model_impl="native")
     kept = torch.float32 if cpu_build.library() is None else torch.bfloat16
-    assert model.layers[0].qkv.dtype is kept
+    assert model.layers[0].attention.qkv.dtype is kept
     assert model.layers[0].input_norm.dtype is torch.float32
     assert model.vocabulary.head is model.vocabulary.embedding
     torch.testing.assert_close(

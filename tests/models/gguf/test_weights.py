@@ -214,13 +214,13 @@ def test_linear_layers_stay_packed_where_there_is_a_kernel_and_give_the_same_log
     token_ids = random_token_ids(24, seed=1)
     if cpu_build.library() is not None:
         kept = load_model(path, dtype="float32")
-        assert isinstance(kept.layers[0].qkv, QuantizedWeight)
+        assert isinstance(kept.layers[0].attention.qkv, QuantizedWeight)
         assert isinstance(kept.vocabulary.head, QuantizedWeight)
     else:
         kept = None
     monkeypatch.setattr(cpu_build, "library", lambda: None)
     decoded = load_model(path, dtype="float32")
-    assert isinstance(decoded.layers[0].qkv, torch.Tensor)
+    assert isinstance(decoded.layers[0].attention.qkv, torch.Tensor)
     if kept is not None:
         torch.testing.assert_close(run_paged(kept, token_ids), run_paged(decoded, token_ids), atol=2e-4, rtol=2e-4)
 

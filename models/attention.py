@@ -1,0 +1,135 @@
+"""Attention as every native family has it: a fused projection, rotary embedding, paged cache, output projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.attention_batch import AttentionBatch
+from ..kernels.paged_attention import paged_attention, write_kv
+from ..kernels.rotary import rotary_and_write
+from .interface import KVCache
+from .layers import linear_for
+from .parallel import ParallelGroup
+from .sharding import share_heads
+from .weights import WeightReader
+
+TakeGain = Callable[[WeightReader, str, int], torch.Tensor]
+
+
+def take_gain(reader: WeightReader, name: str, width: int) -> torch.Tensor:
+    """A norm's factor as it is stored, `[width]`."""
+    return reader.take(name, width)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSettings:
+    """What tells one layer's attention from another's.
+
+    Attributes:
+        eps: of the norms of queries and keys.
+        scale: on the dot products.
+        qkv_bias, o_bias: which projections add a bias.
+        qk_norm: queries and keys are normalised, head by head, before they turn.
+        uses_rope: queries and keys turn.
+        window: tokens a query looks back; 0: all.
+        softcap: of the dot products; 0: none.
+        has_sinks: each head's softmax has one logit more, of its own, that no value belongs to.
+        take_gain: how the norms' factors are read.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
+    scale: float
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    uses_rope: bool = True
+    window: int = 0
+    softcap: float = 0.0
+    has_sinks: bool = False
+    take_gain: TakeGain = take_gain
+
+
+class Attention:
+    """One layer's attention, or one rank's heads of it.
+
+    Attributes:
+        linear: how both projections multiply.
+        batch_invariant: a query's bits are the same alone and in any batch.
+    """
+
+    def __init__(self, reader: WeightReader, prefix: str, settings: AttentionSettings, group: ParallelGroup) -> None:
+        s = settings
+        share = share_heads(group, s.num_heads, s.num_kv_heads, s.head_dim)
+        q_width, kv_width = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+        qkv = [f"{prefix}.{name}_proj" for name in "qkv"]
+        widths, rows = (q_width, kv_width, kv_width), (share.q, share.kv, share.kv)
+
+        self.group, self.eps, self.scale = group, s.eps, s.scale
+        self.window, self.softcap, self.uses_rope = s.window, s.softcap, s.uses_rope
+        self.num_heads, self.num_kv_heads, self.head_dim = share.num_heads, share.num_kv_heads, s.head_dim
+        self.widths = [part.stop - part.start for part in rows]
+        self.linear = linear_for(reader.dtype, reader.device)
+        self.batch_invariant = False
+
+        self.qkv = reader.take_fused_linear(
+            (f"{name}.weight" for name in qkv), [(width, s.hidden_size) for width in widths], rows=rows
+        )
+        self.qkv_bias = (
+            reader.take_fused((f"{name}.bias" for name in qkv), [(width,) for width in widths], rows=rows)
+            if s.qkv_bias
+            else None
+        )
+        self.q_norm = s.take_gain(reader, f"{prefix}.q_norm.weight", s.head_dim) if s.qk_norm else None
+        self.k_norm = s.take_gain(reader, f"{prefix}.k_norm.weight", s.head_dim) if s.qk_norm else None
+        first = share.q.start // s.head_dim
+        # The kernels read them in float32.
+        self.sinks = (
+            reader.take(f"{prefix}.sinks", s.num_heads, rows=slice(first, first + share.num_heads)).float()
+            if s.has_sinks
+            else None
+        )
+        self.o = reader.take_linear(f"{prefix}.o_proj.weight", s.hidden_size, q_width, columns=share.q)
+        o_bias = reader.take(f"{prefix}.o_proj.bias", s.hidden_size) if s.o_bias else None
+        self.o_bias = o_bias if group.tp_rank == 0 else None  # of the sum, it is part once
+
+    def forward(
+        self, x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: KVCache
+    ) -> torch.Tensor:
+        """Write the new tokens' KV and return what attention says, all ranks' heads together.
+
+        Args:
+            x: `[num_tokens, hidden_size]`, normalised.
+
+        Returns:
+            `[num_tokens, hidden_size]`, new.
+        """
+        num_tokens, linear = x.shape[0], self.linear
+        q, k, v = linear(x, self.qkv, self.qkv_bias).split_with_sizes(self.widths, -1)
+        q = q.view(num_tokens, self.num_heads, self.head_dim)
+        k = k.view(num_tokens, self.num_kv_heads, self.head_dim)
+        v = v.view(num_tokens, self.num_kv_heads, self.head_dim)
+        if self.uses_rope:
+            rotary_and_write(
+                *(q, k, v, cos_sin, positions, cache.k, cache.v, batch.slot_mapping),
+                q_weight=self.q_norm,
+                k_weight=self.k_norm,
+                eps=self.eps,
+            )
+        else:
+            write_kv(k, v, cache.k, cache.v, batch.slot_mapping)
+        attended = paged_attention(
+            *(q, cache.k, cache.v, batch),
+            scale=self.scale,
+            sliding_window=self.window,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            batch_invariant=self.batch_invariant,
+        )
+        return self.group.all_reduce(linear(attended.view(num_tokens, -1), self.o, self.o_bias))

@@ -1,0 +1,165 @@
+"""What every native family's model is around its layers: the vocabulary's two ends, a stage's layers, the last norm."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from ..kernels.attention_batch import AttentionBatch
+from ..kernels.rms_norm import rms_norm
+from .attention import Attention, TakeGain, take_gain
+from .interface import KVCache, KVCacheSpec
+from .layers import linear_for
+from .mixture import MixtureOfExperts, stack_on_device
+from .mlp import GatedMLP
+from .parallel import ParallelGroup, alone
+from .quantization.reader import inseparable_inputs, open_weights
+from .quantization.scheme import Scheme
+from .random_weights import RandomWeights
+from .rotary import rotary_table
+from .sharding import check_sizes, share_heads, stage_layers
+from .vocabulary import Vocabulary
+from .weights import WeightReader
+
+
+class DecoderSettings(Protocol):
+    """What a family's settings have in common; `windows` has an entry for each layer, 0 for none."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def windows(self) -> tuple[int, ...]: ...
+
+
+class DecoderLayer(Protocol):
+    """Adds its contributions to the residual stream."""
+
+    @property
+    def attention(self) -> Attention: ...
+    @property
+    def mlp(self) -> GatedMLP | MixtureOfExperts: ...
+
+    def forward(
+        self, x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: KVCache
+    ) -> None:
+        """Change `x` `[num_tokens, hidden_size]` in place."""
+        ...
+
+
+class Decoder(ABC):
+    """A native `CausalLM`; a family says what its layers are and how its sizes divide.
+
+    Args:
+        folder: the checkpoint, with safetensors.
+        config: its `transformers` configuration.
+        dtype: of weights, activations and KV.
+        max_model_len: positions to prepare for; None takes the configuration's.
+        quantization: how the checkpoint's weights are quantised, or what to quantise them to; None: floating.
+        group: the ranks that serve the model together; None: this process alone.
+
+    Raises:
+        UnsupportedModelError: an option that is not implemented here.
+        WeightsError: the files do not hold the model.
+    """
+
+    take_gain: TakeGain = staticmethod(take_gain)
+    """How a norm's factor is read."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Any,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int | None = None,
+        quantization: Scheme | RandomWeights | Literal["int8", "int4"] | None = None,
+        group: ParallelGroup | None = None,
+    ) -> None:
+        self.group = group = group or alone()
+        self.vocab_size: int = config.vocab_size
+        self.max_position: int = config.max_position_embeddings
+        self.dtype = dtype
+        self.device = device
+        settings = self.read_settings(config)
+        s: DecoderSettings = settings
+        num_layers = len(s.windows)
+        split_inputs, num_experts = self.divided(settings)
+        check_sizes(
+            *(group, num_layers, s.num_heads, s.num_kv_heads, self.vocab_size, split_inputs),
+            unit=inseparable_inputs(folder, quantization),
+            num_experts=num_experts,
+        )
+        layers = stage_layers(group, num_layers)
+        num_kv_heads = share_heads(group, s.num_heads, s.num_kv_heads, s.head_dim).num_kv_heads
+        self.kv_cache_specs = tuple(KVCacheSpec(num_kv_heads, s.head_dim, s.head_dim) for _ in layers)
+        self._hidden_size, self._eps = s.hidden_size, s.eps
+        self.linear = linear_for(dtype, device)
+        self._cos_sin = self.rotary_tables(config, settings, layers, max_model_len or self.max_position)
+        with (
+            torch.inference_mode(),
+            open_weights(folder, dtype=dtype, device=device, quantization=quantization) as reader,
+        ):
+            self.vocabulary = Vocabulary(
+                reader, self.vocab_size, s.hidden_size, tied=config.tie_word_embeddings, group=group
+            )
+            self.layers = [self.read_layer(reader, f"model.layers.{index}", settings, index) for index in layers]
+            reader.leave(*(f"model.layers.{index}." for index in range(num_layers) if index not in layers))
+            self._norm = self.take_gain(reader, "model.norm.weight", s.hidden_size)
+            reader.finish()
+            stack_on_device([layer.mlp for layer in self.layers], device)
+
+    # ---- a family's own ----
+
+    @abstractmethod
+    def read_settings(self, config: Any) -> Any:
+        """The family's `DecoderSettings`; raises `UnsupportedModelError`."""
+
+    @abstractmethod
+    def read_layer(self, reader: WeightReader, prefix: str, settings: Any, index: int) -> DecoderLayer:
+        """One layer, from the weights below `prefix`."""
+
+    @abstractmethod
+    def divided(self, settings: Any) -> tuple[Mapping[str, int], int]:
+        """What ranks divide as inputs of a matrix, by name, and the number of experts; see `check_sizes`."""
+
+    def rotary_tables(self, config: Any, settings: Any, layers: range, max_len: int) -> list[torch.Tensor]:
+        """The angles of each layer of this stage."""
+        return [rotary_table(config, settings.head_dim, max_len, device=self.device)] * len(layers)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`[num_tokens]` to `[num_tokens, hidden_size]`."""
+        return self.vocabulary.embed(input_ids)
+
+    # ---- CausalLM ----
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, kv_caches: list[KVCache]
+    ) -> torch.Tensor:
+        """See `CausalLM.forward`. Call under `torch.inference_mode()`."""
+        if self.group.is_first_stage:
+            x = self.embed(input_ids)
+        else:
+            x = self.group.receive_activations(len(input_ids), self._hidden_size, dtype=self.dtype, device=self.device)
+        for layer, cos_sin, cache in zip(self.layers, self._cos_sin, kv_caches, strict=True):
+            layer.forward(x, cos_sin, positions, batch, cache)
+        if not self.group.is_last_stage:
+            self.group.send_activations(x)
+            return x
+        return rms_norm(x, self._norm, self._eps)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `CausalLM.compute_logits`."""
+        return self.vocabulary.logits(hidden, self.linear)
