@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import ipaddress
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -76,12 +77,13 @@ def is_host_allowed(host: str, allowed_hosts: Sequence[str]) -> bool:
 
 
 def check_host(request: web.Request, allowed_hosts: Sequence[str]) -> None:
-    """Refuse host names as `is_host_allowed` has it.
+    """Refuse host names as `is_host_allowed` has it. Without a name, as in HTTP/1.0, it is no browser that asks.
 
     Raises:
         ApiError: 403.
     """
-    if is_host_allowed(request.headers.get("Host", ""), allowed_hosts):
+    host = request.headers.get("Host")
+    if host is None or is_host_allowed(host, allowed_hosts):
         return
     raise ApiError(
         403,
@@ -143,6 +145,7 @@ def _host_name(host: str) -> str:
     return name.removesuffix(".")
 
 
+@lru_cache(maxsize=256)  # clients of a server call it by few names, and refusals should cost little
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)

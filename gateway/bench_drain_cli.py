@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from .durations import duration
-from .flags import Parser, positive
+from .flag_parser import Parser
+from .flag_values import positive
 
 
 def add_bench_drain(kinds: argparse._SubParsersAction[Parser]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from .durations import duration
-from .flags import Parser, positive, rate
+from .flag_parser import Parser
+from .flag_values import positive, rate
 
 
 def add_bench_overload(kinds: argparse._SubParsersAction[Parser]) -> None:

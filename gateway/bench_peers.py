@@ -36,6 +36,8 @@ MIXED_REQUESTS = 32
 MIXED_INPUT = (32, 512)
 MIXED_OUTPUT = (16, 256)
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Bits of a weight in the layers and in the head, with its share of a scale: what `--quantization` makes at load.
+_QUANTIZED_BITS = {"int8": (8.25, 8.25), "int4": (4.5, 8.25)}
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,6 +212,9 @@ class _Bench:
             itemsize=_ITEMSIZE[facts["dtype"]],
             kv_bytes_per_token=facts["kv_bytes_per_token"],
         )
+        quantized_bits = _QUANTIZED_BITS.get(self._fields["quantization"])
+        if traffic is not None and quantized_bits is not None:
+            traffic = traffic.quantized(*quantized_bits, itemsize=_ITEMSIZE[facts["dtype"]])
         return Report(
             model=facts["folder"],
             dtype=facts["dtype"],

@@ -116,13 +116,21 @@ class ModelTraffic(msgspec.Struct, frozen=True, kw_only=True):
         bytes_a_step = self.weight_bytes + concurrency * context * self.kv_bytes_per_token
         return concurrency * ceilings.read_gb_per_s * 1e9 / bytes_a_step
 
+    def quantized(self, bits: float, head_bits: float, itemsize: int) -> ModelTraffic:
+        """With weights that were floating, of `itemsize` bytes, quantised to so many bits, their scales included."""
+        head_bytes = self.weight_bytes - self.layer_weights * itemsize
+        return msgspec.structs.replace(
+            self, weight_bytes=self.layer_weights * bits / 8 + head_bytes / itemsize * head_bits / 8
+        )
+
     def prefill_ceiling(self, ceilings: Ceilings) -> float:
         """Tokens a second that the best matrix product allows; attention's own products not counted."""
         rate = max(ceilings.f32_tflop_per_s, ceilings.bf16_tflop_per_s)
         return rate * 1e12 / (2 * self.layer_weights)
 
 
-_STORED_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
+_FLOATING = ("F32", "BF16", "F16", "F64")
+_INTEGER_BYTES = {"I64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}  # any other: 1
 
 
 def model_traffic(folder: Path, *, itemsize: int, kv_bytes_per_token: float) -> ModelTraffic | None:
@@ -140,7 +148,8 @@ def model_traffic(folder: Path, *, itemsize: int, kv_bytes_per_token: float) -> 
                 count = 1
                 for size in part.get_shape():
                     count *= size
-                num_bytes = count * itemsize if part.get_dtype() in _STORED_BYTES else float(count)
+                kind = part.get_dtype()
+                num_bytes = count * (itemsize if kind in _FLOATING else _INTEGER_BYTES.get(kind, 1))
                 weight_bytes += num_bytes
                 if "embed_tokens" in name or ".wte." in name:
                     lookup_bytes += num_bytes

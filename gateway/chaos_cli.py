@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from .durations import duration, pause
-from .flags import Parser, positive
+from .flag_parser import Parser
+from .flag_values import positive
 
 KINDS = ("executor", "engine", "edge", "tokenizer", "detokenizer")
 

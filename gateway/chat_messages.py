@@ -47,6 +47,7 @@ def chat_prompt(
     continue_final_message: bool | None,
     template_kwargs: dict[str, bool | int | float | str | None],
     max_messages: int,
+    add_special_tokens: bool = False,
 ) -> ChatPrompt:
     """A conversation for the tokenizer: every content is one string.
 
@@ -72,6 +73,7 @@ def chat_prompt(
         add_generation_prompt=add_generation_prompt is not False,
         continue_final_message=bool(continue_final_message),
         template_kwargs_json=msgspec.json.encode(template_kwargs),
+        add_special_tokens=add_special_tokens,
     )
 
 

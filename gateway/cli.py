@@ -10,10 +10,13 @@ from .. import __version__
 from .bench_drain_cli import add_bench_drain
 from .bench_overload_cli import add_bench_overload
 from .chaos_cli import add_chaos
-from .flags import Parser, add_engine_flags, add_nodes_flags, add_server_flags, named_path, positive, rate
+from .flag_parser import Parser
+from .flag_values import named_path, positive, rate, seconds
+from .flags import add_engine_flags
 from .gpu_bench.flags import add_bench_gpu
 from .keys import add_keys
 from .node_cli import add_node
+from .server_flags import add_nodes_flags, add_server_flags
 from .sim_cli import add_sim
 
 
@@ -67,7 +70,7 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
         "--log-format", choices=["auto", "human", "json"], default="auto", help="auto: human on a terminal"
     )
     group.add_argument(
-        "--log-interval", type=float, default=10.0, help="seconds between lines of throughput while busy"
+        "--log-interval", type=seconds, default=10.0, help="seconds between lines of throughput while busy; 0: none"
     )
     serve.set_defaults(run=_serve, parser=serve)
 

@@ -123,7 +123,11 @@ class EarlyRefusals:
         if refusal is None:
             return None
         answer = _render(refusal_error(refusal), refusal.retry_after_s, _request_id(head))
-        context.metrics.http_ended(head.path, "POST", 429, (time.monotonic_ns() - began_ns) * 1e-9)
+        seconds = (time.monotonic_ns() - began_ns) * 1e-9
+        num_answered = len(answer.partition(b"\r\n\r\n")[2])
+        context.metrics.http_ended(
+            head.path, "POST", 429, seconds, num_asked=head.num_body_bytes, num_answered=num_answered
+        )
         context.metrics.refused(since_arrival_s(transport))
         if self._is_counted_in_log:
             context.count_refusal()

@@ -1,23 +1,36 @@
-"""A further edge, in a process of its own: HTTP, front end, tokenizer and detokenizer beside those of edge 0."""
+"""A further edge, in a process of its own: HTTP, front end, tokenizer and detokenizer beside those of edge 0.
+
+Edge 0 may die, and engines and executors with it. Then an edge with open streams takes its place as supervisor, starts
+engines and executors anew, and the edges give them what they had. No new request is let in: the server ends with its
+last stream.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import structlog
 
 from ..actors.engine.peers import first_request_id
 from ..actors.runtime.addresses import EDGE, endpoint_of
 from ..actors.runtime.asyncio_port import AsyncioPort
+from ..actors.runtime.clock import MonotonicClock
 from ..actors.runtime.logs import configure_logs
 from ..actors.runtime.port import Port
+from ..actors.runtime.run_dir import RunDir, RunDirHeir
+from ..actors.runtime.succession import Succession
 from ..actors.scheduler.quarantine import Quarantine
 from ..messages.base import Message
+from ..messages.errors import OctavoError
 from ..messages.kv import ResetPrefixCache
-from ..messages.processes import EdgeStatus, EngineReport, EngineStuck, EngineUp
+from ..messages.processes import EdgeStatus, EngineReport, EngineStuck, EngineUp, PeerStarted
 from ..messages.request import RequestEnded
 from ..messages.step import StepExecuted
 from ..messages.system import Beat, Drain
@@ -28,11 +41,23 @@ from .engine_link import EngineLink
 from .engine_setup import load_tokenizer_of
 from .other_edges import CUT_SIGNAL, EdgeProcessSpec
 from .server import serve_http
+from .supervision import Footing, Supervision
 
 if TYPE_CHECKING:
     from ..actors.tokenizer.hf_tokenizer import HFTokenizer
 
 BEAT_S = 0.25
+
+FROM_SUPERVISION = (EngineUp, EdgeStatus, PeerStarted)
+
+MAX_FREE_NS = 5_000_000_000
+FREE_S = 0.02
+"""How long, and how often, an address of a process that died is tried."""
+
+MAX_RESTARTS = 1_000_000_000
+"""More incarnations and epochs than one supervision uses."""
+
+log = structlog.get_logger("octavo.edge")
 
 
 def run(arguments: bytes) -> int:
@@ -46,8 +71,6 @@ def run(arguments: bytes) -> int:
 
 
 async def _serve(spec: EdgeProcessSpec) -> None:
-    from pathlib import Path
-
     graph = FollowerGraph(spec, await asyncio.to_thread(load_tokenizer_of, spec.config, Path(spec.facts.folder)))
     stop, abort = asyncio.Event(), asyncio.Event()
 
@@ -55,9 +78,15 @@ async def _serve(spec: EdgeProcessSpec) -> None:
         stop.set()
         abort.set()
 
+    def end() -> None:
+        if graph.is_orphaned:  # nobody else is left to say so, and it drains already
+            abort.set()
+        stop.set()
+
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGTERM, end)
     loop.add_signal_handler(CUT_SIGNAL, cut)
+    graph.await_succession(stop.set)
     async with Engine.around(spec.config, graph) as engine:
         await serve_http(
             engine,
@@ -69,22 +98,38 @@ async def _serve(spec: EdgeProcessSpec) -> None:
             handle_signals=False,
             is_port_shared=True,
         )
+        await graph.wait_for_others()
 
 
 class FollowerGraph(EdgeGraph):
-    """The actors of an edge that supervises nobody: edge 0 tells it which engines there are.
+    """The actors of an edge that is told which engines there are: by edge 0, or by the supervision that comes after it.
 
     Args:
         spec: as this process was started.
         tokenizer: of the model.
+
+    Attributes:
+        is_orphaned: whether edge 0 is dead, and new requests are refused.
+
+    Raises:
+        RunDirError: edge 0 is dead already.
     """
 
     def __init__(self, spec: EdgeProcessSpec, tokenizer: HFTokenizer) -> None:
         loop = asyncio.get_running_loop()
         self._spec = spec
+        self._heir = RunDirHeir(Path(spec.run_dir))
+        self._succession = Succession(Path(spec.run_dir))
+        self.is_orphaned = False
+        self._supervisor_incarnation = spec.edge_incarnation
+        self._clock = MonotonicClock()
+        self._on_orphaned: Callable[[], None] = lambda: None
+        self._run_dir: RunDir | None = None
+        self._supervision: Supervision | None = None
+        self._taking_over: asyncio.Task[None] | None = None
         self._status = EdgeStatus("")
         self._progress = 0
-        port = Port(spec.name, spec.incarnation, allowed={"engine": FROM_ENGINE, EDGE: (EngineUp, EdgeStatus)})
+        port = Port(spec.name, spec.incarnation, allowed={"engine": FROM_ENGINE, EDGE: FROM_SUPERVISION})
         port.bind(endpoint_of(spec.run_dir, spec.name, spec.incarnation))
         port.connect(EDGE, spec.edge_incarnation, endpoint_of(spec.run_dir, EDGE, spec.edge_incarnation))
         self._carrier = AsyncioPort(loop, port, self._take, log_link_event)
@@ -121,8 +166,102 @@ class FollowerGraph(EdgeGraph):
     async def close(self) -> None:
         self._beats.cancel()
         await self._actors.close()
+        if self._taking_over is not None:
+            self._taking_over.cancel()
+            await asyncio.gather(self._taking_over, return_exceptions=True)
+        if self._supervision is not None:
+            await self._supervision.close()
         self._carrier.close()
         self._port.close()
+        if self._run_dir is not None:
+            self._run_dir.remove()
+
+    # ---- after edge 0 ----
+
+    def await_succession(self, on_orphaned: Callable[[], None]) -> None:
+        """Take edge 0's place when it dies, if it is this process's turn.
+
+        Args:
+            on_orphaned: called when edge 0 is dead; the server should end with its streams.
+        """
+        self._on_orphaned = on_orphaned
+        self._succession.await_turn(asyncio.get_running_loop(), self._succeed)
+
+    async def wait_for_others(self) -> None:
+        """If this process supervises the others: until they, too, have finished."""
+        if self._supervision is not None and self._supervision.others is not None:
+            await self._supervision.others.wait_for_leave(but=self._spec.name)
+
+    def _succeed(self) -> None:
+        """Edge 0, and whoever came after it, is dead."""
+        self._orphan()
+        if self.frontend.num_live:
+            self._taking_over = asyncio.get_running_loop().create_task(self._take_over())
+        # Otherwise this process ends now, and the next one has its turn.
+
+    def _orphan(self) -> None:
+        self.is_orphaned = True
+        self.frontend.close("it is shutting down")
+        self._on_orphaned()
+        for link in self._links.values():
+            link.is_up = False  # what is said from now on is for the next engine
+
+    async def _take_over(self) -> None:
+        spec = self._spec
+        incarnation = self._supervisor_incarnation + 1
+        log.error("supervision.taken_over", edge=spec.name, incarnation=incarnation, num_live=self.frontend.num_live)
+        self._run_dir = self._heir.inherit()
+        try:
+            self._supervision = supervision = await self._make_supervision(incarnation)
+            assert supervision.others is not None
+            supervision.assume(spec.facts, self._actors.capacity)
+            supervision.others.adopt(self._status.edges)
+            await supervision.start()
+        except (OctavoError, OSError) as error:
+            log.exception("supervision.failed")
+            self._break(f"edge 0 died, and {spec.name} cannot stand in for it: {error}")
+
+    async def _make_supervision(self, incarnation: int) -> Supervision:
+        """Listen where edge 0 did.
+
+        Raises:
+            InvalidConfigError, OSError: it cannot.
+        """
+        spec = self._spec
+        num_before = (incarnation - spec.edge_incarnation) * MAX_RESTARTS
+        deadline_ns = self._clock.now_ns() + MAX_FREE_NS
+        while True:
+            try:
+                return Supervision(
+                    spec.config,
+                    spec.facts.folder,
+                    num_edges=2,
+                    log_format=spec.log_format,
+                    run_dir=spec.run_dir,
+                    footing=Footing.of(spec.config, spec.nodes, incarnation=incarnation, num_before=num_before),
+                    nodes=spec.nodes,
+                    digest=spec.digest,
+                    deliver=lambda _: None,  # no request of edge 0's is live
+                    on_give_up=self._note_given_up,
+                )
+            except OSError as error:
+                # Of what a dying process has open, the lock may be closed before the address that nodes join at.
+                if error.errno != errno.EADDRINUSE or self._clock.now_ns() > deadline_ns:
+                    raise
+                await asyncio.sleep(FREE_S)
+
+    def _note_given_up(self, index: int, why: str) -> None:
+        assert self._supervision is not None
+        self._supervision.replicas[index].link.give_up()  # every edge hears of it, and acts
+
+    def _follow_supervision(self, incarnation: int) -> None:
+        """Another edge has taken edge 0's place, or this one has."""
+        if incarnation > self._supervisor_incarnation:
+            self._supervisor_incarnation = incarnation
+            self._port.connect(EDGE, incarnation, endpoint_of(self._spec.run_dir, EDGE, incarnation))
+            self._orphan()
+
+    # ---- carrying ----
 
     def _meet(self, engine: EngineUp, *, is_first: bool = False) -> None:
         link = self._links[engine.name]
@@ -140,6 +279,8 @@ class FollowerGraph(EdgeGraph):
                 self._meet(message)
             elif isinstance(message, EdgeStatus):
                 self._follow(message)
+            elif isinstance(message, PeerStarted):
+                self._follow_supervision(message.incarnation)
 
     def _follow(self, status: EdgeStatus) -> None:
         self._status = status

@@ -278,13 +278,14 @@ class Engine:
     # ---- text ----
 
     async def tokenize(self, prompt: str | ChatPrompt, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text or of a rendered conversation."""
+        """Token ids of a text or of a rendered conversation, which says itself whether to add special tokens."""
         self._check_open()
         return await asyncio.to_thread(self._tokenize, prompt, add_special_tokens)
 
     def _tokenize(self, prompt: str | ChatPrompt, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, ChatPrompt):
-            return self._graph.tokenizer.encode(self._graph.tokenizer.render_chat(prompt), add_special_tokens=False)
+            text = self._graph.tokenizer.render_chat(prompt)
+            return self._graph.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
         return self._graph.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
 
     async def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -294,11 +295,11 @@ class Engine:
             InvalidRequestError: an id outside the vocabulary.
         """
         self._check_open()
-        for token_id in token_ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise InvalidRequestError(
-                    f"token id {token_id} is outside the vocabulary of {self.vocab_size}", param="tokens"
-                )
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size)
+            raise InvalidRequestError(
+                f"token id {wrong} is outside the vocabulary of {self.vocab_size}", param="tokens"
+            )
         return await asyncio.to_thread(
             self._graph.tokenizer.decode, list(token_ids), skip_special_tokens=skip_special_tokens
         )

@@ -36,9 +36,23 @@ class SubmitOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PromptState:
-    """A prompt, and what became known of it."""
+    """A prompt, and what became known of it.
 
-    __slots__ = ("echo_text", "is_admitted", "num_cached_tokens", "prompt", "prompt_logprobs", "token_ids")
+    Attributes:
+        num_unfinished: of its sequences.
+        num_longest: tokens of the longest of those that have finished.
+    """
+
+    __slots__ = (
+        "echo_text",
+        "is_admitted",
+        "num_cached_tokens",
+        "num_longest",
+        "num_unfinished",
+        "prompt",
+        "prompt_logprobs",
+        "token_ids",
+    )
 
     def __init__(self, prompt: str | Sequence[int] | ChatPrompt, echo_text: str = "") -> None:
         self.prompt = prompt
@@ -46,6 +60,8 @@ class PromptState:
         self.is_admitted = False
         self.token_ids: tuple[int, ...] = ()
         self.num_cached_tokens = 0
+        self.num_unfinished = 0
+        self.num_longest = 0
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
@@ -168,6 +184,7 @@ class Exchange:
                     timeout_s=options.timeout_s,
                 )
                 self._prompt_of[request_ids[0]] = prompt
+                prompt.num_unfinished = len(request_ids)
                 for request_id in request_ids:
                     choice = Choice(len(self.choices), prompt)
                     self.choices.append(choice)
@@ -229,7 +246,7 @@ class Exchange:
         if event.finish_reason is not None:
             del self._live[event.request_id]
             if event.finish_reason in ("refused", "error"):
-                self._fail(event)
+                self._fail(event, choice)
                 return
         self._count(choice, event)
         if not choice.prompt.is_admitted:
@@ -299,6 +316,8 @@ class Exchange:
                 choice.num_tokens = ended.num_output_tokens
                 self.first_scheduled_ns = self.first_scheduled_ns or ended.first_scheduled_ns
                 choice.prompt.num_cached_tokens = max(choice.prompt.num_cached_tokens, ended.num_cached_tokens)
+            choice.prompt.num_unfinished -= 1
+            choice.prompt.num_longest = max(choice.prompt.num_longest, choice.num_tokens)
             self._metrics.sequence_ended(self, choice, event.finish_reason, ended, now_ns)
 
     def _count_time(self, choice: Choice, now_ns: int) -> None:
@@ -317,9 +336,11 @@ class Exchange:
             if not future.done():
                 future.set_result(None)
 
-    def _fail(self, event: TextDelta) -> None:
+    def _fail(self, event: TextDelta, choice: Choice) -> None:
         """One sequence failed, and with it the request: the others are cancelled."""
         error = from_ended(event.ended)
+        if error.param == "prompt" and isinstance(choice.prompt.prompt, ChatPrompt):
+            error.param = "messages"  # as the client calls it
         ended = event.ended or RequestEnded(event.request_id, "error")
         self._metrics.request_failed(ended)
         self.end(error)

@@ -198,7 +198,14 @@ class GatewayProtocol(RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Answer what could not be parsed, or what went wrong outside every handler."""
+        """Answer what could not be parsed, or what went wrong outside every handler.
+
+        Raises:
+            ConnectionError: nobody is there to answer; the library then closes the connection without a word.
+        """
+        if isinstance(exc, ConnectionError) and (self.transport is None or self.transport.is_closing()):
+            # Gone before its headers: `connection_lost`, which cancels the handler, is a turn of the loop away.
+            raise exc
         if status >= 500:
             log.error("request.crashed", exc_info=exc)
             error = ApiError(500, "an error inside the server; it was logged", code="internal_error")

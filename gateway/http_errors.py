@@ -36,10 +36,12 @@ _STATUS_OF_CODE: Final = {
     "queue_full": 429,
     "engine_closed": 503,
     "executor_lost": 503,
+    "engine_oom": 503,
     "request_quarantined": 422,  # when it comes again; 500 the first time: see `from_ended`
 }
 
 _PUBLIC_TEXT_OF_CODE: Final = {
+    "engine_oom": "there is not enough memory for this request: send a shorter one, or try again later",
     "executor_lost": "the model is not available at the moment: try again later",
     "engine_closed": "the server is shutting down: try again later",
     "request_quarantined": "the model's process failed each time at this request; it is refused for ten minutes",
@@ -112,13 +114,14 @@ def from_ended(ended: RequestEnded | None) -> ApiError:
     code = ended.error_code or ("invalid_request" if ended.reason == "refused" else "request_failed")
     if code == RequestQuarantinedError.code and ended.reason == "error":
         return ApiError(500, _PUBLIC_TEXT_OF_CODE[code], code=code)
-    return from_code(code, ended.error)
+    return from_code(code, ended.error, ended.error_param or None)
 
 
-def from_code(code: str, text: str) -> ApiError:
+def from_code(code: str, text: str, param: str | None = None) -> ApiError:
     status = _STATUS_OF_CODE.get(code, 500)
     if status == 500:
         # What went wrong inside is for the log, not for whoever sent the request.
         return ApiError(500, "the engine could not finish this request; others are not affected", code="request_failed")
     headers = {"Retry-After": "1"} if status == 429 else {"Retry-After": "5"} if status == 503 else None
-    return ApiError(status, text if status < 500 else _PUBLIC_TEXT_OF_CODE.get(code, text), code=code, headers=headers)
+    public_text = text if status < 500 else _PUBLIC_TEXT_OF_CODE.get(code, text)
+    return ApiError(status, public_text, param=param, code=code, headers=headers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .flags import Parser
+from .flag_parser import Parser
 
 DESCRIPTION = """Make a CURVE key pair for links over TCP. FILE gets the pair, readable by you alone (mode 0600); the
 public key is printed. Give FILE to the host whose key it is, and put the public key on a line of the allow-list of

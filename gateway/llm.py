@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import operator
 import threading
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -51,7 +52,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
@@ -65,13 +66,17 @@ class LLM:
 
         Raises:
             OctavoError: a request was refused or failed; those that were running are cancelled.
+            TypeError: these are no prompts, or no parameters.
         """
         if self._engine is None:
             raise EngineClosedError("this LLM is closed: make another one")
         many = _as_list(prompts)
-        each = [params or SamplingParams()] * len(many) if not isinstance(params, Sequence) else list(params)
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(many)
         if len(each) != len(many):
             raise ValueError(f"{len(many)} prompts but {len(each)} sampling parameters: give one, or as many")
+        for one in each:
+            if not isinstance(one, SamplingParams):
+                raise TypeError(f"params are SamplingParams(...) or a list of them; got {type(one).__name__}")
         return self._run(self._generate_all(self._engine, many, each, use_tqdm)) if many else []
 
     def chat(
@@ -182,7 +187,27 @@ async def _generate_one(
     return output
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | ChatPrompt) or (len(prompts) > 0 and hasattr(prompts[0], "__index__")):
-        return [prompts]  # type: ignore[list-item]  # a single prompt
-    return list(prompts)  # type: ignore[arg-type]  # a sequence of prompts
+def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """One prompt or several as a list.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(prompts, str | bytes | ChatPrompt):
+        return [prompts]
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise TypeError(
+            "prompts are a text, token ids or a conversation (`Engine.chat_prompt`), or a list of these; "
+            f"got {type(prompts).__name__}"
+        )
+    many: list[Any] = list(prompts)
+    return [many] if many and _is_token_id(many[0]) else many
+
+
+def _is_token_id(value: object) -> bool:
+    # numpy's and torch's integers are some, their arrays of one integer are not.
+    try:
+        operator.index(value)  # type: ignore[arg-type]  # whether it can be is the question
+    except TypeError:
+        return False
+    return not getattr(value, "shape", ())

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    Summary,
+    generate_latest,
+)
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ..messages.request import FinishReason, RequestEnded
+from .engine_metrics import LABELS, EngineCollector
 from .engine_protocol import EngineLike
 
 if TYPE_CHECKING:
     from .connections import ConnectionTable
     from .exchange import Choice, Exchange
     from .sse import StreamPump
-    from .stats import EngineStats
-
-_LABELS: Final = ("model_name", "engine")
 
 TTFT_BUCKETS: Final = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -38,19 +45,9 @@ METHODS: Final = frozenset({"GET", "HEAD", "POST", "OPTIONS"})
 ERROR_CODES: Final = frozenset(
     {
         *("invalid_request", "context_length_exceeded", "queue_full", "engine_closed", "executor_lost"),
-        *("request_failed", "request_quarantined"),
+        *("request_failed", "request_quarantined", "engine_oom"),
     }
 )
-RESTARTING_ACTORS: Final = ("executor", "engine", "edge", "tokenizer", "detokenizer", "scheduler", "kv_allocator")
-"""Values of the label `actor`; whatever else an engine may name counts as `other`."""
-DROP_REASONS: Final = (
-    *("late", "malformed", "multipart", "version", "refused_hello", "stale_incarnation", "repeated", "gap", "foreign"),
-    *("overrun", "full", "denied_key", "handshake_failed"),
-)
-"""Values of the label `reason`: those counters of a `Port` that count messages thrown away, and `late` for what cores
-drop; whatever else an engine may name counts as `other`."""
-NOT_DROPS: Final = frozenset({"held_back", "reconnected", "resent", "dropped_events"})
-"""Counters of a `Port` that count something else."""
 MAX_PLAUSIBLE_S: Final = 7 * 86400.0
 
 
@@ -91,131 +88,9 @@ class TokenHistogram(Collector):
             total += count
             cumulative.append((bound, total))
         for name, text in self._names:
-            family = HistogramMetricFamily(name, text, labels=_LABELS)
+            family = HistogramMetricFamily(name, text, labels=LABELS)
             family.add_metric(self._labels, cumulative, self._sum)
             yield family
-
-
-class EngineCollector(Collector):
-    """Gauges and totals that the engine counts itself, read when they are asked for."""
-
-    def __init__(
-        self,
-        engine: EngineLike,
-        labels: Sequence[str],
-        pump: StreamPump,
-        connections: ConnectionTable,
-        read_num_refused: Callable[[], Mapping[str, int]],
-    ) -> None:
-        self._engine = engine
-        self._labels = labels
-        self._pump = pump
-        self._connections = connections
-        self._read_num_refused = read_num_refused
-
-    def describe(self) -> Iterable[Metric]:
-        return ()
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._engine.stats()
-        for name, text, value in self._gauges(stats):
-            gauge = GaugeMetricFamily(name, text, labels=_LABELS)
-            gauge.add_metric(self._labels, value)
-            yield gauge
-        for name, text, value in self._counters(stats):
-            counter = CounterMetricFamily(name, text, labels=_LABELS)
-            counter.add_metric(self._labels, value)
-            yield counter
-        for name, text, label, counts in self._labelled_counters(stats):
-            family = CounterMetricFamily(name, text, labels=(*_LABELS, label))
-            for kind, count in counts.items():
-                family.add_metric((*self._labels, kind), count)
-            yield family
-        config = self._engine.config
-        info = GaugeMetricFamily(
-            "vllm:cache_config_info",
-            "The KV cache's configuration.",
-            labels=(*_LABELS, "block_size", "num_gpu_blocks", "enable_prefix_caching"),
-        )
-        info.add_metric(
-            (*self._labels, str(config.block_size), str(self._engine.num_blocks), str(config.enable_prefix_caching)), 1
-        )
-        yield info
-
-    def _gauges(self, stats: EngineStats) -> Sequence[tuple[str, str, float]]:
-        queries, hits = stats.prefix_cache_queries, stats.prefix_cache_hits
-        hit_rate = hits / queries if queries else 0
-        return (
-            ("vllm:num_requests_running", "Sequences in the running batch.", stats.num_running),
-            ("vllm:num_requests_waiting", "Sequences that wait to be scheduled.", stats.num_waiting),
-            ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", stats.kv_cache_usage),
-            ("vllm:gpu_cache_usage_perc", "Older name of vllm:kv_cache_usage_perc.", stats.kv_cache_usage),
-            ("vllm:prefix_cache_hit_rate", "Share of queried tokens found in the cache.", hit_rate),
-            ("octavo:engine_ready", "1 if a request sent now would be answered.", int(self._engine.is_ready)),
-            ("octavo:open_streams", "Responses that are being streamed.", self._pump.num_open),
-            ("octavo:open_connections", "Connections that are open.", self._connections.num_open),
-        )
-
-    def _counters(self, stats: EngineStats) -> Sequence[tuple[str, str, float]]:
-        queries, hits = stats.prefix_cache_queries, stats.prefix_cache_hits
-        return (
-            ("vllm:num_preemptions", "Preemptions.", stats.num_preemptions),
-            ("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", queries),
-            ("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", hits),
-            ("vllm:gpu_prefix_cache_queries", "Older name of vllm:prefix_cache_queries.", queries),
-            ("vllm:gpu_prefix_cache_hits", "Older name of vllm:prefix_cache_hits.", hits),
-            ("vllm:prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens),
-            ("vllm:generation_tokens", "Tokens generated.", stats.generation_tokens),
-            ("octavo:steps", "Steps executed.", stats.num_steps),
-            ("octavo:dropped_messages", "Late or foreign messages that were dropped.", stats.num_dropped_messages),
-            ("octavo:executor_restarts", "Times the executor was started anew.", stats.num_executor_restarts),
-            (
-                "octavo:requests_requeued",
-                "Sequences put back because their executor or engine was lost.",
-                stats.num_requeued,
-            ),
-            (
-                "octavo:requests_quarantined",
-                "Requests refused or ended because they had killed executors.",
-                stats.num_quarantined,
-            ),
-            ("octavo:streams_shed", "Streams cut because their client did not read.", self._pump.num_shed),
-        )
-
-    def _labelled_counters(self, stats: EngineStats) -> Sequence[tuple[str, str, str, Mapping[str, int]]]:
-        restarts = _known({"executor": stats.num_executor_restarts, **stats.actor_restarts}, RESTARTING_ACTORS)
-        refused = {str(bound): count for bound, count in self._connections.num_refused.items()}
-        dropped = {reason: count for reason, count in stats.messages_dropped.items() if reason not in NOT_DROPS}
-        return (
-            (
-                "octavo:connections_refused",
-                "Connections refused because all clients, or one of them, had too many.",
-                "bound",
-                refused,
-            ),
-            ("octavo:actor_restarts", "Times an actor was started anew.", "actor", {"engine": 0, **restarts}),
-            (
-                "octavo:messages_dropped",
-                "Messages that were dropped.",
-                "reason",
-                _known({"late": stats.num_dropped_messages, **dropped}, DROP_REASONS),
-            ),
-            (
-                "octavo:requests_shed",
-                "Requests refused before their body was read, because of too many requests, bytes or too long a wait.",
-                "bound",
-                self._read_num_refused(),
-            ),
-        )
-
-
-def _known(counts: Mapping[str, int], kinds: Sequence[str]) -> dict[str, int]:
-    """The same counts, those of kinds that nobody foresaw together as `other`: labels come from closed sets."""
-    known: dict[str, int] = {}
-    for kind, count in counts.items():
-        label = kind if kind in kinds else "other"
-        known[label] = known.get(label, 0) + count
-    return known
 
 
 class GatewayMetrics:
@@ -266,22 +141,34 @@ class GatewayMetrics:
         tokens = token_buckets(engine.max_model_len)
         self._prompt_tokens = self._histogram("vllm:request_prompt_tokens", "Tokens of the prompt.", tokens)
         self._generation_tokens = self._histogram("vllm:request_generation_tokens", "Tokens of the answer.", tokens)
+        self._longest = self._histogram(
+            "vllm:request_max_num_generation_tokens", "Tokens of the longest answer to a request.", tokens
+        )
+        self._computed = self._histogram(
+            "vllm:request_prefill_kv_computed_tokens", "Tokens of the prompt that were not in the prefix cache.", tokens
+        )
         self._max_tokens = self._histogram("vllm:request_params_max_tokens", "max_tokens asked for.", tokens)
         self._n = self._histogram("vllm:request_params_n", "n asked for.", (1, 2, 5, 10, 20))
         self._preemptions = self._histogram(
             "vllm:request_num_preemptions", "Preemptions of a sequence.", (1, 2, 3, 4, 5, 10, 20)
         )
+        self._count_ends()
+        self._count_http()
+
+    def _count_ends(self) -> None:
         success = Counter(
-            "vllm:request_success", "Sequences that ended.", (*_LABELS, "finished_reason"), registry=self.registry
+            "vllm:request_success", "Sequences that ended.", (*LABELS, "finished_reason"), registry=self.registry
         )
         reasons: tuple[FinishReason, ...] = ("stop", "length", "abort", "error", "refused")
         self._success = {reason: success.labels(*self._labels, reason) for reason in reasons}
         self._failed = Counter(
             "octavo:requests_failed",
             "Requests refused or failed, by error code.",
-            (*_LABELS, "code"),
+            (*LABELS, "code"),
             registry=self.registry,
         )
+
+    def _count_http(self) -> None:
         self._http = Counter("http_requests", "HTTP requests.", ("handler", "method", "status"), registry=self.registry)
         self._http_seconds = Histogram(
             "http_request_duration_seconds",
@@ -290,6 +177,15 @@ class GatewayMetrics:
             registry=self.registry,
         )
 
+        self._request_size = Summary(
+            "http_request_size_bytes", "Content-Length of requests.", ("handler",), registry=self.registry
+        )
+        self._response_size = Summary(
+            "http_response_size_bytes", "Content-Length of responses.", ("handler",), registry=self.registry
+        )
+        self._http_series: dict[tuple[str, str, int], tuple[Counter, Histogram, Summary, Summary]] = {}
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
         self._refusals = self._histogram(
             "octavo:refusal_seconds",
             "Arrival of a request's bytes at the socket to its refusal for lack of room.",
@@ -319,8 +215,11 @@ class GatewayMetrics:
             self._tpot.observe((choice.last_token_ns - choice.first_token_ns) * 1e-9 / (choice.num_tokens - 1))
         if choice.first_token_ns:
             self._decode.observe((now_ns - choice.first_token_ns) * 1e-9)
+        if not choice.prompt.num_unfinished:
+            self._longest.observe(choice.prompt.num_longest)
         if ended is None:
             return
+        self._computed.observe(len(choice.prompt.token_ids) - ended.num_cached_tokens)
         self._preemptions.observe(ended.num_preemptions)
         scheduled_ns = ended.first_scheduled_ns
         # A simulated engine's clock is not ours; times across the two would be nonsense.
@@ -341,14 +240,32 @@ class GatewayMetrics:
         """A request was refused for lack of room, so long after it had come."""
         self._refusals.observe(seconds)
 
-    def http_ended(self, handler: str, method: str, status: int, seconds: float) -> None:
-        """A response is over; `handler` is a route's path or `other`."""
+    def http_ended(
+        self, handler: str, method: str, status: int, seconds: float, *, num_asked: int = 0, num_answered: int = 0
+    ) -> None:
+        """A response is over.
+
+        Args:
+            handler: a route's path or `other`.
+            num_asked, num_answered: bytes that request and response announced; 0 where they come in chunks.
+        """
         method = method if method in METHODS else "other"
-        self._http.labels(handler, method, str(status)).inc()
-        self._http_seconds.labels(handler, method).observe(seconds)
+        series = self._http_series.get((handler, method, status))
+        if series is None:  # as many as there are series, whose labels are of closed sets
+            series = self._http_series[handler, method, status] = (
+                self._http.labels(handler, method, str(status)),
+                self._http_seconds.labels(handler, method),
+                self._request_size.labels(handler),
+                self._response_size.labels(handler),
+            )
+        num, durations, request_sizes, response_sizes = series
+        num.inc()
+        durations.observe(seconds)
+        request_sizes.observe(num_asked)
+        response_sizes.observe(num_answered)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(name, text, _LABELS, buckets=buckets, registry=self.registry).labels(*self._labels)
+        return Histogram(name, text, LABELS, buckets=buckets, registry=self.registry).labels(*self._labels)
 
 
 def token_buckets(max_model_len: int) -> tuple[int, ...]:

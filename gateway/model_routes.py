@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
+import msgspec
 import prometheus_client
 from aiohttp import web
 
@@ -12,6 +16,7 @@ from ..messages.errors import InvalidRequestError, OctavoError
 from ..messages.request import ChatPrompt
 from .chat_messages import chat_prompt
 from .context import CONTEXT, GatewayContext
+from .early_refusal import refusal_error
 from .http_errors import ApiError, from_public_error
 from .json_body import BodyDecoder
 from .protocol import DetokenizeRequest, TokenizeRequest
@@ -19,6 +24,7 @@ from .respond import json_response
 
 _TOKENIZE = BodyDecoder(TokenizeRequest)
 _DETOKENIZE = BodyDecoder(DetokenizeRequest)
+_T = TypeVar("_T", bound=msgspec.Struct)
 _HEALTH_HEADERS = {"Cache-Control": "no-store"}
 
 
@@ -48,11 +54,34 @@ def _model_card(context: GatewayContext, name: str) -> dict[str, Any]:
     }
 
 
+@asynccontextmanager
+async def _body_of(request: web.Request, decoder: BodyDecoder[_T]) -> AsyncIterator[_T]:
+    """A request's body, which counts among the bytes of open requests until the block ends.
+
+    Raises:
+        ApiError: 429, there are too many; or it is none that can be read.
+    """
+    context = request.app[CONTEXT]
+    settings = context.settings
+    most = settings.max_body_bytes
+    num_bytes = most if request.content_length is None else min(request.content_length, most)
+    refusal = context.admission.hold_bytes(num_bytes)
+    if refusal is not None:
+        raise refusal_error(refusal)
+    try:
+        yield await decoder.read(request, max_bytes=most, timeout_s=settings.body_timeout_s)
+    finally:
+        context.admission.let_go_of_bytes(num_bytes)
+
+
 async def handle_tokenize(http_request: web.Request) -> web.Response:
     """Token ids of a text or of a conversation."""
-    context = http_request.app[CONTEXT]
+    async with _body_of(http_request, _TOKENIZE) as request:
+        return await _tokenize(http_request.app[CONTEXT], request)
+
+
+async def _tokenize(context: GatewayContext, request: TokenizeRequest) -> web.Response:
     settings, engine = context.settings, context.engine
-    request = await _TOKENIZE.read(http_request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     context.model_name(request.model)
     try:
         if (request.prompt is None) == (request.messages is None):
@@ -64,22 +93,28 @@ async def handle_tokenize(http_request: web.Request) -> web.Response:
                 continue_final_message=request.continue_final_message,
                 template_kwargs=request.chat_template_kwargs or {},
                 max_messages=settings.max_messages,
+                add_special_tokens=bool(request.add_special_tokens),
             )
-            tokens = await engine.tokenize(prompt, bool(request.add_special_tokens))
+            tokens = await engine.tokenize(prompt)
         else:
             tokens = await engine.tokenize(request.prompt or "", request.add_special_tokens is not False)
     except OctavoError as error:
         raise from_public_error(error) from None
     answer: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.max_model_len, "tokens": tokens}
-    answer["token_strs"] = [engine.token_text(token_id) for token_id in tokens] if request.return_token_strs else None
+    answer["token_strs"] = None
+    if request.return_token_strs:  # beside the loop: there may be a million of them
+        answer["token_strs"] = await asyncio.to_thread(list, map(engine.token_text, tokens))
     return json_response(answer)
 
 
 async def handle_detokenize(http_request: web.Request) -> web.Response:
     """Text of token ids."""
-    context = http_request.app[CONTEXT]
-    settings, engine = context.settings, context.engine
-    request = await _DETOKENIZE.read(http_request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    async with _body_of(http_request, _DETOKENIZE) as request:
+        return await _detokenize(http_request.app[CONTEXT], request)
+
+
+async def _detokenize(context: GatewayContext, request: DetokenizeRequest) -> web.Response:
+    engine = context.engine
     context.model_name(request.model)
     if request.tokens and max(request.tokens) >= engine.vocab_size:
         raise ApiError(

@@ -46,7 +46,7 @@ from ..messages.nodes import (
 )
 from ..messages.system import Beat
 from .checkpoint_digest import checkpoint_digest
-from .flags import Parser
+from .flag_parser import Parser
 from .node_cli import add_node_flags
 from .replica import EXECUTOR_MODULE, PRELOAD_MODULE
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from .flags import Parser, number
+from .flag_parser import Parser
+from .flag_values import number
 
 DESCRIPTION = """Join an engine that `octavo serve --listen` runs on another host, and run executors for it. The model
 is loaded from this host's own copy, which must be the same. Started by torchrun (-m octavo.gateway.node), each process

@@ -53,6 +53,8 @@ class NodesMissingError(OctavoError):
 class RemoteProcess:
     """An executor on a node."""
 
+    is_here = False  # its pid may be somebody else's on this host
+
     def __init__(self, child: str, incarnation: int, node: _Node, kill: Callable[[KillOnNode], None]) -> None:
         self.child = child
         self.incarnation = incarnation

@@ -63,7 +63,7 @@ def _plan(
     options = SubmitOptions(
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
-        add_special_tokens=bool(request.add_special_tokens),
+        add_special_tokens=False,  # the conversation says so itself
         truncate_prompt_tokens=request.truncate_prompt_tokens or 0,
         timeout_s=context.settings.request_timeout_s,
         seeds=record.seeds if record is not None else (),
@@ -95,6 +95,10 @@ def _prepare(
         max_tokens=max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=request.prompt_logprobs,
+        asked_as={
+            "logprobs": "top_logprobs",
+            "max_tokens": "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens",
+        },
     )
     template_kwargs = dict(request.chat_template_kwargs or {})
     if request.reasoning_effort is not None:
@@ -106,6 +110,7 @@ def _prepare(
         continue_final_message=request.continue_final_message,
         template_kwargs=template_kwargs,
         max_messages=context.settings.max_messages,
+        add_special_tokens=bool(request.add_special_tokens),
     )
     echo_text = ""
     if request.echo and request.messages[-1].role == "assistant":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from aiohttp import web
 
-from ..messages.errors import InvalidRequestError, OctavoError
+from ..messages.errors import ContextLengthExceededError, InvalidRequestError, OctavoError
 from ..messages.request import TextDelta, TokenLogprobs
 from .context import CONTEXT, GatewayContext
 from .engine_protocol import EngineLike
@@ -100,10 +100,25 @@ async def _prepare(
         logprobs=request.logprobs,
         prompt_logprobs=wants_prompt_logprobs,
     )
+    if request.truncate_prompt_tokens is None:
+        refuse_too_many_ids(request.prompt, engine.max_model_len)
     prompts = read_prompts(request.prompt, engine.vocab_size, context.settings.max_prompts)
     states = [await _echoed(prompt, request, engine) if request.echo else PromptState(prompt) for prompt in prompts]
     exchange = Exchange(engine, context.metrics, params)
     return CompletionAnswer(request, exchange, engine, model, is_scoring, record=record), states
+
+
+def refuse_too_many_ids(prompt: str | Sequence[str | int | Sequence[int]] | None, max_model_len: int) -> None:
+    """Refuse token ids beyond the context before each of perhaps a million is looked at.
+
+    Raises:
+        ContextLengthExceededError: with the numbers.
+    """
+    if not prompt or isinstance(prompt, str):
+        return
+    for entry in (prompt,) if isinstance(prompt[0], int) else prompt:
+        if not isinstance(entry, str | int) and len(entry) >= max_model_len:
+            raise ContextLengthExceededError.of_prompt(len(entry), max_model_len)
 
 
 def read_prompts(
@@ -139,9 +154,9 @@ def read_prompts(
 
 
 def _token_ids(entries: Sequence[object], vocab_size: int) -> tuple[int, ...]:
-    ids = tuple(entry for entry in entries if isinstance(entry, int))
-    if len(ids) != len(entries):
+    if not set(map(type, entries)) <= {int}:
         raise InvalidRequestError("prompt mixes texts and token ids: send one kind", param="prompt")
+    ids = cast(tuple[int, ...], tuple(entries))
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         wrong = max(ids) if max(ids) >= vocab_size else min(ids)
         raise InvalidRequestError(

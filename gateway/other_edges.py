@@ -1,7 +1,11 @@
-"""The further edges of `--gateways N`: processes with an HTTP server of their own on the same port."""
+"""The further edges of `--gateways N`: processes with an HTTP server of their own on the same port.
+
+They outlive edge 0: if it dies, they finish what their clients wait for (`edge_process`).
+"""
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -9,14 +13,16 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from ..actors.runtime.addresses import EDGE_INCARNATION, endpoint_of, remove_socket
+from ..actors.runtime.addresses import EDGE, EDGE_INCARNATION, endpoint_of, remove_socket
+from ..actors.runtime.clock import MonotonicClock
+from ..actors.runtime.independent import IndependentProcesses
 from ..actors.runtime.processes import ProcessSpec
 from ..actors.supervisor.actor import Supervisor
 from ..actors.supervisor.config import ChildConfig, SupervisorConfig
 from ..messages.base import Message
 from ..messages.processes import EdgeStatus, EngineUp, PeerLeft, PeerStarted
 from ..messages.system import Beat, StartProcess
-from .config import EngineConfig
+from .config import EngineConfig, NodesConfig
 from .graph import ModelFacts
 from .settings import ServerSettings
 
@@ -29,6 +35,12 @@ EDGE_MODULE = "octavo.gateway.edge_process"
 
 CUT_SIGNAL = signal.SIGUSR1
 """Not a second SIGTERM: the system hands over two of a kind as one if they come close together."""
+
+_MAX_START_SILENCE_NS = 120_000_000_000
+"""An edge imports everything itself; nobody waits for it in the meantime."""
+
+_MAX_SILENCE_NS = 1_500_000_000
+_LOOK_S = 0.1
 
 
 class EdgeProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +56,7 @@ class EdgeProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
         host, port: to listen on, beside the other edges.
         log_format: as `configure_logs` takes it.
         edge_incarnation: of edge 0.
+        nodes, digest: other hosts that run executors, should this edge have to supervise them.
     """
 
     name: str
@@ -58,10 +71,14 @@ class EdgeProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     log_format: str = "auto"
     edge_incarnation: int = EDGE_INCARNATION
+    nodes: NodesConfig | None = None
+    digest: str = ""
 
 
 class OtherEdges:
     """Keeps the further edges alive, and tells them what edge 0 knows.
+
+    In an edge that has taken edge 0's place it adopts those that run, itself among them, and starts none.
 
     Args:
         num_edges: all in all; edge 0 is none of the others.
@@ -71,6 +88,7 @@ class OtherEdges:
         post_to_engines: says something to every engine.
         log_format: of the processes.
         edge_incarnation: of edge 0.
+        nodes, digest: as of `EdgeProcessSpec`.
     """
 
     def __init__(
@@ -83,6 +101,8 @@ class OtherEdges:
         post_to_engines: Callable[[Message], None],
         log_format: str,
         edge_incarnation: int = EDGE_INCARNATION,
+        nodes: NodesConfig | None = None,
+        digest: str = "",
     ) -> None:
         self.names = [f"edge {number}" for number in range(1, num_edges)]
         self._carrier = carrier
@@ -91,6 +111,13 @@ class OtherEdges:
         self._post_to_engines = post_to_engines
         self._log_format = log_format
         self._edge_incarnation = edge_incarnation
+        self._nodes = nodes
+        self._digest = digest
+        self._clock = MonotonicClock()
+        self._heard_ns: dict[str, int] = {}  # of those that were adopted
+        self._looks: asyncio.TimerHandle | None = None
+        self._looked_ns = 0
+        self._left = asyncio.Event()  # set whenever one of them is gone
         self._incarnations: dict[str, int] = {}
         self._engines: dict[str, EngineUp] = {}
         self._status = EdgeStatus("")
@@ -108,24 +135,41 @@ class OtherEdges:
     async def start(
         self, config: EngineConfig, settings: ServerSettings, facts: ModelFacts, host: str, port: int
     ) -> None:
-        """Have them serve beside edge 0, on the port that it listens on.
-
-        Raises:
-            ProcessStartError: no process can be started.
-        """
+        """Have them serve beside edge 0, on the port that it listens on."""
         self._serve = (config, settings, facts, host, port)
-        children = (ChildConfig("nursery of edges", "nursery"), *(ChildConfig(name, "edge") for name in self.names))
+        children = tuple(ChildConfig(name, "edge") for name in self.names)
         self._supervisor = Supervisor(
-            SupervisorConfig(children=children),
+            SupervisorConfig(children=children, max_silence_at_start_ns=_MAX_START_SILENCE_NS),
             make_spec=self._make_spec,
             send=self._hear,
-            modules=(EDGE_MODULE,),
+            elsewhere=IndependentProcesses(),
             on_exit=self._forget,
         )
         await self._supervisor.start()
 
+    def adopt(self, edges: tuple[tuple[str, int], ...]) -> None:
+        """Take over those that an edge 0 before this one had started."""
+        now_ns = self._clock.now_ns()
+        for name, incarnation in edges:
+            self._incarnations[name] = incarnation
+            self._heard_ns[name] = now_ns
+            self._carrier.port.connect(name, incarnation, endpoint_of(self._run_dir, name, incarnation))
+        self._status = msgspec.structs.replace(self._status, edges=edges)
+        for name in self._incarnations:
+            self._carrier.send(name, PeerStarted(EDGE, self._edge_incarnation))
+            self._carrier.send(name, self._status)
+        self._look()
+
+    async def wait_for_leave(self, *, but: str) -> None:
+        """Until all have ended, except for one."""
+        while any(name != but for name in self._incarnations):
+            self._left.clear()
+            await self._left.wait()
+
     async def close(self, grace_s: float) -> None:
         """Let them drain for so long, then end them."""
+        if self._looks is not None:
+            self._looks.cancel()
         if self._supervisor is not None:
             await self._supervisor.stop(grace_s)
 
@@ -140,17 +184,32 @@ class OtherEdges:
         """Take a message of one of them."""
         if self._supervisor is not None:
             self._supervisor.handle(beat)
+        elif self._incarnations.get(beat.child) == beat.incarnation:
+            self._heard_ns[beat.child] = self._clock.now_ns()
 
     def tell(self, message: EngineUp | EdgeStatus) -> None:
         """Tell all of them; those that start later hear of it then."""
         if isinstance(message, EngineUp):
             self._engines[message.name] = message
-        elif message == self._status:
-            return
         else:
+            message = msgspec.structs.replace(message, edges=tuple(self.running))
+            if message == self._status:
+                return
             self._status = message
         for name in self._incarnations:
             self._carrier.send(name, message)
+
+    def _look(self) -> None:
+        """Find those that were adopted and have fallen silent: nobody else tells of their end."""
+        self._looks = asyncio.get_running_loop().call_later(_LOOK_S, self._look)
+        last_ns, now_ns = self._looked_ns, self._clock.now_ns()
+        self._looked_ns = now_ns
+        if now_ns - last_ns > _MAX_SILENCE_NS // 2:  # this process stood still, and heard nobody
+            self._heard_ns = dict.fromkeys(self._heard_ns, now_ns)
+        for name, heard_ns in list(self._heard_ns.items()):
+            if now_ns - heard_ns > _MAX_SILENCE_NS:
+                del self._heard_ns[name]
+                self._forget(name, self._incarnations[name])
 
     def _hear(self, message: Message) -> None:
         log.error("edges.given_up", message=message)
@@ -162,13 +221,15 @@ class OtherEdges:
             self._carrier.port.disconnect(name)
             remove_socket(self._run_dir, name, incarnation)
             self._post_to_engines(PeerLeft(name, incarnation))
+            self.tell(self._status)
+            self._left.set()
 
     def _make_spec(self, start: StartProcess) -> ProcessSpec:
         name, incarnation = start.child, start.incarnation
         config, settings, facts, host, port = self._serve
         self._incarnations[name] = incarnation
         self._carrier.port.connect(name, incarnation, endpoint_of(self._run_dir, name, incarnation))
-        self._carrier.send(name, self._status)
+        self.tell(self._status)
         self._post_to_engines(PeerStarted(name, incarnation))
         spec = EdgeProcessSpec(
             name=name,
@@ -183,6 +244,8 @@ class OtherEdges:
             port=port,
             log_format=self._log_format,
             edge_incarnation=self._edge_incarnation,
+            nodes=self._nodes,
+            digest=self._digest,
         )
         return ProcessSpec(
             title=name, target=f"{EDGE_MODULE}:run", arguments=msgspec.msgpack.encode(spec), incarnation=incarnation

@@ -12,6 +12,7 @@ from ..messages.errors import (
     ExecutorLostError,
     InvalidRequestError,
     OctavoError,
+    OutOfMemoryError,
     QueueFullError,
     RequestFailedError,
     RequestQuarantinedError,
@@ -71,6 +72,8 @@ def error_of(ended: RequestEnded) -> OctavoError:
         return EngineClosedError(ended.error)
     if ended.error_code == "executor_lost":
         return ExecutorLostError(ended.error)
+    if ended.error_code == "engine_oom":
+        return OutOfMemoryError(ended.error)
     if ended.error_code == "request_quarantined":
         return RequestQuarantinedError(ended.error)
     if ended.error_code == "context_length_exceeded":

@@ -155,6 +155,19 @@ class AdmissionCore:
         self._num_bytes -= num_bytes
         self._num_released += 1
 
+    def hold_bytes(self, num_bytes: int) -> Refusal | None:
+        """Count the body of a request that wants no sequence, and is then to be let go of; or say why not."""
+        most = self._limits.max_bytes
+        if most and self._num_bytes and self._num_bytes + num_bytes > most:
+            self.num_refused["bytes"] += 1
+            return Refusal("bytes", f"open requests hold {self._num_bytes} bytes, of at most {most}", 1)
+        self._num_bytes += num_bytes
+        return None
+
+    def let_go_of_bytes(self, num_bytes: int) -> None:
+        """Such a request is over."""
+        self._num_bytes -= num_bytes
+
     def retry_after_s(self, now_ns: int) -> int:
         """When to come back. Each client who is told gets a later place than those told before: places come free at the
         speed at which sequences end, and all at once would be refused again."""

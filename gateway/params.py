@@ -12,12 +12,16 @@ from ..messages.sampling import SamplingParams
 GREEDY_BELOW = 1e-5
 """A temperature this small divides logits beyond float32's range; it means greedy."""
 
+MIN_REPETITION_PENALTY = 1e-4
+"""Logits are divided by it; much less, and they leave float32's range."""
+
 MAX_NUM_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_TOKEN_IDS = 1024
 MAX_BAD_WORDS = 128
 MAX_TOKENS = 2**31 - 1
+MAX_SEED = 2**63 - 1
 
 
 def validate_params(
@@ -38,7 +42,8 @@ def validate_params(
         max_n: most sequences per prompt.
 
     Returns:
-        The same parameters, normalised: temperatures next to 0 are 0, `top_k=-1` is 0, seed -1 is none.
+        The same parameters, normalised: temperatures next to 0 are 0, `top_k=-1` is 0, seed -1 is none, and other
+        negative seeds are numbers from 0 up.
 
     Raises:
         InvalidRequestError: names the parameter in `param`.
@@ -51,19 +56,19 @@ def validate_params(
     _check_range("min_p", params.min_p, 0.0, 1.0)
     _check_range("presence_penalty", params.presence_penalty, -2.0, 2.0)
     _check_range("frequency_penalty", params.frequency_penalty, -2.0, 2.0)
-    _check_range("repetition_penalty", params.repetition_penalty, 0.0, 10.0, above_low=True)
+    _check_range("repetition_penalty", params.repetition_penalty, MIN_REPETITION_PENALTY, 10.0)
     _check_lengths(params, max_model_len)
     _check_stops(params, vocab_size)
     _check_token_choice(params, vocab_size)
     _check_num_logprobs("logprobs", params.logprobs, max_logprobs, vocab_size)
     _check_num_logprobs("prompt_logprobs", params.prompt_logprobs, max_logprobs, vocab_size)
     if params.seed is not None:
-        _check_range("seed", params.seed, -1, 2**63 - 1)
+        _check_range("seed", params.seed, -(2**63), MAX_SEED)
     return msgspec.structs.replace(
         params,
         temperature=0.0 if params.temperature < GREEDY_BELOW else params.temperature,
         top_k=max(params.top_k, 0),
-        seed=None if params.seed == -1 else params.seed,
+        seed=None if params.seed is None or params.seed == -1 else params.seed & MAX_SEED,
     )
 
 
@@ -82,8 +87,12 @@ def _with_right_types(params: SamplingParams) -> SamplingParams:
 def _check_range(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
     is_number = not isinstance(value, float) or math.isfinite(value)
     if not is_number or value > high or value < low or (above_low and value == low):
-        bounds = f"more than {low:g} and at most {high:g}" if above_low else f"from {low:.10g} to {high:.10g}"
+        bounds = f"more than {low:g} and at most {high:g}" if above_low else f"from {_plain(low)} to {_plain(high)}"
         raise InvalidRequestError(f"{name} is {_short(value)}, but must be {bounds}", param=name)
+
+
+def _plain(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:.10g}"
 
 
 def _short(value: float) -> str:

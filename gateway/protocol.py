@@ -72,6 +72,7 @@ HARMLESS: dict[str, tuple[bytes, ...]] = {
     "modalities": (b'["text"]',),
     "documents": (b"[]",),
     "media_io_kwargs": (b"{}",),
+    "verbosity": (b'"medium"',),
 }
 """Values of unsupported fields that change nothing; `null` always does."""
 

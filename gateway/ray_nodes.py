@@ -16,7 +16,8 @@ import structlog
 
 from ..actors.runtime.logs import configure_logs
 from ..messages.errors import InvalidConfigError, OctavoError
-from .flags import Parser, positive
+from .flag_parser import Parser
+from .flag_values import positive
 from .node import node_settings
 from .node_cli import add_node_flags
 

@@ -86,6 +86,7 @@ class Replica:
         nodes: other hosts, on which some of its executors run; None: all are here.
         tcp: how its engine listens to those hosts.
         quarantine: of requests that this edge saw convicted, at any replica.
+        num_before: incarnations and epochs that a supervisor before this one may have used.
 
     Attributes:
         link: to the engine.
@@ -111,6 +112,7 @@ class Replica:
         nodes: Nodes | None = None,
         tcp: TcpSettings | None = None,
         quarantine: Quarantine | None = None,
+        num_before: int = 0,
     ) -> None:
         self.engine_name = engine_name
         self.executor_names = executor_names(config, index)
@@ -151,7 +153,10 @@ class Replica:
             # Room to find the one of `max_num_seqs` requests that kills its executor: half as many run after each loss.
             max_restarts = 8 + 2 * config.max_num_seqs.bit_length()
         supervisors = SupervisorConfig(
-            max_restarts=max_restarts, max_restarts_of_others=max(8, max_restarts), children=tuple(children)
+            max_restarts=max_restarts,
+            max_restarts_of_others=max(8, max_restarts),
+            children=tuple(children),
+            num_before=num_before,
         )
         self._supervisor = Supervisor(
             supervisors,
@@ -172,10 +177,14 @@ class Replica:
         """
         await self._supervisor.start()
 
-    def set_up(self, facts: ModelFacts, mailbox_capacity: int) -> None:
-        """Let the engine begin; `ready` is set once it has."""
+    def assume(self, facts: ModelFacts, mailbox_capacity: int) -> None:
+        """What will be loaded is known before the start."""
         self._facts = facts
         self._mailbox_capacity = mailbox_capacity
+
+    def set_up(self, facts: ModelFacts, mailbox_capacity: int) -> None:
+        """Let the engine begin; `ready` is set once it has."""
+        self.assume(facts, mailbox_capacity)
         self._carrier.send(self.engine_name, SetUpEngine(msgspec.msgpack.encode(self._setup())))
 
     async def close(self) -> None:

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from .context import CONTEXT, CORS, REQUEST_ID, SERVER_NAME, GatewayContext
 from .exchange import ChunkSink, Exchange, PromptState, SubmitOptions
 from .held_streams import HELD_STREAMS, EventPosition, HeldStream, HeldStreams, owner_of
 from .http_errors import ApiError
-from .sse import EventSink, EventStream
+from .sse import EventResponse, EventSink, EventStream
 from .stream_journal import StreamRecord
 
 KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
@@ -190,8 +190,8 @@ def _following(context: GatewayContext, held: HeldStream) -> Iterator[None]:
             held.following.close()
 
 
-def _event_response(request: web.Request) -> web.StreamResponse:
-    response = web.StreamResponse(
+def _event_response(request: web.Request) -> EventResponse:
+    response = EventResponse(
         headers={
             "Content-Type": "text/event-stream; charset=utf-8",
             "Cache-Control": "no-cache",
@@ -202,6 +202,8 @@ def _event_response(request: web.Request) -> web.StreamResponse:
     )
     for name, value in request[CORS].items():
         response.headers[name] = value
+    if request.version < HttpVersion11:
+        response.force_close()  # without chunks nothing else tells where the stream ends
     return response
 
 

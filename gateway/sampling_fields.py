@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TypeVar
 
 import msgspec
@@ -17,6 +19,7 @@ from .settings import ServerSettings
 _T = TypeVar("_T")
 
 MAX_LOGIT_BIAS_BYTES = 64 * MAX_LOGIT_BIAS
+MAX_BIAS = 100.0
 MAX_PRIORITY = 2**31
 
 _LOGIT_BIAS = msgspec.json.Decoder(dict[str, float] | None)
@@ -32,11 +35,13 @@ def sampling_params(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    asked_as: Mapping[str, str] = MappingProxyType({}),
 ) -> SamplingParams:
     """Check a request's sampling fields; `null` takes the default.
 
     Args:
         max_tokens, logprobs, prompt_logprobs: these mean different things in completions and in chat.
+        asked_as: names that the request has for parameters, where they are others.
 
     Raises:
         InvalidRequestError: names the field.
@@ -67,13 +72,18 @@ def sampling_params(
         spaces_between_special_tokens=_or(request.spaces_between_special_tokens, True),
         include_stop_str_in_output=bool(request.include_stop_str_in_output),
     )
-    return validate_params(
-        params,
-        vocab_size=engine.vocab_size,
-        max_logprobs=engine.config.max_logprobs,
-        max_model_len=engine.max_model_len,
-        max_n=settings.max_n,
-    )
+    try:
+        return validate_params(
+            params,
+            vocab_size=engine.vocab_size,
+            max_logprobs=engine.config.max_logprobs,
+            max_model_len=engine.max_model_len,
+            max_n=settings.max_n,
+        )
+    except InvalidRequestError as error:
+        name = error.param or ""
+        asked = asked_as.get(name, name)
+        raise InvalidRequestError(str(error).replace(name, asked, 1), param=error.param and asked) from None
 
 
 def check_common(request: SamplingFields, engine: EngineLike) -> None:
@@ -111,16 +121,19 @@ def _logit_bias(raw: msgspec.Raw) -> dict[int, float] | None:
     try:
         biases = _LOGIT_BIAS.decode(raw)
     except msgspec.DecodeError as error:
-        raise InvalidRequestError(f"logit_bias: {error}", param="logit_bias") from None
+        message = str(error).partition(" - at `")[0]
+        raise InvalidRequestError(f"logit_bias: {message}", param="logit_bias") from None
     if biases is None:
         return None
     for key in biases:
         # `int` takes more than clients should send: spaces, underscores, digits of other scripts.
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
             raise InvalidRequestError('the keys of logit_bias must be token ids, such as "42"', param="logit_bias")
-    if len({int(key) for key in biases}) != len(biases):
+    # Keys are digits and values numbers by now: a colon stands behind each key, and nowhere else.
+    if len({int(key) for key in biases}) != bytes(raw).count(b":"):
         raise InvalidRequestError("logit_bias names a token id twice", param="logit_bias")
-    return {int(key): bias for key, bias in biases.items()}
+    # vLLM clamps, and some clients send 1000 for "always".
+    return {int(key): min(max(bias, -MAX_BIAS), MAX_BIAS) for key, bias in biases.items()}
 
 
 def _or(value: _T | None, default: _T) -> _T:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import gc
 import os
+import socket
 import time
 
 import msgspec
@@ -17,9 +19,10 @@ from ..messages.errors import InvalidConfigError
 from .accelerator import resolve_device
 from .config import EngineConfig, NodesConfig, make_config
 from .engine import Engine
-from .flags import engine_fields, nodes_fields, server_fields
+from .flags import engine_fields
 from .performance_mode import described
 from .server import serve_http
+from .server_flags import nodes_fields, server_fields
 from .settings import ServerSettings
 
 log = structlog.get_logger("octavo")
@@ -31,6 +34,8 @@ SPARE_FILES = 256
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     configure_logs(arguments.log_format)
+    # A prompt is tokenized by one thread; `tokenizers` would keep a pool of them, and warn after each fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     fields = engine_fields(arguments)
     if arguments.in_process is None:
         fields["in_process"] = not hasattr(os, "fork")
@@ -42,6 +47,7 @@ def serve(arguments: argparse.Namespace) -> int:
         raise InvalidConfigError("several gateways are several processes: leave --in-process out", field="in_process")
     config = make_config({**fields, "served_model_names": tuple(arguments.served_model_name)})
     nodes = nodes_fields(arguments)
+    check_address(arguments.host, arguments.port, is_shared=arguments.gateways > 1)
     return asyncio.run(_serve(config, arguments, None if nodes is None else NodesConfig(**nodes)))
 
 
@@ -63,7 +69,7 @@ async def _serve(config: EngineConfig, arguments: argparse.Namespace, nodes: Nod
         beside: list[asyncio.Task[None]] = []
 
         def on_listening(port: int) -> None:
-            _greet(engine, names[0], arguments, port, time.monotonic() - started)
+            greet(engine, names[0], arguments, port, time.monotonic() - started)
             if arguments.gateways > 1:
                 beside.append(asyncio.create_task(engine.serve_beside(settings, arguments.host, port, stop, abort)))
                 beside[0].add_done_callback(lambda _: stop.set())  # without the others there is no such server
@@ -85,6 +91,37 @@ async def _serve(config: EngineConfig, arguments: argparse.Namespace, nodes: Nod
             await asyncio.gather(reporting, return_exceptions=True)
             await asyncio.gather(*beside)
     return 0
+
+
+def check_address(host: str, port: int, *, is_shared: bool = False) -> None:
+    """Find out whether the address can be listened on before a model is loaded for it, which takes a while.
+
+    Args:
+        is_shared: by several processes of the same server.
+
+    Raises:
+        OSError: it cannot; the message says what to change.
+    """
+    try:
+        places = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in places:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if is_shared and hasattr(socket, "SO_REUSEPORT"):
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+    except OSError as error:
+        advice = _ADDRESS_ADVICE.get(error.errno or 0, "try another --host or --port")
+        raise OSError(f"cannot listen on {host}, port {port}: {error.strerror or error}. {advice}") from None
+
+
+_ADDRESS_ADVICE = {
+    errno.EADDRINUSE: "Something listens there already: stop it, or choose another --port (0: any free one)",
+    errno.EADDRNOTAVAIL: "This machine does not have that address: give one that it has as --host, or 0.0.0.0 for all",
+    errno.EACCES: "Ports below 1024 are for privileged users: choose another --port",
+}
 
 
 def connections_within_files(asked: int) -> int:
@@ -111,12 +148,17 @@ def connections_within_files(asked: int) -> int:
     return possible
 
 
-def _greet(engine: Engine, name: str, arguments: argparse.Namespace, port: int, seconds: float) -> None:
+def greet(engine: Engine, name: str, arguments: argparse.Namespace, port: int, seconds: float) -> None:
     """One block that says what is served, with which memory, and how to try it."""
     host = "127.0.0.1" if arguments.host in ("0.0.0.0", "::") else arguments.host  # noqa: S104  # a comparison, not a bind
     if arguments.host not in ("127.0.0.1", "localhost", "::1") and not arguments.api_key:
         log.warning("server.open", host=arguments.host, advice="anyone who reaches this address may use it: --api-key")
-    url = f"http://{host}:{port}"
+    asked = engine.config.max_model_len
+    if asked is not None and asked > engine.max_model_len:
+        log.warning(
+            "server.context_is_shorter", asked=asked, max_model_len=engine.max_model_len, reason="the model's own limit"
+        )
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     log.info(
         "server.ready",
         url=url,
@@ -130,7 +172,9 @@ def _greet(engine: Engine, name: str, arguments: argparse.Namespace, port: int, 
 
 
 async def report_throughput(engine: Engine, interval_s: float) -> None:
-    """Log a line of throughput every `interval_s` while there is something to say."""
+    """Log a line of throughput every `interval_s` while there is something to say; 0: never."""
+    if not interval_s:
+        return
     before = engine.stats()
     while True:
         await asyncio.sleep(interval_s)

@@ -92,6 +92,8 @@ def create_app(engine: EngineLike, settings: ServerSettings) -> web.Application:
         ("POST", "/detokenize", handle_detokenize),
     ):
         app.router.add_route(method, path, handler, expect_handler=_expect)
+        if method == "GET":  # load balancers ask so; the library leaves the body out
+            app.router.add_route("HEAD", path, handler, expect_handler=_expect)
     if settings.stream_journal:
         hold_streams(app, Path(settings.stream_journal))
     if settings.enable_fault_injection:
@@ -123,7 +125,7 @@ async def _surround(request: web.Request, handler: Handler) -> web.StreamRespons
     resource = request.match_info.route.resource
     path = resource.canonical if resource is not None else "other"
     status = 499  # the client left before there was an answer
-    error_code = None
+    error_code, num_bytes = None, 0
     trace = None if context.tracing is None else context.tracing.begin(request, path)
     CURRENT.set(trace)
     try:
@@ -140,7 +142,7 @@ async def _surround(request: web.Request, handler: Handler) -> web.StreamRespons
             log.exception("request.crashed", request_id=request[REQUEST_ID], path=path)
             error_code = "internal_error"
             response = ApiError(500, "an error inside the server; it was logged", code=error_code).response()
-        status = response.status
+        status, num_bytes = response.status, response.content_length or 0
         if not response.prepared:
             response.headers["x-request-id"] = request[REQUEST_ID]
             response.headers["Server"] = SERVER_NAME
@@ -148,7 +150,9 @@ async def _surround(request: web.Request, handler: Handler) -> web.StreamRespons
         return response
     finally:
         seconds = time.monotonic() - started
-        context.metrics.http_ended(path, request.method, status, seconds)
+        context.metrics.http_ended(
+            path, request.method, status, seconds, num_asked=request.content_length or 0, num_answered=num_bytes
+        )
         if trace is not None:
             trace.end(status, request[REQUEST_ID], is_error=status >= 500)
         if status == 429 and settings.log_requests:
@@ -348,7 +352,8 @@ async def serve_http(
     """Serve until told to stop, then let open responses end.
 
     Args:
-        stop: set it to stop; SIGTERM and SIGINT do the same.
+        stop: set it to stop; SIGTERM and SIGINT do the same, and SIGHUP where it is not ignored (`nohup`): with the
+            terminal goes the server, but no stream.
         abort: set it, too, to cut open responses off; a second signal does the same.
         handle_signals: whether to take those signals while serving.
         on_listening: called with the port once connections are accepted.
@@ -364,7 +369,7 @@ async def serve_http(
         stop.set()
 
     loop = asyncio.get_running_loop()
-    signals = (signal.SIGTERM, signal.SIGINT) if handle_signals else ()
+    signals = _stopping_signals() if handle_signals else ()
     for number in signals:
         loop.add_signal_handler(number, on_signal)
     try:
@@ -385,6 +390,13 @@ async def serve_http(
         for number in signals:
             loop.remove_signal_handler(number)
         await server.close()
+
+
+def _stopping_signals() -> tuple[signal.Signals, ...]:
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN:
+        return (signal.SIGTERM, signal.SIGINT)
+    return (signal.SIGTERM, signal.SIGINT, hangup)
 
 
 def _lengthen_queue(site: web.TCPSite) -> None:

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from .flags import add_engine_flags, positive
+from .flag_values import positive
+from .flags import add_engine_flags
 
 
 def add_calibrate_flags(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +30,11 @@ def sim_calibrate(arguments: argparse.Namespace) -> int:
     from .config import make_config
     from .flags import engine_fields
     from .sim_live import calibrate
-    from .sim_progress import progress_bar
+    from .sim_progress import check_writable, progress_bar
 
     configure_logs("human")
+    check_writable(arguments.out)  # now, not in ninety seconds
     out = Path(arguments.out)
-    out.touch()  # a folder that is not there is an error now, not in ninety seconds
     config = make_config(engine_fields(arguments))
     with progress_bar("calibrating", "%") as bar:
         profile: Profile = asyncio.run(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from .flags import Parser, positive
+from .flag_parser import Parser
+from .flag_values import positive
 from .sim_calibrate import add_calibrate_flags
 from .sim_engine import add_replica_flags
 from .sim_load import add_load_flags

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from ..messages.errors import InvalidConfigError
-from .flags import Parser, number, positive
+from .flag_parser import Parser
+from .flag_values import number, positive
 
 if TYPE_CHECKING:
     from ..sim.deployment import Deployment
@@ -141,12 +142,15 @@ def base_deployment(arguments: argparse.Namespace) -> Deployment:
     Raises:
         ModelNotFoundError, UnsupportedModelError: see `find_model`.
     """
+    from ..sim.config import MAX_TRANSIT_NS
     from ..sim.deployment import Deployment
     from ..sim.step_time.known_models import find_model
 
     for name in ("ingress_ms", "egress_ms"):
-        if not 0 <= getattr(arguments, name) < math.inf:
-            raise InvalidConfigError(f"{name} is {getattr(arguments, name)}, but must be from 0 up", field=name)
+        if not 0 <= getattr(arguments, name) <= MAX_TRANSIT_NS / 1e6:
+            raise InvalidConfigError(
+                f"{name} is {getattr(arguments, name)}, but must be from 0 to {MAX_TRANSIT_NS // 10**6}", field=name
+            )
     return Deployment(
         model=find_model(arguments.model),
         dtype=arguments.dtype,

@@ -6,8 +6,9 @@ import argparse
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..messages.errors import InvalidConfigError
-from .flags import Parser, positive
+from ..messages.errors import InvalidConfigError, InvalidWorkloadError
+from .flag_parser import Parser
+from .flag_values import positive
 
 if TYPE_CHECKING:
     from ..sim.workload.request import Workload
@@ -35,7 +36,7 @@ class Load:
     """The workload, read once, at any multiple of its load.
 
     Raises:
-        InvalidTraceError, InvalidWorkloadError: see `make_workload`.
+        InvalidTraceError, InvalidWorkloadError: see `make_workload`; or no request is left.
     """
 
     def __init__(self, source: LoadSource) -> None:
@@ -46,7 +47,10 @@ class Load:
         kind, _, rest = source.trace.removeprefix(SYNTHETIC_PREFIX).partition(",")
         # a closed loop's users and a conversation's turns wait for answers: not all requests are known beforehand
         self.has_followers = source.trace.startswith(SYNTHETIC_PREFIX) and (kind == "closed" or "turns=" in rest)
-        self(1.0)  # a transform that cannot be is an error now
+        workload = self(1.0)  # a transform that cannot be is an error now
+        if next(iter(workload.arrivals()), None) is None:
+            left_out = ", ".join(f"{number} {reason}" for reason, number in workload.counts.num_skipped.items())
+            raise InvalidWorkloadError(f"{workload.name} holds no request{f' ({left_out})' if left_out else ''}")
 
     def __call__(self, multiple: float) -> Workload:
         """At this multiple of the load that the flags ask for."""

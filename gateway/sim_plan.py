@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ..messages.errors import InvalidConfigError
-from .flags import Parser, add_engine_flags
+from .flag_parser import Parser
+from .flags import add_engine_flags
 from .sim_engine import base_deployment, prices_of, sweep_of
 from .sim_load import Load, LoadSource, load_source
 from .sim_progress import Bar, check_writable, progress_bar
@@ -214,6 +215,8 @@ def capacity_json(found: Capacity, arguments: argparse.Namespace) -> dict[str, o
 
 def _remarks(plan: Plan) -> list[str]:
     """What must be known beside the chosen row."""
+    from ..sim.report.run_report import overload_remark
+
     if plan.chosen < 0:
         return []
     finding = plan.findings[plan.chosen]
@@ -221,7 +224,7 @@ def _remarks(plan: Plan) -> list[str]:
     assert best is not None
     remarks = []
     if best.load != "STABLE":
-        remarks.append(f"the chosen configuration is {best.load}: on a longer trace its percentiles would be worse")
+        remarks.append(f"the chosen configuration is {overload_remark(best.load)}")
     if best.extrapolated_share:
         remarks.append(
             f"{best.extrapolated_share:.1%} of its steps lie outside what the step-time model was measured on"
@@ -235,9 +238,11 @@ def _remarks(plan: Plan) -> list[str]:
 
 
 def _capacity_remarks(found: Capacity) -> list[str]:
+    from ..sim.report.run_report import overload_remark
+
     if found.best is None or found.best.load == "STABLE":
         return []
-    return [f"at this load the cluster is {found.best.load}: on a longer trace its percentiles would be worse"]
+    return [f"at this load the cluster is {overload_remark(found.best.load)}"]
 
 
 def _print_json(fields: dict[str, object]) -> None:

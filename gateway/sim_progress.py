@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,11 +30,16 @@ def check_writable(*paths: str | None) -> None:
     """Before hours of work: whether its results can be written.
 
     Raises:
-        InvalidConfigError: a folder is missing, or the path is one.
+        InvalidConfigError: a folder is missing, or the path is one, or it may not be written.
     """
     for path in paths:
-        if path is not None and (Path(path).is_dir() or not Path(path).resolve().parent.is_dir()):
-            raise InvalidConfigError(f"{path} cannot be written: give a file in a folder that exists")
+        if path is None:
+            continue
+        file = Path(path).resolve()
+        if not path or file.is_dir() or not file.parent.is_dir():
+            raise InvalidConfigError(f"{path!r} cannot be written: give a file in a folder that exists")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise InvalidConfigError(f"{path!r} cannot be written: permission denied")
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def simulate_flags(arguments: argparse.Namespace) -> Simulation:
     from ..sim.plan.simulated import Surroundings, deployment_of
     from ..sim.slo import Slo, parse_slo
 
-    slo = parse_slo(arguments.slo) if arguments.slo else None
+    slo = parse_slo(arguments.slo) if arguments.slo is not None else None
     candidate = next(iter(sweep_of(arguments).candidates()))
     surroundings = Surroundings(deployment=base_deployment(arguments), slo=slo or Slo(), prices=prices_of(arguments))
     resolved = deployment_of(candidate, surroundings).resolve()

@@ -16,7 +16,7 @@ from ..sim.plan.diagnosis import Diagnosis
 from ..sim.plan.planner import Finding, Plan
 from ..sim.report.figures import money, quantity, seconds, share
 from ..sim.report.plan_report import FIELDS, candidate_name, varied_fields
-from ..sim.report.run_report import overload_remark
+from ..sim.report.run_report import overload_remark, refusals_text
 from ..sim.results import Distribution, RunResult
 from ..sim.workload.summary import WorkloadSummary
 
@@ -58,10 +58,10 @@ def print_run(result: RunResult) -> None:
     lost = {
         "cancelled": result.num_cancelled,
         "timed out": result.num_timeout,
-        "refused": result.num_refused,
         "failed": result.num_failed,
     }
     others = "".join(f", {quantity(number)} {name}" for name, number in lost.items() if number)
+    others += f", {refusals_text(result)}" if result.refused_because else ""
     facts = [
         ("requests", f"{quantity(result.num_done)} of {quantity(result.num_requests)} done{others}"),
         ("duration", f"{seconds(result.duration_s)} of virtual time"),

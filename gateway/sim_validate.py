@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..messages.errors import InvalidConfigError
-from .flags import add_engine_flags, positive
+from .flag_values import positive
+from .flags import add_engine_flags
 
 if TYPE_CHECKING:
     from ..sim.validate import MetricError, Validation

@@ -139,6 +139,12 @@ class StreamPump:
             self._check = loop.call_later(min(STALL_CHECK_S, self.stall_s), self._check_stalled)
 
 
+class EventResponse(web.StreamResponse):
+    """A response whose headers wait for the first chunk: the library sends other streams' on their own."""
+
+    _send_headers_immediately = False
+
+
 class EventStream:
     """One open response of server-sent events.
 
@@ -180,8 +186,12 @@ class EventStream:
         self._writer: StreamWriter | None = None
         self._transport: asyncio.Transport | None = None
 
-    async def open(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Prepare the response; its headers leave with the first chunk."""
+    async def open(self, request: web.Request, response: EventResponse) -> None:
+        """Begin the response; its headers leave at the end of this turn of the loop, with what is written by then.
+
+        Raises:
+            ConnectionError: the client is gone.
+        """
         if request.transport is not None:
             _bound_send_buffer(request.transport)
         writer = await response.prepare(request)
@@ -189,8 +199,7 @@ class EventStream:
         self._request, self._response, self._writer = request, response, writer
         self._transport = writer.transport
         self._pump.opened()
-        if self._parked:
-            self._mark()
+        self._mark()
 
     def write(self, event: bytes) -> None:
         """Add a whole event; never waits."""
@@ -250,7 +259,7 @@ class EventStream:
         if self._is_stalled:
             self._is_stalled = False
             self._pump.forget(self)
-        if not self._parked:
+        if not self._parked and self._has_sent_headers:
             return
         self.num_writes += 1
         if self._has_sent_headers:
@@ -279,6 +288,7 @@ class EventStream:
             async with asyncio.timeout(self._pump.stall_s):
                 if self._has_sent_headers and self._parked and self._transport is not None:
                     self._transport.write(self._take())
+                self._has_sent_headers = True  # they leave now, if they have not
                 await self._response.write_eof(self._take())
         except TimeoutError:
             self.shed()

@@ -11,10 +11,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         num_dropped_messages: by scheduler and allocator, of older epochs or about what nobody knows.
         num_executor_restarts: of one executor or group; `actor_restarts` has those of all.
-        actor_restarts: by actor, as `octavo.gateway.metrics.RESTARTING_ACTORS` names them.
+        actor_restarts: by actor, as `octavo.gateway.engine_metrics.RESTARTING_ACTORS` names them.
         num_requeued: sequences put back among the waiting because their executor or engine was lost.
         num_quarantined: requests refused or ended because they had killed executors.
-        messages_dropped: by the ports between processes, by reason (`octavo.gateway.metrics.DROP_REASONS`).
+        messages_dropped: by the ports between processes, by reason (`octavo.gateway.engine_metrics.DROP_REASONS`).
     """
 
     num_running: int

@@ -23,6 +23,7 @@ class AttentionBatch:
         max_query_len: most new tokens of a row (1: pure decode).
         max_context_len: longest context of a row.
         num_decodes: the leading rows with exactly one new token (rows are ordered so: decodes first).
+        max_rows: most rows of any batch that will come, 0 if nobody knows: kernels are compiled for so many.
     """
 
     query_start: torch.Tensor
@@ -33,6 +34,7 @@ class AttentionBatch:
     max_query_len: int
     max_context_len: int
     num_decodes: int
+    max_rows: int = 0
 
     @property
     def num_rows(self) -> int:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from . import cpu_build
 
-_SILU, _GELU_TANH = 0, 1  # as in csrc/fused.c
+_SILU, _GELU_TANH = 0, 1  # as in csrc/operations.h
+
+GatedActivation = Callable[[torch.Tensor], torch.Tensor]
+"""Takes `[num_tokens, 2 * n]`, whose first half is the gate, to `act(gate) * up`."""
 
 
 def silu_and_mul_ref(gate_up: torch.Tensor) -> torch.Tensor:
@@ -42,6 +46,10 @@ def gelu_tanh_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """`gelu(gate) * up` with the tanh approximation of gelu; otherwise as `silu_and_mul`."""
     out = _launch(gate_up, _GELU_TANH)
     return gelu_tanh_and_mul_ref(gate_up) if out is None else out
+
+
+C_CODES: dict[GatedActivation, int] = {silu_and_mul: _SILU, gelu_tanh_and_mul: _GELU_TANH}
+"""Those that have a C kernel, and what it calls them."""
 
 
 def _widen(x: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,10 @@ stops at each page's end: on huge pages the same loop reads up to 1.4 times as f
 
 The system clears a page when it is first touched, and a virtual machine may have to ask its host for each huge page
 then: a checkpoint of 1.2 GB was loaded in 3 to 5 s, and in 1 to 1.6 s on small pages, on which a step took a tenth
-longer. So the rest of a tensor lies on small pages once a huge one was slow to come, and when it has been filled the
-kernel is asked to merge them in its own time (khugepaged, some minutes).
+longer (4 % on another such machine, whose host itself has small pages). So the rest of a tensor lies on small pages
+once a huge one was slow to come, and so does all that follows once slow ones have taken a tenth of a second (each of
+113 matrices had waited 6 ms for one). When a tensor has been filled the kernel is asked to merge its pages in its own
+time (khugepaged, some minutes).
 """
 
 from __future__ import annotations
@@ -23,6 +25,14 @@ import torch
 _HUGE = 2 * 1024**2
 _LEAST = 512 * 1024  # bytes below which a tensor is not worth pages of its own
 _SLOW_NS = 1_000_000  # for a huge page: 0.5 s for a gigabyte; 5 ms were seen, and 0.1 to 0.2
+_PATIENCE_NS = 100_000_000  # that a process spends on slow ones
+
+
+class _Patience:
+    """How long this process will wait for slow huge pages yet: they are slow for all of its tensors alike."""
+
+    def __init__(self) -> None:
+        self.left_ns = _PATIENCE_NS
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -35,6 +45,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
     offset = -start % _HUGE
+    patience = _patience()
+    if patience.left_ns <= 0:
+        return _view(memory, offset, num_bytes, dtype, shape)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE, offset, size)
     except OSError:  # a kernel without them
@@ -42,9 +55,15 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     for page in range(offset, offset + size - _HUGE, _HUGE):
         started_ns = time.thread_time_ns()  # what others take of the CPU meanwhile does not count
         memory[page] = 0
-        if time.thread_time_ns() - started_ns > _SLOW_NS:
+        took_ns = time.thread_time_ns() - started_ns
+        if took_ns > _SLOW_NS:
+            patience.left_ns -= took_ns
             memory.madvise(mmap.MADV_NOHUGEPAGE, page + _HUGE, offset + size - page - _HUGE)
             break
+    return _view(memory, offset, num_bytes, dtype, shape)
+
+
+def _view(memory: mmap.mmap, offset: int, num_bytes: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8, offset=offset, count=num_bytes).view(dtype).view(tuple(shape))
 
 
@@ -81,6 +100,11 @@ def release_file_pages(tensor: torch.Tensor) -> None:
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start:
         libc.madvise(start, end - start, mmap.MADV_DONTNEED)
+
+
+@functools.cache
+def _patience() -> _Patience:
+    return _Patience()
 
 
 @functools.cache

@@ -19,7 +19,8 @@ from .attention_batch import AttentionBatch
 from .kv_quantization import CODES, dequantize, head_dim_of, is_quantized, quantize_ref
 
 _NEGATIVE_INFINITY = float("-inf")
-_CACHE_CODES = {**cpu_build.DTYPE_CODES, **CODES}
+CACHE_CODES = {**cpu_build.DTYPE_CODES, **CODES}
+"""What the C kernels call the dtypes of a cache."""
 
 
 def write_kv_ref(
@@ -67,7 +68,7 @@ def write_kv(
 
         write_kv_on_gpu(k, v, k_cache, v_cache, slot_mapping)
         return
-    can = _c_reads(k, v) and k_cache.dtype is v_cache.dtype and k_cache.dtype in _CACHE_CODES
+    can = _c_reads(k, v) and k_cache.dtype is v_cache.dtype and k_cache.dtype in CACHE_CODES
     kernels = _kernels() if can else None
     if kernels is None or slot_mapping.dtype != torch.int64 or not slot_mapping.is_contiguous():
         write_kv_ref(k, v, k_cache, v_cache, slot_mapping)
@@ -82,7 +83,7 @@ def write_kv(
         refused = kernels.octavo_write_kv(
             *(x.data_ptr(), cache.data_ptr(), slots),
             *(x.shape[0], num_kv_heads, num_blocks, block_size, head_dim_of(cache), stride_token, stride_head),
-            *(cpu_build.DTYPE_CODES[x.dtype], _CACHE_CODES[cache.dtype]),
+            *(cpu_build.DTYPE_CODES[x.dtype], CACHE_CODES[cache.dtype]),
         )
         if refused:
             raise IndexError(f"a slot of slot_mapping is outside the cache's {num_blocks * block_size} slots")
@@ -230,7 +231,7 @@ def paged_attention(
             batch_invariant=batch_invariant,
         )
     kernels = None
-    if _c_reads(q) and k_cache.dtype is v_cache.dtype and k_cache.dtype in _CACHE_CODES:
+    if _c_reads(q) and k_cache.dtype is v_cache.dtype and k_cache.dtype in CACHE_CODES:
         kernels = _kernels()
     if kernels is None or not k_cache.is_contiguous() or not v_cache.is_contiguous():
         return paged_attention_ref(
@@ -315,12 +316,12 @@ def _attention_args(  # noqa: PLR0917 - tensors, in the order of the C structure
         scale,
         softcap,
         cpu_build.DTYPE_CODES[q.dtype],
-        _CACHE_CODES[k_cache.dtype],
+        CACHE_CODES[k_cache.dtype],
     )
 
 
 class _AttentionArgs(ctypes.Structure):
-    """`attention_args` of csrc/attention.c."""
+    """`attention_args` of csrc/operations.h."""
 
     _fields_ = (
         ("q", ctypes.c_void_p),

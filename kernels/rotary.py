@@ -8,12 +8,10 @@ import functools
 import torch
 
 from . import cpu_build
-from .kv_quantization import CODES
-from .paged_attention import write_kv
+from .paged_attention import CACHE_CODES, write_kv
 from .rms_norm import rms_norm_ref
 
 _MAX_HEAD_DIM = 1024  # as in csrc/fused.c
-_CACHE_CODES = {**cpu_build.DTYPE_CODES, **CODES}
 
 
 def rotary_ref(x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -103,41 +101,10 @@ def rotary_and_write(  # noqa: PLR0917 - inputs, table, cache: as in write_kv
             eps=eps,
         )
         return
-    weight = q_weight if q_weight is not None else k_weight
-    status = kernels.octavo_rotary(
-        _RotaryArgs(
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            None if k_cache is None else k_cache.data_ptr(),
-            None if v_cache is None else v_cache.data_ptr(),
-            cos_sin.data_ptr(),
-            positions.data_ptr(),
-            None if slot_mapping is None else slot_mapping.data_ptr(),
-            None if q_weight is None else q_weight.data_ptr(),
-            None if k_weight is None else k_weight.data_ptr(),
-            q.stride(0),
-            q.stride(1),
-            k.stride(0),
-            k.stride(1),
-            v.stride(0),
-            v.stride(1),
-            q.shape[0],
-            q.shape[1],
-            k.shape[1],
-            q.shape[2],
-            v.shape[2],
-            cos_sin.shape[1],
-            cos_sin.shape[0],
-            0 if k_cache is None else k_cache.shape[0],
-            1 if k_cache is None else k_cache.shape[2],
-            eps,
-            cpu_build.DTYPE_CODES[q.dtype],
-            0 if weight is None else cpu_build.DTYPE_CODES[weight.dtype],
-            torch.get_num_threads(),
-            cpu_build.DTYPE_CODES[q.dtype] if k_cache is None else _CACHE_CODES[k_cache.dtype],
-        )
+    arguments = _c_arguments(
+        *(q, k, v, cos_sin, positions, k_cache, v_cache, slot_mapping, q_weight, k_weight), eps=eps
     )
+    status = kernels.octavo_rotary(arguments)
     if status == 1:
         raise IndexError(f"a position is outside cos_sin's {cos_sin.shape[0]} rows: lower max_model_len, or extend it")
     if status == 2:
@@ -166,7 +133,7 @@ def _c_can(  # noqa: PLR0917 - inputs, table, cache: as in write_kv
     if not (cos_sin.is_contiguous() and positions.is_contiguous()):
         return False
     if k_cache is not None and v_cache is not None and slot_mapping is not None:
-        if k_cache.dtype not in _CACHE_CODES or v_cache.dtype is not k_cache.dtype:
+        if k_cache.dtype not in CACHE_CODES or v_cache.dtype is not k_cache.dtype:
             return False
         if slot_mapping.dtype is not torch.int64:
             return False
@@ -182,7 +149,7 @@ def _c_can(  # noqa: PLR0917 - inputs, table, cache: as in write_kv
 
 
 class _RotaryArgs(ctypes.Structure):
-    """`rotary_args` of csrc/fused.c."""
+    """`rotary_args` of csrc/operations.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "k_cache", "v_cache", "cos_sin", "positions", "slots")),
@@ -192,6 +159,55 @@ class _RotaryArgs(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rotary_dim", "max_position", "num_blocks", "block_size")),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("dtype", "weight_dtype", "num_threads", "cache_dtype")),
+    )
+
+
+def _c_arguments(  # noqa: PLR0917 - inputs, table, cache: as in write_kv
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor | None,
+    v_cache: torch.Tensor | None,
+    slot_mapping: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    *,
+    eps: float,
+) -> _RotaryArgs:
+    weight = q_weight if q_weight is not None else k_weight
+    return _RotaryArgs(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        None if k_cache is None else k_cache.data_ptr(),
+        None if v_cache is None else v_cache.data_ptr(),
+        cos_sin.data_ptr(),
+        positions.data_ptr(),
+        None if slot_mapping is None else slot_mapping.data_ptr(),
+        None if q_weight is None else q_weight.data_ptr(),
+        None if k_weight is None else k_weight.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        q.shape[0],
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        v.shape[2],
+        cos_sin.shape[1],
+        cos_sin.shape[0],
+        0 if k_cache is None else k_cache.shape[0],
+        1 if k_cache is None else k_cache.shape[2],
+        eps,
+        cpu_build.DTYPE_CODES[q.dtype],
+        0 if weight is None else cpu_build.DTYPE_CODES[weight.dtype],
+        torch.get_num_threads(),
+        cpu_build.DTYPE_CODES[q.dtype] if k_cache is None else CACHE_CODES[k_cache.dtype],
     )
 
 

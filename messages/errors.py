@@ -58,6 +58,15 @@ class ContextLengthExceededError(InvalidRequestError):
 
     code = "context_length_exceeded"
 
+    @classmethod
+    def of_prompt(cls, num_tokens: int | str, max_model_len: int) -> ContextLengthExceededError:
+        """The prompt alone leaves no room for a token."""
+        return cls(
+            f"This model's maximum context length is {max_model_len} tokens, and the prompt has {num_tokens}: shorten "
+            f"it to at most {max_model_len - 1} tokens, so that at least one can be produced",
+            param="prompt",
+        )
+
 
 class QueueFullError(OctavoError):
     """Too many requests wait already; try again later."""
@@ -115,6 +124,12 @@ class RequestQuarantinedError(OctavoError):
     """The executor dies of this request, each time: it is ended, and refused for a while when it comes again."""
 
     code = "request_quarantined"
+
+
+class OutOfMemoryError(OctavoError):
+    """The device has no memory to compute this request, even alone."""
+
+    code = "engine_oom"
 
 
 class ExecutorLostError(OctavoError):

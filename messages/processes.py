@@ -50,6 +50,8 @@ class SetUpEngine(Message, frozen=True):
 class PeerStarted(Message, frozen=True):
     """Edge 0 -> engine or executor: a peer's new incarnation listens.
 
+    To other edges it tells of a new edge 0: another of them has taken the dead one's place, until all streams are over.
+
     Attributes:
         name, incarnation: of the peer.
         endpoint: where; empty: on this host, where its name and incarnation say.
@@ -136,9 +138,11 @@ class EdgeStatus(Message, frozen=True):
         restarts: `(kind, number)` of each kind of child.
         engines_down: which are being replaced, or wait for an executor.
         engines_gone: which will not be replaced.
+        edges: names and incarnations of the other edges that run.
     """
 
     why_not_ready: str
     restarts: tuple[tuple[str, int], ...] = ()
     engines_down: tuple[str, ...] = ()
     engines_gone: tuple[str, ...] = ()
+    edges: tuple[tuple[str, int], ...] = ()

@@ -18,12 +18,15 @@ class ChatPrompt(Message, frozen=True):
     Attributes:
         messages_json: the `messages` list as JSON (strings only: content parts are already joined).
         template_kwargs_json: extra variables for the template, a JSON object.
+        add_special_tokens: let the tokenizer add its own (such as one at the beginning) to those that the template
+            writes, which most templates make superfluous.
     """
 
     messages_json: bytes
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     template_kwargs_json: bytes = b"{}"
+    add_special_tokens: bool = False
 
 
 class SubmitPrompt(Message, frozen=True):
@@ -35,6 +38,7 @@ class SubmitPrompt(Message, frozen=True):
         arrival_ns: when the front end took it, on the runtime's clock.
         priority: lower goes first; each level is worth a fixed waiting time, so none starves.
         cache_salt: requests with different salts never share cached blocks.
+        add_special_tokens: of a text; a conversation says so itself, and token ids are taken as they are.
         deadline_ns: end with `abort` if not finished by then; 0 means never.
     """
 

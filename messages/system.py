@@ -19,11 +19,13 @@ class ExecutorLost(Message, frozen=True):
         epoch: the next epoch, which the replacement serves.
         why: for logs.
         is_innocent: nothing that the executor computed can have caused it: it was stopped from outside.
+        is_out_of_memory: what it was to compute at once was too much.
     """
 
     epoch: Epoch
     why: str = ""
     is_innocent: bool = False
+    is_out_of_memory: bool = False
 
 
 class Drain(Message, frozen=True):
@@ -36,10 +38,12 @@ class ExecutorFailed(Message, frozen=True):
     Attributes:
         epoch: the incarnation that failed.
         why: type and text of the exception.
+        is_out_of_memory: it says that the device, or the host, has no memory left.
     """
 
     epoch: Epoch
     why: str
+    is_out_of_memory: bool = False
 
 
 class StartExecutor(Message, frozen=True):

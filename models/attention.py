@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..kernels.attention_batch import AttentionBatch
+from ..kernels.decoder_stack import StackProduct
 from ..kernels.paged_attention import paged_attention, write_kv
 from ..kernels.rotary import rotary_and_write
 from .interface import KVCache
@@ -98,6 +100,24 @@ class Attention:
         self.o = reader.take_linear(f"{prefix}.o_proj.weight", s.hidden_size, q_width, columns=share.q)
         o_bias = reader.take(f"{prefix}.o_proj.bias", s.hidden_size) if s.o_bias else None
         self.o_bias = o_bias if group.tp_rank == 0 else None  # of the sum, it is part once
+
+    def for_stack(self, cos_sin: torch.Tensor) -> dict[str, Any]:
+        """What a `StackLayer` has to know of it, by its names."""
+        return {
+            "qkv": StackProduct(self.qkv, self.qkv_bias),
+            "o": StackProduct(self.o, self.o_bias),
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "scale": self.scale,
+            "window": self.window,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+            "qk_eps": self.eps,
+            "cos_sin": cos_sin if self.uses_rope else None,
+            "q_norm": self.q_norm if self.uses_rope else None,
+            "k_norm": self.k_norm if self.uses_rope else None,
+        }
 
     def forward(
         self, x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: KVCache

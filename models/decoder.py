@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from ..kernels.attention_batch import AttentionBatch
+from ..kernels.decoder_stack import DecoderStack, StackLayer, decoder_stack
 from ..kernels.rms_norm import rms_norm
 from .attention import Attention, TakeGain, take_gain
 from .interface import KVCache, KVCacheSpec
@@ -55,6 +57,10 @@ class DecoderLayer(Protocol):
         self, x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: KVCache
     ) -> None:
         """Change `x` `[num_tokens, hidden_size]` in place."""
+        ...
+
+    def for_stack(self, cos_sin: torch.Tensor) -> StackLayer | None:
+        """The same as a `StackLayer`; None where it is none."""
         ...
 
 
@@ -107,7 +113,9 @@ class Decoder(ABC):
         self.kv_cache_specs = tuple(KVCacheSpec(num_kv_heads, s.head_dim, s.head_dim) for _ in layers)
         self._hidden_size, self._eps = s.hidden_size, s.eps
         self.linear = linear_for(dtype, device)
-        self._cos_sin = self.rotary_tables(config, settings, layers, max_model_len or self.max_position)
+        self._cos_sin = self.rotary_tables(
+            config, settings, layers, min(max_model_len or self.max_position, self.max_position)
+        )
         with (
             torch.inference_mode(),
             open_weights(folder, dtype=dtype, device=device, quantization=quantization) as reader,
@@ -119,7 +127,8 @@ class Decoder(ABC):
             reader.leave(*(f"model.layers.{index}." for index in range(num_layers) if index not in layers))
             self._norm = self.take_gain(reader, "model.norm.weight", s.hidden_size)
             reader.finish()
-            stack_on_device([layer.mlp for layer in self.layers], device)
+            is_quantized_here = isinstance(quantization, str)  # and not as the checkpoint has it
+            stack_on_device([layer.mlp for layer in self.layers], device, widens=not is_quantized_here)
 
     # ---- a family's own ----
 
@@ -145,6 +154,18 @@ class Decoder(ABC):
 
     # ---- CausalLM ----
 
+    @functools.cached_property
+    def stack(self) -> DecoderStack | None:
+        """The layers as one call; None where a layer is no such, or ranks have to meet within it."""
+        uniform = all(layer.attention.linear == self.linear == layer.mlp.linear for layer in self.layers)
+        if self.device.type != "cpu" or self.group.tp_size > 1 or not uniform:
+            return None
+        layers = [layer.for_stack(cos_sin) for layer, cos_sin in zip(self.layers, self._cos_sin, strict=True)]
+        known = [layer for layer in layers if layer is not None]
+        if not known or len(known) < len(layers):
+            return None
+        return decoder_stack(known, dtype=self.dtype, quick=self.linear.quick)
+
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, kv_caches: list[KVCache]
     ) -> torch.Tensor:
@@ -153,8 +174,12 @@ class Decoder(ABC):
             x = self.embed(input_ids)
         else:
             x = self.group.receive_activations(len(input_ids), self._hidden_size, dtype=self.dtype, device=self.device)
-        for layer, cos_sin, cache in zip(self.layers, self._cos_sin, kv_caches, strict=True):
-            layer.forward(x, cos_sin, positions, batch, cache)
+        stack = self.stack if self.linear.is_in_c(len(x)) else None
+        if stack is not None:
+            stack.run(x, positions, batch, [(cache.k, cache.v) for cache in kv_caches])
+        else:
+            for layer, cos_sin, cache in zip(self.layers, self._cos_sin, kv_caches, strict=True):
+                layer.forward(x, cos_sin, positions, batch, cache)
         if not self.group.is_last_stage:
             self.group.send_activations(x)
             return x

@@ -12,7 +12,7 @@ from .decoder import Decoder
 from .errors import UnsupportedModelError
 from .gemma import GemmaForCausalLM
 from .interface import CausalLM
-from .layers import GATED_ACTIVATIONS, or_quantized
+from .layers import GATED_ACTIVATIONS, Linear
 from .mixture import MixtureOfExperts
 
 
@@ -35,7 +35,7 @@ def make_deterministic(model: CausalLM) -> CausalLM:
             "--deterministic needs the C kernels, and they could not be built: install gcc or clang (and do not set "
             "OCTAVO_CPU_KERNELS=0); the log says what failed. Or leave the flag out"
         )
-    linear = or_quantized(kernels.linear_deterministic)
+    linear = Linear(kernels.linear_deterministic)
     acts = {GATED_ACTIVATIONS["gelu"]: kernels.gelu_and_mul_deterministic} if is_cpu else {}
     model.linear = linear
     model.group.sums_in_order = True

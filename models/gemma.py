@@ -16,12 +16,14 @@ from typing import Any
 import torch
 
 from ..kernels.attention_batch import AttentionBatch
+from ..kernels.decoder_stack import StackLayer
+from ..kernels.gated_activation import GatedActivation
 from ..kernels.rms_norm import rms_norm
 from .attention import Attention, AttentionSettings
 from .decoder import Decoder
 from .errors import UnsupportedModelError
 from .interface import KVCache
-from .layers import GatedActivation, gated_activation, head_shape, layer_windows
+from .layers import gated_activation, head_shape, layer_windows
 from .mlp import GatedMLP
 from .parallel import ParallelGroup
 from .rotary import rotary_table
@@ -126,6 +128,18 @@ class GemmaLayer:
         attended = self.attention.forward(rms_norm(x, self.input_norm, eps), cos_sin, positions, batch, cache)
         x.add_(rms_norm(attended, self.post_attention_norm, eps))
         x.add_(rms_norm(self.mlp.forward(rms_norm(x, self.pre_mlp_norm, eps)), self.post_mlp_norm, eps))
+
+    def for_stack(self, cos_sin: torch.Tensor) -> StackLayer | None:
+        """See `DecoderLayer`."""
+        return StackLayer(
+            before_attention=self.input_norm,
+            after_attention=self.post_attention_norm,
+            before_mlp=self.pre_mlp_norm,
+            after_mlp=self.post_mlp_norm,
+            eps=self.eps,
+            **self.attention.for_stack(cos_sin),
+            **self.mlp.for_stack(),
+        )
 
 
 def take_gain(reader: WeightReader, name: str, width: int) -> torch.Tensor:

@@ -119,6 +119,9 @@ class GptOssLayer:
         x.add_(self.attention.forward(rms_norm(x, self.input_norm, self.eps), cos_sin, positions, batch, cache))
         x.add_(self.mlp.forward(rms_norm(x, self.post_attention_norm, self.eps)))
 
+    def for_stack(self, cos_sin: torch.Tensor) -> None:
+        """See `DecoderLayer`: experts are none of what a stack computes."""
+
 
 class GptOssForCausalLM(Decoder):
     """A `CausalLM` of GPT-OSS, whose experts are floating or in MXFP4 and become floats as they are read.

@@ -3,21 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..kernels.gated_activation import gelu_tanh_and_mul, silu_and_mul
+from ..kernels import linear_dense as dense_kernels
+from ..kernels import linear_deterministic as deterministic_kernels
+from ..kernels.gated_activation import GatedActivation, gelu_tanh_and_mul, silu_and_mul
 from ..kernels.linear_dense import linear_dense
 from ..kernels.linear_quantized import LinearWeight, linear_quantized
 from .errors import UnsupportedModelError
 
 _ROWS_BOUND_BY_MEMORY = 4
 
-GatedActivation = Callable[[torch.Tensor], torch.Tensor]
-Linear = Callable[[torch.Tensor, LinearWeight, torch.Tensor | None], torch.Tensor]
 DenseLinear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """How a model's linear layers multiply: by `dense` where a weight is a tensor; quantised ones, and parts of several
+    kinds, each by their own.
+
+    Attributes:
+        quick: as for `linear_quantized`: the last bits of a row may depend on how many there are.
+        few_rows: up to so many `linear_dense` takes the place of `dense`, as it does for weights of another dtype.
+    """
+
+    dense: DenseLinear
+    quick: bool = False
+    few_rows: int = 0
+
+    def __call__(self, x: torch.Tensor, weight: LinearWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if isinstance(weight, torch.Tensor):
+            return self._for(x.shape[0], is_same=weight.dtype is x.dtype)(x, weight, bias)
+        if isinstance(weight, tuple):
+            out = torch.cat([self(x, part) for part in weight], dim=-1)
+        else:
+            out = linear_quantized(x, weight, quick=self.quick)
+        return out if bias is None else out.add_(bias)
+
+    def _for(self, num_rows: int, *, is_same: bool) -> DenseLinear:
+        has_few = self.few_rows and (num_rows <= self.few_rows or not is_same)
+        return linear_dense if has_few else self.dense
+
+    def is_in_c(self, num_rows: int) -> bool:
+        """Whether so many rows are multiplied by the C kernel of `linear_dense` and `linear_deterministic`."""
+        kernels = (dense_kernels.linear_dense, deterministic_kernels.linear_deterministic)
+        return self._for(num_rows, is_same=True) in kernels
 
 
 def _gated_by(act: Callable[[torch.Tensor], torch.Tensor]) -> GatedActivation:
@@ -63,40 +97,17 @@ def cpu_multiplies_in(dtype: torch.dtype) -> bool:
 def linear_for(dtype: torch.dtype, device: torch.device) -> Linear:
     """The quickest `F.linear` for weights of `dtype` on `device`."""
     if device.type not in ("cpu", "cuda"):
-        return or_quantized(F.linear, quick=True)
+        return Linear(F.linear, quick=True)
     if device.type == "cuda":
-        return or_quantized(linear_dense, quick=True)
+        return Linear(linear_dense, quick=True)
     if not cpu_multiplies_in(dtype) or (dtype is torch.float32 and not _torch_has_avx512()):
-        return or_quantized(linear_dense, quick=True)
-    return or_quantized(_linear_by_rows, quick=True)
-
-
-def or_quantized(dense: DenseLinear, *, quick: bool = False) -> Linear:
-    """`dense` for weights that are a tensor; quantised ones, and parts of several kinds, each by their own.
-
-    With `quick` the last bits of a row may depend on how many there are: see `linear_quantized`.
-    """
-
-    def linear(x: torch.Tensor, weight: LinearWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if isinstance(weight, torch.Tensor):
-            return dense(x, weight, bias)
-        if isinstance(weight, tuple):
-            out = torch.cat([linear(x, part) for part in weight], dim=-1)
-        else:
-            out = linear_quantized(x, weight, quick=quick)
-        return out if bias is None else out.add_(bias)
-
-    return linear
+        return Linear(linear_dense, quick=True)
+    # Few rows wait for memory alone, and ours reads it faster; for more torch has better instructions.
+    return Linear(F.linear, quick=True, few_rows=_ROWS_BOUND_BY_MEMORY)
 
 
 def _torch_has_avx512() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def _linear_by_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Up to four rows wait for memory alone, and ours reads it faster; for more torch has better instructions."""
-    few = x.shape[0] <= _ROWS_BOUND_BY_MEMORY or weight.dtype is not x.dtype
-    return (linear_dense if few else F.linear)(x, weight, bias)
 
 
 def layer_windows(config: Any, layer_types: list[str] | None) -> tuple[int, ...]:

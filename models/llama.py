@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from ..kernels.attention_batch import AttentionBatch
+from ..kernels.decoder_stack import StackLayer
+from ..kernels.gated_activation import GatedActivation
 from ..kernels.rms_norm import rms_norm
 from .attention import Attention, AttentionSettings
 from .decoder import Decoder
 from .errors import UnsupportedModelError
 from .interface import KVCache
-from .layers import GatedActivation, gated_activation, head_shape, layer_windows
+from .layers import gated_activation, head_shape, layer_windows
 from .mixture import MixtureOfExperts, MixtureSettings
 from .mlp import DENSE_NAMES, GatedMLP
 from .parallel import ParallelGroup
@@ -176,6 +178,18 @@ class LlamaLayer:
         """Add this layer's two contributions to the residual stream `x` `[num_tokens, hidden_size]`, in place."""
         x.add_(self.attention.forward(rms_norm(x, self.input_norm, self.eps), cos_sin, positions, batch, cache))
         x.add_(self.mlp.forward(rms_norm(x, self.post_attention_norm, self.eps)))
+
+    def for_stack(self, cos_sin: torch.Tensor) -> StackLayer | None:
+        """See `DecoderLayer`."""
+        if not isinstance(self.mlp, GatedMLP):
+            return None
+        return StackLayer(
+            before_attention=self.input_norm,
+            before_mlp=self.post_attention_norm,
+            eps=self.eps,
+            **self.attention.for_stack(cos_sin),
+            **self.mlp.for_stack(),
+        )
 
 
 class LlamaForCausalLM(Decoder):

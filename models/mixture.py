@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels import mixture as kernels
+from ..kernels.gated_activation import GatedActivation
 from ..kernels.linear_quantized import LinearWeight
 from .errors import UnsupportedModelError
-from .layers import GatedActivation, Linear, linear_for
+from .layers import Linear, linear_for
 from .mlp import Expert, GatedMLP
 from .parallel import ParallelGroup
 from .sharding import share_evenly, share_roughly
@@ -71,7 +72,7 @@ class MixtureOfExperts:
         group: ParallelGroup,
     ) -> None:
         s = settings
-        self._settings, self._group = s, group
+        self._settings, self._group, self._dtype = s, group, reader.dtype
         self.linear = linear_for(reader.dtype, reader.device)
         # Never quantised: it is small, and a wrong choice of expert is the dearest of errors.
         router = f"{prefix}.{s.block}.{s.router}"
@@ -82,19 +83,24 @@ class MixtureOfExperts:
         self.batch_invariant = False
         self._stack: kernels.ExpertStack | None = None
 
-    def stack_experts(self) -> None:
+    def stack_experts(self, *, widens: bool = True) -> None:
         """Compute by products over all experts at once, as a GPU does, which must not wait for the router's choice.
 
-        Call it when the experts' contents are there.
+        Call it when the experts' contents are there. Those of a quantised checkpoint become floating numbers, as the
+        products know no others: they are right, and take 16 or 32 bits each.
+
+        Args:
+            widens: they may; where they were quantised to save memory, that would be in vain.
 
         Raises:
-            UnsupportedModelError: the experts are quantised, or activated in a way that cannot be fused.
+            UnsupportedModelError: the experts are activated in a way that cannot be fused, or must not be widened.
         """
         experts = list(self.experts.values())
         act = experts[0].act
         if not kernels.is_fusable(act):
             raise UnsupportedModelError("this activation is not supported in a mixture of experts on a GPU")
-        w13, w2 = _stacked([expert.gate_up for expert in experts]), _stacked([expert.down for expert in experts])
+        w13 = _stacked([expert.gate_up for expert in experts], self._dtype, widens=widens)
+        w2 = _stacked([expert.down for expert in experts], self._dtype, widens=widens)
         b13 = [expert.gate_up_bias for expert in experts if expert.gate_up_bias is not None]
         b2 = [expert.down_bias for expert in experts if expert.down_bias is not None]
         self._stack = kernels.ExpertStack(
@@ -144,7 +150,7 @@ class MixtureOfExperts:
         return out
 
 
-def stack_on_device(blocks: Sequence[Expert | MixtureOfExperts], device: torch.device) -> None:
+def stack_on_device(blocks: Sequence[Expert | MixtureOfExperts], device: torch.device, *, widens: bool = True) -> None:
     """`stack_experts` of every mixture among a model's feed-forward blocks that has been read, on anything but a CPU.
 
     One layer after the other: what it takes for a moment is one layer's experts.
@@ -152,7 +158,7 @@ def stack_on_device(blocks: Sequence[Expert | MixtureOfExperts], device: torch.d
     if device.type != "cpu":
         for block in blocks:
             if isinstance(block, MixtureOfExperts):
-                block.stack_experts()
+                block.stack_experts(widens=widens)
 
 
 def read_experts(  # noqa: PLR0917 - as `MixtureOfExperts`
@@ -215,10 +221,16 @@ def held_experts(settings: MixtureSettings, group: ParallelGroup) -> range:
     return range(settings.num_experts)
 
 
-def _stacked(weights: list[LinearWeight]) -> torch.Tensor:
-    floating = [weight for weight in weights if isinstance(weight, torch.Tensor)]
-    if len(floating) < len(weights):
+def _stacked(weights: Sequence[LinearWeight], dtype: torch.dtype, *, widens: bool) -> torch.Tensor:
+    if not widens and not all(isinstance(weight, torch.Tensor) for weight in weights):
         raise UnsupportedModelError(
-            "quantised experts are not supported on a GPU: leave --quantization at auto and take a floating checkpoint"
+            "experts are not quantised at load on a GPU, which would widen them again: leave --quantization at auto"
         )
-    return torch.stack(floating)
+    return torch.stack([_widened(weight, dtype) for weight in weights])
+
+
+def _widened(weight: LinearWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers that a weight stands for, rounded to `dtype` once."""
+    if isinstance(weight, tuple):
+        return torch.cat([_widened(part, dtype) for part in weight])
+    return (weight if isinstance(weight, torch.Tensor) else weight.dequantize()).to(dtype)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
+from ..kernels.decoder_stack import StackProduct
+from ..kernels.gated_activation import GatedActivation
 from ..kernels.linear_quantized import LinearWeight
-from .layers import GatedActivation, Linear, linear_for
+from .layers import Linear, linear_for
 from .parallel import ParallelGroup
 from .sharding import share_evenly
 from .weights import ALL, WeightReader
@@ -83,6 +86,14 @@ class GatedMLP(Expert):
         down_bias = down_bias if group.tp_rank == 0 else None  # of the sum, it is part once
         linear = linear_for(reader.dtype, reader.device)
         super().__init__(gate_up, gate_up_bias, down_matrix, down_bias, act, linear)
+
+    def for_stack(self) -> dict[str, Any]:
+        """What a `StackLayer` has to know of it, by its names."""
+        return {
+            "gate_up": StackProduct(self.gate_up, self.gate_up_bias),
+            "down": StackProduct(self.down, self.down_bias),
+            "activation": self.act,
+        }
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[num_tokens, hidden_size]` to the same."""

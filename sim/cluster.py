@@ -91,6 +91,7 @@ class Cluster:
         self.agenda = Agenda()
         self.records: list[RequestRecord] = []
         self.num_ended = 0
+        self.refused_because: dict[str, int] = {}
         self._open: dict[RequestId, TraceRequest] = {}
         self._left: dict[RequestId, None] = {}  # clients that went away, and whose request has not ended
         self._routes = NumberStream()
@@ -230,7 +231,9 @@ class Cluster:
             record.outcome = "cancelled" if self._left.pop(request_id, 0) is None else "timeout"
         else:
             record.outcome = _OUTCOMES[ended.reason]
-            if record.outcome == "done":
+            if record.outcome == "refused":
+                self.refused_because[ended.error_code] = self.refused_because.get(ended.error_code, 0) + 1
+            elif record.outcome == "done":
                 record.last_token_ns = now_ns + self._config.egress_ns
                 if self._watch is not None:
                     self._watch.see("e2e", record.last_token_ns - record.arrival_ns)

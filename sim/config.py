@@ -7,7 +7,14 @@ import msgspec
 from ..actors.router.config import RoutingPolicy
 from ..actors.scheduler.config import SchedulerConfig
 
-__all__ = ["Outage", "RoutingPolicy", "SimConfig"]
+__all__ = ["MAX_OUTAGE_NS", "MAX_REPLICAS", "MAX_TRANSIT_NS", "Outage", "RoutingPolicy", "SimConfig"]
+
+MAX_REPLICAS = 100_000
+MAX_TRANSIT_NS = 3600 * 10**9
+"""An hour: no request takes longer to reach the scheduler, nor a token to reach its client."""
+
+MAX_OUTAGE_NS = 10**9 * 10**9
+"""Thirty years: nothing of a simulation lies beyond."""
 
 
 class Outage(msgspec.Struct, frozen=True):
@@ -47,11 +54,16 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     cost_per_replica_hour: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.num_replicas < 1:
-            raise ValueError(f"num_replicas={self.num_replicas} must be at least 1")
+        if not 1 <= self.num_replicas <= MAX_REPLICAS:
+            raise ValueError(f"num_replicas={self.num_replicas} must be from 1 to {MAX_REPLICAS}")
         for name in ("ingress_ns", "egress_ns"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) <= MAX_TRANSIT_NS:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to {MAX_TRANSIT_NS}, an hour")
         for outage in self.outages:
-            if not 0 <= outage.replica < self.num_replicas or not 0 <= outage.begin_ns < outage.end_ns:
-                raise ValueError(f"{outage} must name one of {self.num_replicas} replicas and end after it begins")
+            is_somebodys = 0 <= outage.replica < self.num_replicas
+            if not is_somebodys or not 0 <= outage.begin_ns < outage.end_ns <= MAX_OUTAGE_NS:
+                raise ValueError(
+                    f"an outage is of one of {self.num_replicas} replicas, counted from 0, and ends after it begins "
+                    f"and within {MAX_OUTAGE_NS // 10**9} s: not of replica {outage.replica} from "
+                    f"{outage.begin_ns / 1e9:.6g} s to {outage.end_ns / 1e9:.6g} s"
+                )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..messages.errors import QueueFullError
 from .config import SimConfig
 from .gaps import GapHistogram
 from .results import Distribution, Load, ReplicaResult, RequestRecord, RunResult, TimelinePoint
@@ -75,9 +76,10 @@ def summarize(
         num_cancelled=_num(records, "cancelled"),
         num_timeout=_num(records, "timeout"),
         num_refused=_num(records, "refused"),
+        refused_because=dict(sorted(cluster.refused_because.items())),
         num_failed=_num(records, "failed"),
         duration_s=duration_s,
-        load=label_load(points, records, config),
+        load=label_load(points, records, config, num_turned_away=cluster.refused_because.get(QueueFullError.code, 0)),
         request_rate=_rate(len(done), duration_s),
         prompt_token_rate=_rate(num_prompt_tokens, duration_s),
         output_token_rate=_rate(num_output_tokens, duration_s),
@@ -97,7 +99,9 @@ def summarize(
         kv_use_peak=max((replica.kv_use_peak for replica in replicas), default=0.0),
         busy_share=math.fsum(replica.busy_share for replica in replicas) / len(replicas),
         cost_per_hour=cost_per_hour,
-        cost_per_million_output_tokens=cost_per_hour * duration_s / 3600 / max(1, num_output_tokens) * 1e6,
+        cost_per_million_output_tokens=cost_per_hour * duration_s / 3600 / num_output_tokens * 1e6
+        if num_output_tokens
+        else math.nan,
         extrapolated_share=sum(replica.totals.num_extrapolated for replica in cluster.replicas) / max(1, num_steps),
         num_steps=num_steps,
         num_steps_skipped=sum(replica.totals.num_skipped for replica in cluster.replicas),
@@ -128,13 +132,28 @@ def describe_config(config: SimConfig) -> dict[str, str | int | float | bool]:
     }
 
 
-def label_load(points: Sequence[TimelinePoint], records: Sequence[RequestRecord], config: SimConfig) -> Load:
+def label_load(
+    points: Sequence[TimelinePoint], records: Sequence[RequestRecord], config: SimConfig, *, num_turned_away: int
+) -> Load:
     """Whether the cluster kept up with what arrived.
 
     Looks at the waiting requests while requests arrive: OVERLOADED if in the last quarter more wait than twice as many
     as in the second, and the queue was never empty in the last half; BACKLOGGED if in the last quarter more than twice
-    as many wait and more than a tenth of the seats; else STABLE.
+    as many wait and more than a tenth of the seats. A bounded queue hides that: unless it is OVERLOADED, a run is
+    REFUSING if more than 1 % of the requests did not get into the queue, or left it at their deadline. Else STABLE.
+
+    Args:
+        num_turned_away: requests refused because too many waited.
     """
+    label = _label_queue(points, records, config)
+    num_in_vain = sum(record.outcome == "timeout" and record.scheduled_ns < 0 for record in records)
+    if label != "OVERLOADED" and num_turned_away + num_in_vain > 0.01 * len(records):
+        return "REFUSING"
+    return label
+
+
+def _label_queue(points: Sequence[TimelinePoint], records: Sequence[RequestRecord], config: SimConfig) -> Load:
+    """See `label_load`: what the number of those who wait tells."""
     if not records:
         return "STABLE"
     end_s = records[-1].arrival_ns / 1e9

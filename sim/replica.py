@@ -17,11 +17,12 @@ from ..messages.step import ExecuteStep, PlanDue, PlanStep, StepExecuted
 from ..messages.system import ExecutorFailed, ExecutorLost
 from .agenda import Agenda
 from .batch_meter import BatchMeter
-from .event_log import ReplicaLog
+from .event_log import MINUS_ONE, ReplicaLog
 from .step_time.interface import StepShape, StepTimeModel
 from .token_meter import TokenMeter
 
 _PLAN_DUE = PlanDue()
+_NEVER_SAID = (StepExecuted, ExecutorFailed)  # to an allocator, by a scheduler whose executor is a model
 _EMPTY = StepShape(0, 0, 0, (), 0)
 _MIN_STRETCH = 3  # shorter ones cost more to skip than to step through
 _FIRST_STRETCH = 32  # looked ahead at first; doubled while nobody comes in between
@@ -169,7 +170,7 @@ class Replica:
         self._batch.forget_all()
         self.tokens.interrupt()
         self._epoch = Epoch(self._epoch + 1)
-        self.log.plans.extend((-1, now_ns, self._epoch))
+        self.log.plans.extend((MINUS_ONE, now_ns, self._epoch))
         self._tell(ExecutorLost(self._epoch, "outage"))
 
     def catch_up(self) -> None:
@@ -218,7 +219,7 @@ class Replica:
                 if isinstance(said, RequestEnded):
                     self._end(said)
                     continue
-                assert not isinstance(said, StepExecuted | ExecutorFailed), said
+                assert not isinstance(said, _NEVER_SAID), said
                 for answer in self.allocator.handle(said, now_ns):
                     if isinstance(answer, ExecuteStep):
                         assert isinstance(said, PlanStep)
@@ -329,7 +330,7 @@ class Replica:
         hosts_ns = [self._model.host_ns(step.shape) for step in steps]
         ends = [step.end_ns for step in steps]
         begins = [step.begin_ns for step in steps]
-        shortest_ns = min(*durations, *(step.end_ns - step.begin_ns for step in list(steps)[1:]), durations[0])
+        shortest_ns = min([*durations, *(step.end_ns - step.begin_ns for step in islice(steps, 1, None))])
         if self._depth > 1 and max(hosts_ns) <= shortest_ns:
             # The host's time is hidden behind the step before: the device goes on without a pause.
             ends.extend(islice(accumulate(durations, initial=ends[-1]), 1, None))
@@ -349,8 +350,7 @@ class Replica:
 
     def _advance(self, coasting: Coasting, num_laps: int) -> None:
         """Do what `num_laps` laps of `_finish_step` would have done."""
-        answer_of = self._answer_ids.get
-        stretch = self.scheduler.advance_decode(num_laps, lambda request_id: answer_of(request_id, 0))
+        stretch = self.scheduler.advance_decode(num_laps, self._answer_ids.__getitem__)
         blocks = self.allocator.advance_decode(stretch)
         first_id = stretch.first_step_id
         self.log.blocks.extend([number for offset, *placed in blocks for number in (first_id + offset, *placed)])

@@ -9,7 +9,7 @@ import msgspec
 SCHEMA_VERSION = 1
 
 Outcome = Literal["done", "cancelled", "timeout", "refused", "failed"]
-Load = Literal["STABLE", "BACKLOGGED", "OVERLOADED"]
+Load = Literal["STABLE", "BACKLOGGED", "REFUSING", "OVERLOADED"]
 
 
 class RequestRecord(msgspec.Struct, gc=False):
@@ -108,8 +108,10 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     """One configuration on one workload. Field names are the JSON's.
 
     Attributes:
-        load: STABLE; BACKLOGGED: the queue grew over the run; OVERLOADED: it never drained while requests came.
-            Percentiles of anything but STABLE describe the length of the run, not the configuration.
+        refused_because: number of requests refused, by the code of the engine's error.
+        load: STABLE; BACKLOGGED: the queue grew over the run; REFUSING: it stayed short because requests were turned
+            away; OVERLOADED: it never drained while requests came. Percentiles of anything but STABLE describe the
+            length of the run, or the few that were served, not the configuration.
         ttft_s, tpot_s, itl_s, e2e_s, queue_s: over requests that are done (TPOT: with two or more tokens).
         goodput_rps: requests a second that are done and meet every limit of the SLO (all done ones, without an SLO).
         slo_attainment: those as a share of all requests.
@@ -127,6 +129,7 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     num_cancelled: int
     num_timeout: int
     num_refused: int
+    refused_because: dict[str, int]
     num_failed: int
     duration_s: float
     load: Load

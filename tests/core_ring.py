@@ -97,6 +97,7 @@ class Row:
     num_computed: int
     block_table: list[int]
     request: SubmitRequest
+    has_failed: bool = False  # what is sampled after that continues nothing
 
 
 @dataclass
@@ -167,6 +168,7 @@ class CheckingExecutor:
             if request_id in self.fail_next:
                 self.fail_next.discard(request_id)
                 failed.append((request_id, "not a number"))
+                row.has_failed = True
                 # An overrun row of the next step still finds a token to compute.
                 row.tokens.append(STOP_TOKEN)
                 row.histories.append(extend_history(row.histories[-1], STOP_TOKEN))
@@ -175,8 +177,9 @@ class CheckingExecutor:
             num_output = len(row.tokens) - row.num_prompt
             assert num_output < (row.request.params.max_tokens or 1) or row.request.params.max_tokens is None
             assert len(row.tokens) < self.config.max_sequence_len
-            known = self.streams[request_id].setdefault(num_output, token)
-            assert known == token, "the schedule changed a token"
+            if not row.has_failed:
+                known = self.streams[request_id].setdefault(num_output, token)
+                assert known == token, "the schedule changed a token"
             row.tokens.append(token)
             row.histories.append(extend_history(row.histories[-1], token))
             sampled.append((request_id, token))

@@ -234,7 +234,8 @@ class FakeEngine:
         if isinstance(prompt, ChatPrompt):
             messages = msgspec.json.decode(prompt.messages_json, type=list[dict[str, str]])
             text = "".join(f"<{message['role']}>{message['content']}\n" for message in messages)
-            return list((text + "<assistant>" * prompt.add_generation_prompt).encode())
+            text += "<assistant>" * prompt.add_generation_prompt
+            return [BOS] * prompt.add_special_tokens + list(text.encode())
         if isinstance(prompt, str):
             return [BOS] * add_special_tokens + list(prompt.encode())
         return list(prompt)

@@ -40,6 +40,8 @@ class Served:
     def __enter__(self) -> Served:
         wait_until(lambda: "server.ready" in self.log or self.popen.poll() is not None)
         found = re.search(r'"url": ?"(http://[^"]+)"', self.log)
+        if not found:
+            self.__exit__()
         assert found, self.log
         self.url = found[1]
         return self
@@ -136,8 +138,9 @@ class Client:
                 if response.status != 200:
                     self.error = f"{response.status} {await response.text()}"
                     return self
-                assert response.connection is not None and response.connection.transport is not None
-                self.local_port = response.connection.transport.get_extra_info("sockname")[1]
+                # Without a connection all of it is here already: this process was slow. `streams` says so.
+                if (connection := response.connection) is not None and connection.transport is not None:
+                    self.local_port = connection.transport.get_extra_info("sockname")[1]
                 async for line in response.content:
                     self._take(line.decode().strip())
         except aiohttp.ClientError:
@@ -167,8 +170,12 @@ async def streams(
     tasks = [asyncio.create_task(client.run(url)) for client in clients]
     async with asyncio.timeout(PATIENCE_S):
         while not all(client.text or client.error for client in clients):
+            for task in tasks:
+                if task.done():
+                    task.result()  # raises what went wrong, which nobody would hear of otherwise
             await asyncio.sleep(0.005)
-        assert not any(client.finish_reason or client.error for client in clients), [one.error for one in clients]
+        ends = [(client.finish_reason, client.error) for client in clients]
+        assert not any(map(any, ends)), f"some were over before all had begun: {ends}"
         then(clients)
         await asyncio.gather(*tasks)
     return clients

@@ -66,6 +66,7 @@ def make_result(
         "num_cancelled": 0,
         "num_timeout": 0,
         "num_refused": len(records) - len(done),
+        "refused_because": {"queue_full": len(records) - len(done)} if len(records) > len(done) else {},
         "num_failed": 0,
         "duration_s": duration_s,
         "load": "STABLE",

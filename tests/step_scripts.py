@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from octavo.actors.executor.gpu.device_batch import DeviceBatch, PackedStep
+from octavo.actors.executor.gpu.device_batch import DeviceBatch
+from octavo.actors.executor.gpu.packed_step import PackedStep
 from octavo.actors.executor.gpu.step_diff import StepDiff
 from octavo.actors.executor.sampler import Sampler
 from octavo.actors.executor.standing_batch import StandingBatch, StepArrays

@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 
 TYPE_NUMBERS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14, "IQ4_XS": 23, "BF16": 30}
 
+# `general.file_type`: what most matrices are. OpenVINO refuses a file without it.
+FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
+
 
 class U32(int):
     """A number to be written as uint32."""
@@ -62,19 +65,28 @@ def value(item: Any) -> bytes:
     raise TypeError(type(item))
 
 
-def gguf_bytes(
+def gguf_parts(
     metadata: Mapping[str, Any], tensors: Mapping[str, Raw], *, version: int = 3, alignment: int = 32
-) -> bytes:
+) -> list[bytes]:
+    """A file's bytes, a part for the header and two for each tensor, so that large ones are not copied."""
     head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
     head += b"".join(text(key) + value(item) for key, item in metadata.items())
-    offset, data = 0, b""
+    offset = 0
+    parts: list[bytes] = []
     for name, tensor in tensors.items():
         dims = tensor.shape[::-1]
         head += text(name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
         head += struct.pack("<IQ", TYPE_NUMBERS[tensor.kind], offset)
-        data += tensor.data + bytes(-len(tensor.data) % alignment)
-        offset = len(data)
-    return head + bytes(-len(head) % alignment) + data
+        padding = bytes(-len(tensor.data) % alignment)
+        parts += [tensor.data, padding]
+        offset += len(tensor.data) + len(padding)
+    return [head + bytes(-len(head) % alignment), *parts]
+
+
+def gguf_bytes(
+    metadata: Mapping[str, Any], tensors: Mapping[str, Raw], *, version: int = 3, alignment: int = 32
+) -> bytes:
+    return b"".join(gguf_parts(metadata, tensors, version=version, alignment=alignment))
 
 
 def encoded(weight: np.ndarray, kind: str) -> Raw:
@@ -155,7 +167,6 @@ def convert_checkpoint(
     """
     config = json.loads((folder / "config.json").read_text())
     architecture = {"gemma3_text": "gemma3", "mistral": "llama"}.get(config["model_type"], config["model_type"])
-    weights = {name: weight.float().numpy() for name, weight in load_file(folder / "model.safetensors").items()}
     rope = config["rope_parameters"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -163,6 +174,7 @@ def convert_checkpoint(
         "general.architecture": architecture,
         "general.name": folder.name,
         "general.quantization_version": U32(2),
+        "general.file_type": U32(FILE_TYPES[kind]),
         f"{architecture}.context_length": U32(config["max_position_embeddings"]),
         f"{architecture}.embedding_length": U32(config["hidden_size"]),
         f"{architecture}.block_count": U32(config["num_hidden_layers"]),
@@ -173,11 +185,12 @@ def convert_checkpoint(
         f"{architecture}.attention.key_length": U32(head_dim),
         f"{architecture}.attention.value_length": U32(head_dim),
         **({f"{architecture}.rope.freq_base": F32(rope["rope_theta"])} if "rope_theta" in rope else {}),
-        **(tokenizer_metadata(folder) if tokenizer is None else tokenizer),
+        **(tokenizer_metadata(folder, vocab_size=config["vocab_size"]) if tokenizer is None else tokenizer),
         **(extra or {}),
     }
     tensors: dict[str, Raw] = dict(extra_tensors or {})
-    for name, weight in weights.items():
+    for name, stored in load_file(folder / "model.safetensors").items():
+        weight = stored.float().numpy()
         if name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
         if architecture == "llama" and "q_proj" in name:
@@ -188,12 +201,18 @@ def convert_checkpoint(
             weight = weight + np.float32(1)
         gguf = gguf_name(name, architecture)
         tensors[gguf] = (kinds or {}).get(gguf) or encoded(weight, kind if weight.ndim == 2 else "F32")
-    out.write_bytes(gguf_bytes(metadata, tensors))
+    with out.open("wb") as file:
+        file.writelines(gguf_parts(metadata, tensors))
     return out
 
 
-def tokenizer_metadata(folder: Path, *, pre: str = "qwen2") -> dict[str, Any]:
-    """Of a byte-level tokenizer.json, as the converters write it."""
+def tokenizer_metadata(folder: Path, *, pre: str = "qwen2", vocab_size: int | None = None) -> dict[str, Any]:
+    """Of a byte-level tokenizer.json, as the converters write it.
+
+    Args:
+        vocab_size: rows of the embedding. The others than the tokenizer's get names and are marked as unused: without
+            them llama.cpp refuses the file, as it takes the size of the vocabulary from the tokens alone.
+    """
     document = json.loads((folder / "tokenizer.json").read_text())
     named = json.loads((folder / "tokenizer_config.json").read_text())
     vocab: dict[str, int] = document["model"]["vocab"]
@@ -202,6 +221,9 @@ def tokenizer_metadata(folder: Path, *, pre: str = "qwen2") -> dict[str, Any]:
     tokens = sorted(ids, key=lambda token: ids[token])
     assert [ids[token] for token in tokens] == list(range(len(tokens)))
     types = [1 if token not in added else 3 if added[token]["special"] else 4 for token in tokens]
+    num_unused = max(0, (vocab_size or 0) - len(tokens))
+    tokens += [f"[PAD{token_id}]" for token_id in range(len(tokens), len(tokens) + num_unused)]
+    types += [5] * num_unused
     template = folder / "chat_template.jinja"
     return {
         "tokenizer.ggml.model": "gpt2",

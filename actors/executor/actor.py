@@ -16,6 +16,7 @@ from .config import ExecutorConfig
 from .device import Device
 from .gpu.runner import GpuRunner
 from .launch_ahead import LaunchAhead
+from .out_of_memory import is_out_of_memory
 from .runner import StepRunner, load_runner
 
 _STOP = None
@@ -107,7 +108,7 @@ class ExecutorThread:
                 has_failed = True
                 ahead.clear()
                 self._busy_since_ns = 0
-                self._send(ExecutorFailed(self._epoch, f"{type(error).__name__}: {error}"))
+                self._send(ExecutorFailed(self._epoch, f"{type(error).__name__}: {error}", is_out_of_memory(error)))
 
     def _begin_epoch(self, runner: StepRunner | GpuRunner) -> bool:
         try:

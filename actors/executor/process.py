@@ -24,6 +24,7 @@ from ..runtime.addresses import EDGE, ENGINE, as_called_from, endpoint_of, in_br
 from ..runtime.logs import configure_logs
 from ..runtime.port import Allowed, Port, UnsendableError
 from .config import ExecutorConfig, ExecutorProcessSpec
+from .out_of_memory import is_out_of_memory
 from .oversized_step import without_logprobs
 from .rank import RankExecutor
 
@@ -230,7 +231,8 @@ class _ExecutorProcess:
         gauge.busy_since_ns = 0
         self._begun.clear()
         log.error("step.failed", epoch=gauge.epoch, exc_info=error)
-        self._port.send(EDGE, ExecutorFailed(gauge.epoch, f"{type(error).__name__}: {error}"))
+        why = f"{type(error).__name__}: {error}"
+        self._port.send(EDGE, ExecutorFailed(gauge.epoch, why, is_out_of_memory(error)))
         if self._spec.config.tensor_parallel_size * self._spec.config.pipeline_parallel_size > 1:
             return False  # the others wait for this rank in a collective
         gauge.epoch = Epoch(gauge.epoch + 1)  # the rest of this epoch's steps are lost

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
+from typing import cast
 
 from ...messages.ids import BlockId
+from .eviction_queue import EvictionQueue
 from .prefix_index import PrefixIndex
 
 
@@ -21,7 +22,7 @@ class BlockPool:
         # A stack: the block freed last is likeliest to be in a cache of the hardware. Blocks never used yet come after
         # them, and are not written down: a thousand pools of a simulation would be mostly that.
         self._free: list[BlockId] = []
-        self._cached: OrderedDict[BlockId, None] = OrderedDict()  # the first is evicted first
+        self._cached = EvictionQueue()
         self.ref_counts: list[int] = []  # of blocks that have been used, which are those below its length
         self.num_evicted = 0
 
@@ -57,16 +58,15 @@ class BlockPool:
     def _take_unused(self, num_blocks: int, taken: list[BlockId]) -> None:
         """Move blocks that were never used to `taken`, as many as there are of `num_blocks`."""
         begin = len(self.ref_counts)
-        unused = [BlockId(block_id) for block_id in range(begin, min(begin + num_blocks, self._num_blocks))]
-        taken += unused
+        unused = range(begin, min(begin + num_blocks, self._num_blocks))
+        taken += cast("Iterable[BlockId]", unused)
         self.ref_counts.extend([0] * len(unused))
         self._index.add_blocks(len(unused))
 
     def _evict(self, num_blocks: int, taken: list[BlockId]) -> None:
         """Move the least recently used cached blocks to `taken`."""
-        cached = self._cached
-        assert num_blocks <= len(cached), "the scheduler promised blocks that do not exist"
-        evicted = [cached.popitem(last=False)[0] for _ in range(num_blocks)]
+        assert num_blocks <= len(self._cached), "the scheduler promised blocks that do not exist"
+        evicted = self._cached.pop(num_blocks)
         self._index.forget(evicted)
         taken += evicted
         self.num_evicted += num_blocks
@@ -76,7 +76,7 @@ class BlockPool:
         num_taken = 0
         for block_id in block_ids:
             if self.ref_counts[block_id] == 0:
-                del self._cached[block_id]
+                self._cached.remove(block_id)
                 num_taken += 1
             self.ref_counts[block_id] += 1
         return num_taken
@@ -86,7 +86,8 @@ class BlockPool:
 
         The last block is queued for eviction first, so that prefixes, which others may share, survive longest.
         """
-        ref_counts, node_of, free, cached = self.ref_counts, self._index.node_of, self._free, self._cached
+        ref_counts, node_of = self.ref_counts, self._index.node_of
+        append_free, append_cached = self._free.append, self._cached.append
         num_freed = 0
         for block_id in reversed(block_ids):
             num_left = ref_counts[block_id] - 1
@@ -95,9 +96,9 @@ class BlockPool:
             if num_left == 0:
                 num_freed += 1
                 if node_of[block_id] is None:
-                    free.append(block_id)
+                    append_free(block_id)
                 else:
-                    cached[block_id] = None
+                    append_cached(block_id)
         return num_freed
 
     def forget_held(self, block_ids: list[BlockId]) -> None:
@@ -109,7 +110,7 @@ class BlockPool:
         """Empty the prefix index; cached blocks become free, held ones are held on."""
         node_of = self._index.node_of
         self._index.forget([BlockId(i) for i, node in enumerate(node_of) if node is not None])
-        self._free.extend(reversed(self._cached))
+        self._free.extend(reversed(list(self._cached)))
         self._cached.clear()
 
     def check(self) -> None:
@@ -121,4 +122,5 @@ class BlockPool:
         assert len(node_of) == len(self.ref_counts)
         assert all(node_of[block_id] is None for block_id in self._free)
         assert all(node_of[block_id] is not None for block_id in self._cached)
+        self._cached.check()
         self._index.check()

@@ -8,6 +8,8 @@ from ...messages.ids import BlockId
 
 NO_BLOCK = BlockId(-1)
 
+_RUN = 32  # blocks forgotten together; what does not end a node's blocks was compared in vain
+
 
 class PrefixNode:
     """A run of full blocks behind each other, after the history that its ancestors spell.
@@ -164,17 +166,24 @@ class PrefixIndex:
     def forget(self, block_ids: list[BlockId]) -> None:
         """Take indexed blocks out of the index."""
         node_of = self.node_of
-        for block_id in block_ids:
-            node = node_of[block_id]
+        at = 0
+        while at < len(block_ids):
+            node = node_of[block_ids[at]]
             assert node is not None
-            node_of[block_id] = None
             held = node.block_ids
-            if held[-1] == block_id and not node.children:
-                held.pop()
+            # Blocks are evicted as they were released: the last one of a history first, then those before it.
+            run = block_ids[at : at + min(_RUN, len(held))]
+            if node.children or run != held[: -len(run) - 1 : -1]:
+                run = run[:1]
+            at += len(run)
+            for block_id in run:
+                node_of[block_id] = None
+            if held[-1] == run[0] and not node.children:
+                del held[-len(run) :]
                 if not held or node.num_missing:
                     self._prune(node)
             else:
-                held[held.index(block_id)] = NO_BLOCK
+                held[held.index(run[0])] = NO_BLOCK
                 node.num_missing += 1
 
     def _prune(self, node: PrefixNode) -> None:

@@ -44,9 +44,8 @@ class PrefixMap:
                 break
             parent, replicas = entry
             end = begin // 4 + self._chunk_tokens
-            for replica in replicas:
-                if begin == 0 or found.get(replica) == begin // 4:
-                    found[replica] = end
+            for replica in replicas:  # who has seen a chunk has seen those before it
+                found[replica] = end
         return found
 
     def add(self, token_ids: bytes, salt: bytes, replica: int) -> None:

@@ -15,7 +15,8 @@ from ...messages.errors import InvalidConfigError
 from .curve import CurveKeys, read_keys
 
 EDGE = "edge 0"
-"""The process that supervises the others; it is never replaced."""
+"""Who supervises the others. If that process dies while other edges have clients, one of them takes its place, under
+the same name and the next incarnation, until they have finished."""
 
 EDGE_INCARNATION = 1
 """Of an engine on one host. One of several hosts has another in each run, so that nobody mistakes it for the last."""

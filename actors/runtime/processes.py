@@ -94,8 +94,11 @@ class ChildProcess:
 
     Attributes:
         pid: its process id; whether it still means this process, `is_alive` tells.
+        is_here: on this host.
         title, incarnation: of its `ProcessSpec`.
     """
+
+    is_here = True
 
     def __init__(self, spec: ProcessSpec, pid: int, pidfd: int, nursery: _NurseryLink) -> None:
         self.pid = pid

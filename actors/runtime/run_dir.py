@@ -1,4 +1,4 @@
-"""The directory of this process's UNIX sockets: nobody else's, gone afterwards, and never an older process's."""
+"""The directory of an engine's UNIX sockets: nobody else's, gone afterwards, and never an older engine's."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class RunDirError(OctavoError):
 class RunDir:
     """A directory `octavo-<uid>/<pid>-<random>`, mode 0700, that lives as long as this process.
 
-    Its owner holds a lock in it, which the kernel drops when the owner dies: what can be locked by another is stale,
-    and is swept by the next start. (A pid would not tell: containers may share the directory and count processes
-    separately.)
+    Its owner, and whoever may come after the owner (`RunDirHeir`), share a lock in it, which the kernel drops when they
+    die: what can be locked by another alone is stale, and is swept by the next start. (A pid would not tell: containers
+    may share the directory and count processes separately.)
 
     Args:
         base: the directory to put it under; None is `$XDG_RUNTIME_DIR`, else the directory for temporary files.
@@ -43,7 +43,7 @@ class RunDir:
     """
 
     def __init__(self, base: Path | None = None) -> None:
-        home = (_default_base() if base is None else base) / f"octavo-{os.getuid()}"
+        home = (default_base() if base is None else base) / f"octavo-{os.getuid()}"
         home_fd = _open_home(home)
         try:
             fcntl.flock(home_fd, fcntl.LOCK_EX)  # between making a directory and locking it, nobody sweeps
@@ -51,13 +51,20 @@ class RunDir:
             self.path = home / f"{os.getpid()}-{secrets.token_hex(4)}"
             self.path.mkdir(mode=0o700)
             self._lock_fd = _open_lock(self.path)
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
             raise RunDirError(f"no directory for sockets can be made in {home}: {error.strerror}: {_ADVICE}") from error
         finally:
             os.close(home_fd)
         self._owner_pid = os.getpid()
         atexit.register(self.remove)
+
+    @classmethod
+    def _inherited(cls, path: Path, lock_fd: int) -> RunDir:
+        self = cls.__new__(cls)
+        self.path, self._lock_fd, self._owner_pid = path, lock_fd, os.getpid()
+        atexit.register(self.remove)
+        return self
 
     def __enter__(self) -> RunDir:
         return self
@@ -92,10 +99,32 @@ class RunDir:
             self.path.parent.rmdir()
 
 
+class RunDirHeir:
+    """Keeps another process's directory from being swept, should that process die.
+
+    Raises:
+        RunDirError: the directory is gone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            # Not made here if it is not there: then its owner has removed the directory.
+            self._lock_fd = os.open(path / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunDirError(f"{path} is gone, and its owner with it: {error.strerror}") from error
+
+    def inherit(self) -> RunDir:
+        """The owner is dead: this process removes the directory at its end. Call it once."""
+        return RunDir._inherited(self._path, self._lock_fd)
+
+
 _ADVICE = "set XDG_RUNTIME_DIR or TMPDIR to a short path of a directory that is yours"
 
 
-def _default_base() -> Path:
+def default_base() -> Path:
+    """Where such directories are put, unless somebody says otherwise."""
     runtime_dir = os.environ.get("XDG_RUNTIME_DIR", "")
     if runtime_dir and Path(runtime_dir).is_absolute() and os.access(runtime_dir, os.W_OK | os.X_OK):
         return Path(runtime_dir)

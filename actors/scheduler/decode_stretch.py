@@ -9,7 +9,7 @@ from ...messages.ids import RequestId, StepId
 from ...messages.step import DecodeStretch
 from .admission import may_admit
 from .decoding_rows import DecodingRows
-from .sequence import Sequence
+from .sequence import TYPECODE, Sequence
 from .state import SchedulerState
 from .step_in_flight import StepInFlight
 
@@ -29,8 +29,8 @@ def find_horizon(state: SchedulerState) -> int:
         or may_admit(state)
     ):
         return 0
-    # The step that samples a request's last token is left to be planned as usual.
-    num_steps = decoding.first_end_clock() - 1 - decoding.clock
+    # The last one plans the step that samples a request's last token: the step behind it has other rows.
+    num_steps = decoding.first_end_clock() - decoding.clock
     if state.credit >= len(rows) * (num_steps // state.block_size + 1):
         return num_steps
     return min(num_steps, _num_steps_paid_for(state))
@@ -63,7 +63,7 @@ def advance(state: SchedulerState, num_steps: int, token_of: Callable[[RequestId
     grow = _grow(state, num_steps)
     request_ids = decoding.request_ids
     for request_id, token_ids in zip(request_ids, decoding.token_arrays, strict=True):
-        token_ids.extend(array("i", (token_of(request_id),)) * num_steps)
+        token_ids.extend(array(TYPECODE, (token_of(request_id),)) * num_steps)
     first_step_id = StepId(state.next_step_id)
     state.next_step_id += num_steps
     state.num_steps += num_steps
@@ -74,6 +74,10 @@ def advance(state: SchedulerState, num_steps: int, token_of: Callable[[RequestId
         state.in_flight.append(
             StepInFlight(StepId(first_step_id + i), decoding.rows, decoding.request_ids, decoding.token_arrays)
         )
+    if decoding.clock == decoding.first_end_clock():
+        state.in_flight[-1].finishing = [
+            sequence for sequence in decoding.rows if sequence.decode_base + decoding.clock == sequence.max_total - 1
+        ]
     return DecodeStretch(state.epoch, first_step_id, num_steps, request_ids, tuple(grow))
 
 

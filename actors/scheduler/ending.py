@@ -40,7 +40,7 @@ def end(
     else:
         stop_running(state, sequence, forget=reason == "error")
     state.unpark(sequence)
-    if sequence.request_id in state.trusted_ids and state.seat_limit < state.config.max_num_seqs:
+    if sequence.request_id in state.trusted_ids and state.seat_limit < state.most_seats:
         # Nobody else takes this seat: not more may join those trusted than were to be tried.
         state.seat_limit = max(1, state.seat_limit - 1)
         state.bad_seat_limit = max(0, state.bad_seat_limit - 1)

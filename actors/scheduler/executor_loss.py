@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-from ...messages.errors import RequestQuarantinedError
+from ...messages.errors import OutOfMemoryError, RequestQuarantinedError
 from ...messages.ids import RequestId
 from ...messages.kv import ResetBlocks
 from ...messages.system import ExecutorLost
@@ -45,8 +45,20 @@ def lose_executor(state: SchedulerState, lost: ExecutorLost) -> None:
     for sequence in returning:
         if sequence.state is State.WAITING:
             state.unpark(sequence)
-    if not lost.is_innocent:
+    if lost.is_out_of_memory:
+        _take_less(state, list(in_flight.values()), lost.why)
+    elif not lost.is_innocent:
         _blame(state, list(in_flight.values()), list(gone.values()), lost.why)
+
+
+def _take_less(state: SchedulerState, too_many: list[Sequence], why: str) -> None:
+    """From now on no more run together than half of those that took too much memory; one that does so alone ends."""
+    if len(too_many) == 1:
+        error = f"the device has no memory for this request, even alone: {why}"
+        end(state, too_many[0], "error", code=OutOfMemoryError.code, error=error)
+    elif too_many:
+        state.most_seats = len(too_many) // 2
+        state.seat_limit = min(state.seat_limit, state.most_seats)
 
 
 def _blame(state: SchedulerState, suspects: list[Sequence], gone: list[Sequence], why: str) -> None:

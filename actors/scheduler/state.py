@@ -57,6 +57,7 @@ class SchedulerState:
         self.deadlines = Deadlines()
         self.seats_by_priority: dict[int, int] = {}
         self.seat_limit = config.max_num_seqs  # lowered after a loss of the executor, to find who causes it
+        self.most_seats = config.max_num_seqs  # lowered for good when so many were too much for the device's memory
         self.bad_seat_limit = 0  # with so many running it was lost; 0: not known
         self.last_sampled_ids: tuple[RequestId, ...] = ()  # in the newest step executed since a loss
         self.trusted_ids: frozenset[RequestId] = frozenset()  # that sampled together since the limit was lowered

@@ -50,7 +50,7 @@ def take_results(state: SchedulerState, executed: StepExecuted) -> None:
     # Per step and row: `append` returns None, so `any` calls it for all of them without leaving C.
     any(map(array.append, token_arrays, executed.token_ids))
     state.last_sampled_ids = executed.request_ids
-    if state.seat_limit < state.config.max_num_seqs and token_arrays:
+    if state.seat_limit < state.most_seats and token_arrays:
         _raise_seat_limit(state, len(token_arrays))
     for request_id in executed.stopped:
         stopped = state.sequences.get(request_id)
@@ -72,7 +72,7 @@ def _raise_seat_limit(state: SchedulerState, num_sampled: int) -> None:
         state.trusted_ids = frozenset(
             [request_id for request_id in (*state.trusted_ids, *state.last_sampled_ids) if request_id in live]
         )
-    limit, most = state.seat_limit, state.config.max_num_seqs
+    limit, most = state.seat_limit, state.most_seats
     if not state.num_waiting and not state.prompts and not state.num_matching:
         limit = most
     elif num_sampled >= limit:

@@ -41,6 +41,9 @@ class Process(Protocol):
     @property
     def pid(self) -> int: ...  # on its own host; 0 if it is not known
 
+    @property
+    def is_here(self) -> bool: ...  # on this host
+
     def kill(self, signum: int = signal.SIGKILL) -> None: ...
 
     async def wait(self) -> ProcessExit: ...
@@ -49,18 +52,18 @@ class Process(Protocol):
 
 
 class Elsewhere(Protocol):
-    """Starts children on other hosts."""
+    """Starts children that no nursery forks: on other hosts, or to outlive this process."""
 
     def hosts(self, child: str) -> bool:
         """Whether a child is one of those."""
         ...
 
     async def spawn(self, spec: ProcessSpec) -> Process:
-        """Start a child, once there is a host for it; raises `ProcessStartError` if there is none in time."""
+        """Start a child, once there is a place for it; raises `ProcessStartError` if there is none in time."""
         ...
 
     def withdraw(self, child: str) -> None:
-        """Nobody needs any more what was asked to be spawned; if it has no host yet, that fails."""
+        """Nobody needs any more what was asked to be spawned; if it has no place yet, that fails."""
         ...
 
 
@@ -68,13 +71,14 @@ class Supervisor:
     """A `SupervisorCore` with real processes, on the running loop.
 
     Args:
-        config: with the children to keep alive; a child of kind `nursery` is the nursery that the others are forked by.
+        config: with the children to keep alive; a child of kind `nursery` is the nursery that the others are forked by;
+            without one, all are elsewhere.
         make_spec: what a child is started as. Called in the order of the core's messages, so it is also where to
             connect to the new incarnation.
         send: where what the core says to other actors goes (`StartExecutor`, `ExecutorLost`, `EngineLost`,
             `SupervisorGaveUp`).
         modules: imported by the nursery, so that the children need not.
-        elsewhere: where some of the children run; None: all are here.
+        elsewhere: who starts some of the children; None: the nursery starts all.
         clock: monotonic.
         on_change: called after a message that changed whether the core is ready.
         on_exit: called with name and incarnation of each child that has ended, before the core hears of it.
@@ -120,7 +124,8 @@ class Supervisor:
         Raises:
             ProcessStartError: the nursery cannot be started; what it lacks, it will lack at the next start as well.
         """
-        await self.nursery.start()
+        if "nursery" in self._kinds.values():
+            await self.nursery.start()
         self._tick()
 
     def handle(self, message: Message) -> None:
@@ -274,7 +279,7 @@ class Supervisor:
         halted = [
             ProcessHalted(child, self._incarnations[child])
             for child, process in self._processes.items()
-            if process.pid and is_stopped(process.pid)
+            if process.is_here and process.pid and is_stopped(process.pid)
         ]
         if self.nursery.pid and is_stopped(self.nursery.pid):
             halted += [

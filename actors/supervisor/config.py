@@ -48,6 +48,7 @@ class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):
         stall_ns: if this process stood still for so long (a paused VM, a terminal's Ctrl-Z), so did everybody's beats:
             all of them have their full time once more.
         first_step_ns: limit of a step of which nothing is known yet (see `StepTimes`).
+        num_before: incarnations and epochs that a supervisor before this one may have used: those here begin behind.
     """
 
     max_restarts: int = 8
@@ -63,6 +64,7 @@ class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_start_ns: int = 600_000_000_000
     stall_ns: int = 1_000_000_000
     first_step_ns: int = 120_000_000_000
+    num_before: int = 0
 
     def __post_init__(self) -> None:
         names = [child.name for child in self.children]

@@ -83,7 +83,7 @@ class _Child(msgspec.Struct):
     """A child and what is known of its latest incarnation.
 
     Attributes:
-        incarnation: 0 before the first start.
+        incarnation: before the first start 0, or the last that a supervisor before this one may have used.
         state: `absent` between an exit and the next start, `killed` and `stopping` until the exit that was asked for.
         start_at_ns: when an absent child is started; -1 for never.
         since_ns: of the latest start.
@@ -135,7 +135,7 @@ class SupervisorCore:
 
     def __init__(self, config: SupervisorConfig) -> None:
         self._config = config
-        self._epoch = Epoch(0)
+        self._epoch = Epoch(config.num_before)
         self._is_ready = False
         self._gave_up_because = ""
         self._is_stopping = False
@@ -146,7 +146,10 @@ class SupervisorCore:
             for kind in START_ORDER
         }
         self._children = {
-            child.name: _Child(child) for kind in START_ORDER for child in config.children if child.kind == kind
+            child.name: _Child(child, config.num_before)
+            for kind in START_ORDER
+            for child in config.children
+            if child.kind == kind
         }
         self._ranks = [child for child in self._children.values() if child.config.kind == "executor"]
         self._engine = next((child for child in self._children.values() if child.config.kind == "engine"), None)
@@ -266,7 +269,12 @@ class SupervisorCore:
         # One that cannot even begin an epoch needs more than a new epoch; and in a group, the peers of the one that
         # raised wait for it in a collective.
         is_hopeless = not self._is_ready or len(self._ranks) > 1
-        self._lose_executor(message.why, now_ns, is_hard=bool(self._ranks) and is_hopeless)
+        self._lose_executor(
+            message.why,
+            now_ns,
+            is_hard=bool(self._ranks) and is_hopeless,
+            is_out_of_memory=message.is_out_of_memory,
+        )
 
     def _handle_engine_ready(self, message: EngineReady, now_ns: int) -> None:
         engine = self._engine
@@ -416,7 +424,9 @@ class SupervisorCore:
                 self._end(rank, why)
             self._schedule(self._ranks, now_ns)
 
-    def _lose_executor(self, why: str, now_ns: int, *, is_hard: bool, is_innocent: bool = False) -> None:
+    def _lose_executor(
+        self, why: str, now_ns: int, *, is_hard: bool, is_innocent: bool = False, is_out_of_memory: bool = False
+    ) -> None:
         self._is_ready = False
         if is_hard:
             for rank in self._ranks:
@@ -430,7 +440,7 @@ class SupervisorCore:
         else:
             # The executor hears of its new epoch first: the steps of that epoch come behind.
             self._tell_executor(now_ns)
-        self._out.append(ExecutorLost(self._epoch, why, is_innocent))
+        self._out.append(ExecutorLost(self._epoch, why, is_innocent, is_out_of_memory))
 
     def _may_restart(self, children: list[_Child], now_ns: int) -> bool:
         """Whether children of one kind, who share their fate, may be started again; counts it."""

@@ -14,6 +14,10 @@ class TextCodec(Protocol):
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer, the tokenizer's own first."""
 
+    @property
+    def max_token_chars(self) -> int | None:
+        """Most characters of a text that one token stands for; None where no such bound is known."""
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text.
 

@@ -18,6 +18,7 @@ TokenizerInbox = SubmitPrompt
 TokenizerOutbox = PromptReady | SubmitRequest | RequestEnded
 
 _MAX_SEED = 2**63 - 1
+_MANY_CHARS = 8192  # as in `actor.LONG_PROMPT_CHARS`: less is tokenized in no time
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +68,7 @@ class TokenizerCore:
         )
         prompt = _int32_bytes(token_ids)
         eos_token_ids = () if params.ignore_eos else self._codec.eos_token_ids
+        self._check_some_token_is_left(params, eos_token_ids)
         ready = PromptReady(message.request_ids, tuple(token_ids), params)
         return [
             ready,
@@ -89,9 +91,11 @@ class TokenizerCore:
     def _prompt_token_ids(self, message: SubmitPrompt) -> list[int]:
         prompt = message.prompt
         if isinstance(prompt, ChatPrompt):
-            # The template has written the special tokens already: adding them here would double the first.
-            token_ids = self._codec.encode(self._codec.render_chat(prompt), False)
+            text = self._codec.render_chat(prompt)
+            self._check_num_chars(text, message)
+            token_ids = self._codec.encode(text, prompt.add_special_tokens)
         elif isinstance(prompt, str):
+            self._check_num_chars(prompt, message)
             token_ids = self._codec.encode(prompt, message.add_special_tokens)
         else:
             token_ids = list(prompt)
@@ -99,6 +103,16 @@ class TokenizerCore:
             raise InvalidRequestError("the prompt is empty: it must have at least one token", param="prompt")
         self._check_token_ids("prompt", token_ids)
         return token_ids
+
+    def _check_num_chars(self, text: str, message: SubmitPrompt) -> None:
+        """Refuse a text that is too long whatever its tokens are: tokenizing megabytes takes seconds of a core."""
+        if message.truncate_prompt_tokens or len(text) < _MANY_CHARS:
+            return
+        max_token_chars = self._codec.max_token_chars
+        if max_token_chars is not None and len(text) > self._max_model_len * max_token_chars:
+            raise ContextLengthExceededError.of_prompt(
+                f"at least {-(-len(text) // max_token_chars)}", self._max_model_len
+            )
 
     def _truncate(self, token_ids: list[int], message: SubmitPrompt) -> list[int]:
         keep = message.truncate_prompt_tokens
@@ -120,12 +134,7 @@ class TokenizerCore:
         """
         room = self._max_model_len - num_prompt_tokens
         if room < 1:
-            raise ContextLengthExceededError(
-                f"This model's maximum context length is {self._max_model_len} tokens, and the prompt has "
-                f"{num_prompt_tokens}: shorten it to at most {self._max_model_len - 1} tokens, so that at least one "
-                "can be produced",
-                param="prompt",
-            )
+            raise ContextLengthExceededError.of_prompt(num_prompt_tokens, self._max_model_len)
         if max_tokens is None:
             return room
         if max_tokens > room:
@@ -167,6 +176,28 @@ class TokenizerCore:
             raise InvalidRequestError("a bad word may not be empty or blank", param="bad_words")
         self._check_logprobs("logprobs", params.logprobs)
         self._check_logprobs("prompt_logprobs", params.prompt_logprobs)
+
+    def _check_some_token_is_left(self, params: SamplingParams, eos_token_ids: Iterable[int]) -> None:
+        """Refuse parameters that could leave no token to choose from, at whichever position.
+
+        A bad word of several tokens excludes its last one only behind the others. Which of those come is known too
+        late, in the middle of an answer: so one token has to be left that no bad word ends with.
+        """
+        allowed = params.allowed_token_ids
+        num_allowed = self._config.vocab_size if allowed is None else len(set(allowed))
+        excluded = {sequence[-1] for sequence in params.bad_words_token_ids}
+        if params.min_tokens:
+            excluded.update(eos_token_ids, params.stop_token_ids)
+        if num_allowed > len(excluded if allowed is None else excluded.intersection(allowed)):
+            return
+        bad_words = params.bad_words_token_ids
+        why = ("ends one of bad_words" if bad_words else "") + (" or " if bad_words and params.min_tokens else "")
+        why += "ends the answer before min_tokens" if params.min_tokens else ""
+        param = "stop_token_ids" if not bad_words else "bad_words"
+        raise InvalidRequestError(
+            f"no token may be left to choose: each one that is allowed {why}. Allow another one, or relax these",
+            param=param if allowed is None else "allowed_token_ids",
+        )
 
     def _check_logprobs(self, param: str, asked: int | None) -> None:
         bound = self._config.max_logprobs

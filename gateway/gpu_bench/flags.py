@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..flags import Parser, positive, rate
+from ..flag_parser import Parser
+from ..flag_values import positive, rate
 
 SECTIONS = ("ceilings", "kernels", "steps", "workload", "peers")
 

@@ -42,7 +42,7 @@ class Octavo:
             "dtype": engine.dtype,
             "vocab_size": engine.vocab_size,
             "max_model_len": engine.max_model_len,
-            "load_s": engine.load_seconds,
+            "weights_s": engine.load_seconds,
             "kv_bytes_per_token": engine.kv_cache_bytes / (engine.num_blocks * config.block_size),
         }
 

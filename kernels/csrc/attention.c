@@ -14,6 +14,7 @@
 #include <math.h>
 
 #include "kv_quantize.h"
+#include "operations.h"
 #include "vector.h"
 
 #define KEYS 64 /* keys in a tile: a multiple of VL and 8 */
@@ -24,17 +25,6 @@
 #define MANY_ROWS 12 /* as many pay for keys and values to be laid out */
 #define BATCH 6 /* of those rows are multiplied at once: by two keys, or two vectors of a value, which is 12 sums */
 #define PANEL (2 * VL) /* numbers of a value that lie together where it is laid out */
-
-typedef struct {
-    const void *q, *k_cache, *v_cache;
-    void *out;
-    const int32_t *query_start, *context_lens, *block_tables;
-    const float *sinks, *alibi_slopes; /* [num_heads] or NULL */
-    int64_t q_stride_token, q_stride_head, block_table_stride;
-    int64_t num_rows, num_tokens, num_heads, num_kv_heads, k_dim, v_dim, block_size, window, num_threads;
-    float scale, softcap;
-    int32_t q_dtype, cache_dtype;
-} attention_args; /* mirrored by _AttentionArgs in paged_attention.py */
 
 INLINE int64_t round_up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

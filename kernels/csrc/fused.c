@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "kv_quantize.h"
+#include "operations.h"
 #include "vector.h"
 
 #define MAX_HEAD_DIM 1024 /* as in rotary.py */
@@ -81,19 +82,6 @@ int octavo_rms_norm(const void *x, int64_t x_stride, const void *residual, void 
     return failed ? -1 : 0;
 }
 
-typedef struct {
-    void *q, *k;
-    const void *v;
-    void *k_cache, *v_cache; /* NULL: nothing is written to a cache */
-    const float *cos_sin; /* [max_position, rotary_dim]: cosines, then sines */
-    const int64_t *positions, *slots;
-    const void *q_weight, *k_weight; /* [head_dim] or NULL */
-    int64_t q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head;
-    int64_t num_tokens, num_heads, num_kv_heads, head_dim, v_head_dim, rotary_dim, max_position, num_blocks, block_size;
-    float eps;
-    int32_t dtype, weight_dtype, num_threads, cache_dtype;
-} rotary_args; /* mirrored by _RotaryArgs in rotary.py */
-
 INLINE void rotate_head(void *x, int64_t element, const void *weight, const float *cos_sin, const rotary_args *a,
                         int dtype) {
     float buffer[MAX_HEAD_DIM + VL];
@@ -145,8 +133,6 @@ int octavo_rotary(const rotary_args *a) {
     (void)elements;
     return 0;
 }
-
-enum { SILU = 0, GELU_TANH = 1 }; /* as in gated_activation.py */
 
 INLINE vf activate(vf x, int kind) {
     if (kind == SILU) return x / (1.0f + exp_f(-x));

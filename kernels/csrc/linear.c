@@ -15,6 +15,7 @@
  * is what the processor's prefetcher follows. Up to FEW_ROWS rows wait for memory alone, and so take more streams.
  */
 #include "vector.h"
+#include "work_queue.h"
 
 #define PAIR (2 * VL) /* inputs of one round of the inner loop */
 #define TILE 6 /* rows */
@@ -30,6 +31,8 @@
 #define BLOCK_COLS 96 /* a multiple of TILE_COLS */
 #define MAX_ROWS 96 /* rows of x that a thread takes at once */
 #define MAX_COLS 960 /* columns, likewise */
+#define FEW_PARTS 4 /* of a thread's columns, or more: enough for it to find more when another is held up */
+#define PARTS 8 /* likewise, for more rows */
 #define PASS_ROWS 768 /* rows laid out at once: what bounds the scratch memory; a multiple of MAX_ROWS */
 #define PARALLEL_PRODUCTS 400000 /* below, waking threads costs more than they save */
 #define AHEAD 1024 /* bytes of a stream, behind those that are read, to ask for */
@@ -303,17 +306,38 @@ STREAM(f16, F16)
 static void (*const stream_of[])(const operands *, int64_t, int64_t, const scratch *) = {stream_f32, stream_bf16,
                                                                                         stream_f16};
 
+/* The columns of one of `parts` parts, which differ by two at most. */
+INLINE int64_t part_start(int64_t part, int64_t parts, int64_t out_features) {
+    return min64((out_features + 1) / 2 * part / parts * 2, out_features);
+}
+
+/* A thread's share of the product, and what others leave of theirs. */
+static void work(const operands *o, work_queue *queues, int num_queues, int64_t row_parts, int64_t col_parts,
+                 const scratch *s, int dtype, int w_dtype) {
+    for (int64_t task; (task = take_task(queues, num_queues, thread_index())) >= 0;) {
+        int64_t part = task % row_parts, col = part_start(task / row_parts, col_parts, o->out_features);
+        int64_t end = part_start(task / row_parts + 1, col_parts, o->out_features);
+        int64_t first_tile = o->num_tiles * part / row_parts, last_tile = o->num_tiles * (part + 1) / row_parts;
+        if (o->num_rows <= FEW_ROWS) {
+            stream_of[w_dtype](o, col, end - col, s);
+            store_sums(o, s->sums, MAX_COLS + STREAMS, 0, o->num_rows, col, end - col, dtype);
+        } else {
+            linear_block(o, first_tile, last_tile, col, end - col, s, dtype, w_dtype);
+        }
+    }
+}
+
 /* x: [num_rows, in_features] and out: [num_rows, out_features] of `dtype`, w: [out_features, in_features]; contiguous.
  * Returns 0, or -1 when out of memory. */
 int octavo_linear(const void *x, const void *w, void *out, int64_t num_rows, int64_t in_features, int64_t out_features,
                   int dtype, int w_dtype, int num_threads) {
     int64_t pass_rows = min64(num_rows, PASS_ROWS);
-    float *wide = aligned_alloc(64, (pass_rows * padded(in_features) * 4 + 127) / 64 * 64);
-    if (!wide) return -1;
     int threads = num_threads > 1 && num_rows * in_features * out_features > PARALLEL_PRODUCTS ? num_threads : 1;
-    /* Enough parts for each thread to find more when another is held up. */
-    int64_t cols = min64(((out_features + threads * 4 - 1) / (threads * 4) + 15) / 16 * 16, MAX_COLS);
-    int64_t col_parts = (out_features + cols - 1) / cols;
+    int64_t wide_size = (pass_rows * padded(in_features) * 4 + 127) / 64 * 64;
+    char *shared = aligned_alloc(64, threads * sizeof(work_queue) + wide_size);
+    if (!shared) return -1;
+    work_queue *queues = (work_queue *)shared;
+    float *wide = (float *)(shared + threads * sizeof(work_queue));
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -326,7 +350,9 @@ int octavo_linear(const void *x, const void *w, void *out, int64_t num_rows, int
         }
         for (int64_t first = 0; first < num_rows; first += PASS_ROWS) {
             int64_t rows = min64(PASS_ROWS, num_rows - first), tiles = tiles_of(rows);
+            int few = rows <= FEW_ROWS;
             int64_t row_parts = (rows + MAX_ROWS - 1) / MAX_ROWS;
+            int64_t col_parts = num_parts(out_features, few ? MAX_COLS : BLOCK_COLS, few ? FEW_PARTS : PARTS, threads);
             const void *from = at(x, first * in_features, dtype);
 #pragma omp for
             for (int64_t t = 0; t < tiles; t++) {
@@ -337,24 +363,15 @@ int octavo_linear(const void *x, const void *w, void *out, int64_t num_rows, int
                 PACK(BF16);
                 PACK(F16);
             }
+#pragma omp for
+            for (int i = 0; i < threads; i++) fill_queue(queues, threads, i, col_parts * row_parts);
             void *to = (char *)out + first * out_features * size_of(dtype);
             operands o = {wide, w, to, rows, in_features, out_features, tiles};
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < col_parts * row_parts; task++) {
-                int64_t part = task % row_parts, col = task / row_parts * cols, end = min64(col + cols, out_features);
-                int64_t first_tile = tiles * part / row_parts, last_tile = tiles * (part + 1) / row_parts;
-                if (!memory) continue;
-                if (rows <= FEW_ROWS) {
-                    stream_of[w_dtype](&o, col, end - col, &s);
-                    store_sums(&o, s.sums, MAX_COLS + STREAMS, 0, rows, col, end - col, dtype);
-                    continue;
-                }
-                for (; col < end; col += BLOCK_COLS)
-                    linear_block(&o, first_tile, last_tile, col, min64(BLOCK_COLS, end - col), &s, dtype, w_dtype);
-            }
+            if (memory) work(&o, queues, threads, row_parts, col_parts, &s, dtype, w_dtype);
+#pragma omp barrier
         }
         free(memory);
     }
-    free(wide);
+    free(shared);
     return failed ? -1 : 0;
 }

@@ -13,123 +13,20 @@
  * One row or many, each output is summed over BLOCK_K inputs in VL lanes, then by one tree, then block after block: so
  * its bits depend on its own row and column alone, not on the number of rows, the tile, or the number of threads.
  *
- * That takes 4 instructions for 8 weights, which is more than the memory needs to bring 4 bits. The quick way for few
- * rows of 16-bit floats has x in whole numbers of 16 bits, with a power of two for each 32 inputs, and multiplies whole
- * numbers, exactly: 4 instructions for 16 weights. Its bits do not depend on the number of rows either, but are others.
+ * That takes 4 instructions for 8 weights, which is more than the memory needs to bring 4 bits. The quick way for 16-bit
+ * floats has x in whole numbers of 16 bits, and multiplies them by codes: see quantized_whole.c.
  */
-#include "vector.h"
+#include "quantized.h"
 
 #ifdef __AVX512F__
 #define TILE 6 /* rows; with COLS, TILE * COLS + TILE + 1 registers of the CPU's 32 (16 with AVX2) */
 #else
 #define TILE 3
 #endif
-#define COLS 4 /* weight rows in a tile */
-#define BLOCK_K 1024 /* COLS * BLOCK_K floats are half an L1 cache; fixed, as the order of sums depends on it */
+#define COLS 4 /* weight rows in a tile: COLS * BLOCK_K floats are half an L1 cache */
 #define MAX_ROWS 96 /* rows whose BLOCK_K floats stay in the L2 cache; a multiple of TILE */
 #define MAX_COLS 128 /* columns that a thread takes at once; a multiple of COLS */
-#define PASS_ROWS 768 /* rows widened at once: what bounds the scratch memory; a multiple of MAX_ROWS */
-#define PAD 64 /* inputs: rows of codes are filled up to a multiple of it */
-#define X_BLOCK 32 /* inputs that share a power of two, the quick way */
-#define QUICK_ROWS 8 /* the most rows for it */
-#define QUICK_COLS 960 /* columns that a thread takes at once, the quick way: long streams in the order of memory */
-#define QUICK_TILE 4 /* rows multiplied at once, the quick way */
-#define SEGMENT 16 /* inputs that share their factors, at least: so many have one entry in `factors` */
-#define AHEAD 1024 /* bytes of codes, behind those that are read, to ask for */
 #define NUM_ACC (VL / 8)
-
-typedef int32_t i8 __attribute__((vector_size(32)));
-typedef uint32_t u8 __attribute__((vector_size(32)));
-typedef int32_t i8_mem __attribute__((vector_size(32), aligned(1), may_alias));
-typedef float v8_mem __attribute__((vector_size(32), aligned(4), may_alias));
-
-typedef struct {
-    const uint8_t *codes;
-    const void *scales;   /* [out_features, num_groups] */
-    const int16_t *zeros; /* the same, or NULL: 8 for 4 bits, 0 for 8 bits */
-    const void *offsets;  /* the same, in place of zeros; or NULL */
-    int64_t out_features, padded_in, group_size, num_groups, row_bytes;
-    int bits, shift, scale_dtype, offset_dtype;
-} quantized;
-
-/* Of a weight row's inputs [k, k + BLOCK_K): those of input k + i stand at i >> shift. For codes of 4 bits four scales
- * stand there, times 1, 1/16, 1/256 and 1/4096: for a code that was left where it lies in its word. */
-typedef struct {
-    float scale[4 * BLOCK_K / 32], offset[BLOCK_K / SEGMENT];
-} factors;
-
-INLINE v8 splat8(float x) { return x - (v8){0}; }
-
-INLINE v8 fma8(v8 a, v8 b, v8 c) {
-#if defined(__FMA__)
-    return (v8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__FP_FAST_FMAF)
-    UNROLL for (int i = 0; i < 8; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return c;
-#else
-    return a * b + c;
-#endif
-}
-
-/* n elements to float32. */
-INLINE void widen_some(float *to, const void *base, int64_t first, int64_t n, int dtype) {
-    int64_t i = 0;
-    switch (dtype) {
-    case F32:
-        for (; i + VL <= n; i += VL) store(to, i, load(base, first + i, F32), F32);
-        break;
-    case BF16:
-        for (; i + VL <= n; i += VL) store(to, i, load(base, first + i, BF16), F32);
-        break;
-    default:
-        for (; i + VL <= n; i += VL) store(to, i, load(base, first + i, F16), F32);
-    }
-    for (; i < n; i++) {
-        const uint16_t *half = (const uint16_t *)base + first + i;
-        if (dtype == F32) {
-            to[i] = ((const float *)base)[first + i];
-        } else if (dtype == BF16) {
-            uint32_t bits = (uint32_t)*half << 16;
-            memcpy(to + i, &bits, sizeof bits);
-        } else {
-            _Float16 x;
-            memcpy(&x, half, sizeof x);
-            to[i] = (float)x;
-        }
-    }
-}
-
-/* n scales and offsets, which stand from `at` on in the weight's tensors. */
-INLINE void widen_factors(factors *f, const quantized *w, int64_t at, int64_t n) {
-    widen_some(f->scale, w->scales, at, n, w->scale_dtype);
-    float zero = w->bits == 4 ? 8.0f : 0.0f;
-    if (w->offsets) {
-        widen_some(f->offset, w->offsets, at, n, w->offset_dtype);
-    } else if (w->zeros) {
-        for (int64_t i = 0; i < n; i++) f->offset[i] = -(f->scale[i] * (float)w->zeros[at + i]);
-    } else {
-        for (int64_t i = 0; i < n; i++) f->offset[i] = -(f->scale[i] * zero);
-    }
-}
-
-/* Factors of inputs [k, k + size) of a weight row. Not inlined: it is called in many places, and compiles for seconds. */
-static __attribute__((noinline)) void load_factors(factors *f, const quantized *w, int64_t row, int64_t k, int64_t size, int bits) {
-    int64_t first = row * w->num_groups, group = k / w->group_size, n = ((size - 1) >> w->shift) + 1;
-    if (w->group_size == (int64_t)1 << w->shift || w->num_groups == 1) {
-        int64_t some = min64(n, w->num_groups - group);
-        widen_factors(f, w, first + group, some);
-        if (some < n) f->scale[some] = f->offset[some] = 0.0f; /* a group of padding alone */
-    } else { /* groups that blocks of inputs cut */
-        for (int64_t i = 0; i < n; i++) {
-            factors one;
-            widen_factors(&one, w, first + min64((k + (i << w->shift)) / w->group_size, w->num_groups - 1), 1);
-            f->scale[i] = one.scale[0];
-            f->offset[i] = one.offset[0];
-        }
-    }
-    if (bits == 4)
-        while (n--) *(v4_mem *)(f->scale + 4 * n) = f->scale[n] * (v4){1.0f, 1.0f / 16, 1.0f / 256, 1.0f / 4096};
-}
 
 /* PAD codes of one row: of 4 bits in a register, of 8 in memory. */
 typedef struct {
@@ -211,11 +108,6 @@ INLINE void decode_rows(float *to, const quantized *w, int64_t col, int64_t cols
     }
 }
 
-/* Tiles differ in height by one row at most. */
-INLINE int64_t tile_start(int64_t tile, int64_t num_rows, int64_t num_tiles) {
-    return tile * (num_rows / num_tiles) + min64(tile, num_rows % num_tiles);
-}
-
 /* sums[r * MAX_COLS + c] += x[r] . w[c] over num_vectors * VL inputs, for `rows` rows and COLS columns. */
 INLINE void dot_tile(float *sums, const float *x, const float *w, int64_t num_vectors, int rows) {
     vf acc[TILE * COLS] = {{0}};
@@ -264,202 +156,6 @@ INLINE void pack_row(float *to, const void *from, int64_t tile, int64_t r, int64
         }
     }
 }
-
-/* A few rows in whole numbers: x = integers * scale. */
-typedef struct {
-    int16_t *integers; /* [rows, padded_in] */
-    float *scale;      /* [rows, padded_in / X_BLOCK], powers of two */
-    float *group_sum;  /* [rows, padded_in / X_BLOCK] of x, BLOCK_K inputs' where their factors are in `factors` */
-} whole;
-
-/* Rounds a row to whole numbers below 2^15; what is not finite makes its outputs NaN. */
-INLINE void round_row(const whole *to, int64_t row, const void *from, int64_t size, const quantized *w, int dtype) {
-    int64_t num_blocks = w->padded_in / X_BLOCK;
-    float *sums = to->group_sum + row * num_blocks;
-    memset(sums, 0, num_blocks * sizeof *sums);
-    for (int64_t n = 0; n < num_blocks; n++) {
-        float x[X_BLOCK], largest = 0.0f, sum = 0.0f, up;
-        int finite = 1;
-        for (int64_t j = 0, i = n * X_BLOCK; j < X_BLOCK; j += VL)
-            store(x, j, i + j < size ? load_upto(from, row * size + i + j, size - i - j, dtype) : (vf){0}, F32);
-        for (int j = 0; j < X_BLOCK; j++) largest = __builtin_fabsf(x[j]) > largest ? __builtin_fabsf(x[j]) : largest;
-        for (int j = 0; j < X_BLOCK; j++) finite &= __builtin_fabsf(x[j]) <= 3.4e38f;
-        uint32_t bits;
-        memcpy(&bits, &largest, sizeof bits);
-        int64_t up_by = 14 - ((int64_t)(bits >> 23) - 127); /* largest * 2^up_by is from 2^14 to 2^15 */
-        up_by = min64(up_by, 126);
-        uint32_t up_bits = (uint32_t)(up_by + 127) << 23;
-        memcpy(&up, &up_bits, sizeof up);
-        int16_t *integers = to->integers + row * w->padded_in + n * X_BLOCK;
-        for (int j = 0; j < X_BLOCK; j++) {
-            float shifted = x[j] * up + 12582912.0f; /* 1.5 * 2^23: rounds, and leaves the number in the low bits */
-            uint32_t low;
-            memcpy(&low, &shifted, sizeof low);
-            integers[j] = finite ? (int16_t)(low & 0xffff) : 0;
-            sum += (float)integers[j]; /* exact: below 2^20 */
-        }
-        float scale = finite ? 1.0f / up : __builtin_nanf("");
-        to->scale[row * num_blocks + n] = scale;
-        sums[n * X_BLOCK / BLOCK_K * (BLOCK_K / X_BLOCK) + (n * X_BLOCK % BLOCK_K >> w->shift)] += sum * scale;
-    }
-}
-
-#ifdef __AVX2__
-INLINE __m256i multiply_add(__m256i sum, __m256i a, __m256i b) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpwssd_epi32(sum, a, b);
-#else
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
-#endif
-}
-
-/* sums[r * QUICK_COLS + c * apart] += x[row + r] . w[col + c * apart] over size inputs; of columns from col on there are
- * `cols`. */
-INLINE void dot_whole(float *sums, const whole *x, int64_t row, const quantized *w, int64_t col, int64_t cols,
-                      int64_t apart, int64_t k, int64_t size, int bits, int rows, int num_cols) {
-    float scale[QUICK_TILE * COLS][BLOCK_K / X_BLOCK]; /* of x's whole numbers times the weight's codes */
-    v8 acc[QUICK_TILE * COLS] = {{0}};
-    const uint8_t *codes[COLS];
-    int64_t num_blocks = w->padded_in / X_BLOCK, n_groups = ((size - 1) >> w->shift) + 1;
-    const int16_t *integers = x->integers + row * w->padded_in + k;
-    int has_offsets = bits == 4 || w->zeros || w->offsets, spread = w->shift - 5;
-    __m256i lane = _mm256_srl_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm_cvtsi32_si128(spread));
-    float extra[QUICK_TILE * COLS] = {0};
-    int64_t plain_group = bits == 4 ? X_BLOCK : 2 * X_BLOCK; /* as `--quantization` makes weights */
-    int is_plain = !w->zeros && !w->offsets && w->scale_dtype == BF16 && w->group_size == plain_group &&
-                   size % (8 * X_BLOCK) == 0 && (k + size) / plain_group <= w->num_groups;
-    UNROLL for (int c = 0; c < num_cols; c++) {
-        factors f;
-        int64_t out = col + min64(c * apart, cols - 1);
-        codes[c] = w->codes + out * w->row_bytes + k * bits / 8;
-        __builtin_prefetch(at(w->scales, (out + 4) * w->num_groups + k / w->group_size, w->scale_dtype));
-        if (is_plain) { /* what load_factors would make of it, in registers */
-            const uint16_t *from = (const uint16_t *)w->scales + out * w->num_groups + k / plain_group;
-            for (int64_t n = 0; n < size / X_BLOCK; n += 8) {
-                __m128i some = bits == 4 ? _mm_loadu_si128((const __m128i *)(from + n))
-                                         : _mm_loadl_epi64((const __m128i *)(from + n / 2));
-                v8 scales = (v8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(some), 16);
-                if (bits == 8) scales = __builtin_shufflevector(scales, scales, 0, 0, 1, 1, 2, 2, 3, 3);
-                UNROLL for (int r = 0; r < rows; r++) {
-                    int64_t at = (row + r) * num_blocks + k / X_BLOCK + n;
-                    *(v8_mem *)(scale[r * num_cols + c] + n) = scales * *(const v8_mem *)(x->scale + at);
-                    if (bits == 4)
-                        acc[r * num_cols + c] =
-                            fma8(scales * -8.0f, *(const v8_mem *)(x->group_sum + at), acc[r * num_cols + c]);
-                }
-            }
-            continue;
-        }
-        load_factors(&f, w, out, k, size, 8);
-        UNROLL for (int r = 0; r < rows; r++) {
-            const float *x_scale = x->scale + (row + r) * num_blocks + k / X_BLOCK;
-            int64_t n = 0, end = size / X_BLOCK;
-            for (; n + 8 <= end; n += 8) {
-                __m256 scales = _mm256_loadu_ps(f.scale + (n >> spread));
-                v8 product = (v8)_mm256_permutevar8x32_ps(scales, lane) * *(const v8_mem *)(x_scale + n);
-                *(v8_mem *)(scale[r * num_cols + c] + n) = product;
-            }
-            for (; n < end; n++) scale[r * num_cols + c][n] = f.scale[n >> spread] * x_scale[n];
-            if (!has_offsets) continue;
-            const float *group_sum = x->group_sum + (row + r) * num_blocks + k / X_BLOCK;
-            int64_t g = 0;
-            for (; g + 8 <= n_groups; g += 8)
-                acc[r * num_cols + c] =
-                    fma8(*(const v8_mem *)(f.offset + g), *(const v8_mem *)(group_sum + g), acc[r * num_cols + c]);
-            for (; g < n_groups; g++) extra[r * num_cols + c] += f.offset[g] * group_sum[g];
-        }
-    }
-    const __m256i low = _mm256_set1_epi16(15);
-    for (int64_t i = 0; i < size; i += PAD) {
-        UNROLL for (int c = 0; c < num_cols; c++) {
-            const uint8_t *from = codes[c] + i * bits / 8;
-            __m256i code[4];
-            __builtin_prefetch(from + AHEAD);
-            if (bits == 4) {
-                __m256i words = _mm256_loadu_si256((const __m256i *)from);
-                code[0] = _mm256_and_si256(words, low);
-                code[1] = _mm256_and_si256(_mm256_srli_epi16(words, 4), low);
-                code[2] = _mm256_and_si256(_mm256_srli_epi16(words, 8), low);
-                code[3] = _mm256_srli_epi16(words, 12);
-            } else {
-                UNROLL for (int s = 0; s < 4; s++)
-                    code[s] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(from + 16 * s)));
-            }
-            UNROLL for (int half = 0; half < 2; half++)
-                UNROLL for (int r = 0; r < rows; r++) {
-                    const __m256i *a = (const __m256i *)(integers + r * w->padded_in + i + half * X_BLOCK);
-                    __m256i sum = _mm256_madd_epi16(code[2 * half], _mm256_loadu_si256(a));
-                    sum = multiply_add(sum, code[2 * half + 1], _mm256_loadu_si256(a + 1));
-                    v8 factor = splat8(scale[r * num_cols + c][i / X_BLOCK + half]);
-                    acc[r * num_cols + c] = fma8((v8)_mm256_cvtepi32_ps(sum), factor, acc[r * num_cols + c]);
-                }
-        }
-    }
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < num_cols; c++) {
-            v8 a = acc[r * num_cols + c];
-            sums[r * QUICK_COLS + c * apart] +=
-                (((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]))) + extra[r * num_cols + c];
-        }
-}
-
-/* out[0 .. num_rows, col ..] the quick way, for at most QUICK_ROWS x QUICK_COLS. Columns that are multiplied at once stand far
- * apart: so each is one of a few streams in the order of memory, which is what the processor's prefetcher follows. */
-INLINE void quick_block(const whole *x, const quantized *w, void *out, int64_t num_rows, int64_t col, int64_t num_cols,
-                        float *sums, int bits, int dtype) {
-    memset(sums, 0, num_rows * QUICK_COLS * sizeof *sums);
-    int64_t step = num_rows == 1 ? COLS : num_rows == 2 ? 2 : 1, apart = (num_cols + step - 1) / step;
-    int64_t tiles = (num_rows + QUICK_TILE - 1) / QUICK_TILE;
-    for (int64_t c = 0; c < apart; c++)
-        for (int64_t k = 0; k < w->padded_in; k += BLOCK_K) /* as the codes lie in memory */
-            for (int64_t t = 0; t < tiles; t++) {
-                int64_t size = min64(BLOCK_K, w->padded_in - k), row = num_rows * t / tiles;
-                float *to = sums + row * QUICK_COLS + c;
-                int64_t rows = num_rows * (t + 1) / tiles - row, cols = num_cols - c;
-                if (step == COLS) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 1, COLS);
-                if (step == 2) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 2, 2);
-                if (step == 1 && rows == 2) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 2, 1);
-                if (step == 1 && rows == 3) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 3, 1);
-                if (step == 1 && rows == 4) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 4, 1);
-            }
-    for (int64_t r = 0; r < num_rows; r++)
-        for (int64_t c = 0; c < num_cols; c += VL)
-            store_upto(out, r * w->out_features + col + c, load(sums, r * QUICK_COLS + c, F32), num_cols - c, dtype);
-}
-
-static void quick_block_4(const whole *x, const quantized *w, void *out, int64_t num_rows, int64_t col,
-                          int64_t num_cols, float *sums, int dtype) {
-    quick_block(x, w, out, num_rows, col, num_cols, sums, 4, dtype);
-}
-
-static void quick_block_8(const whole *x, const quantized *w, void *out, int64_t num_rows, int64_t col,
-                          int64_t num_cols, float *sums, int dtype) {
-    quick_block(x, w, out, num_rows, col, num_cols, sums, 8, dtype);
-}
-
-/* As octavo_linear_quantized, for at most QUICK_ROWS rows. */
-static int quick(const void *x, int dtype, const quantized *w, void *out, int64_t num_rows, int64_t in_features,
-                 int threads) {
-    int64_t num_blocks = w->padded_in / X_BLOCK;
-    char *memory = aligned_alloc(64, (num_rows * (w->padded_in * 2 + num_blocks * 8) + 63) / 64 * 64);
-    if (!memory) return -1;
-    float *scale = (float *)(memory + num_rows * w->padded_in * 2);
-    whole rounded = {(int16_t *)memory, scale, scale + num_rows * num_blocks};
-    for (int64_t r = 0; r < num_rows; r++) round_row(&rounded, r, x, in_features, w, dtype);
-    int64_t cols = min64((w->out_features / (threads * 4) + COLS) / COLS * COLS, QUICK_COLS);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (int64_t col = 0; col < w->out_features; col += cols) {
-        float sums[QUICK_ROWS * QUICK_COLS];
-        int64_t some = min64(cols, w->out_features - col);
-        if (w->bits == 4)
-            quick_block_4(&rounded, w, out, num_rows, col, some, sums, dtype);
-        else
-            quick_block_8(&rounded, w, out, num_rows, col, some, sums, dtype);
-    }
-    free(memory);
-    return 0;
-}
-#endif
 
 typedef struct {
     const float *x;
@@ -532,7 +228,7 @@ typedef struct {
 } weight;
 
 /* x: [num_rows, in_features], out: [num_rows, out_features], of x_dtype. group_size is a multiple of 32 (16 for 8 bits).
- * may_be_quick: few rows of 16-bit floats may be rounded to whole numbers. Returns 0, or -1 when out of memory. */
+ * may_be_quick: 16-bit floats may be rounded to whole numbers. Returns 0, or -1 when out of memory. */
 int octavo_linear_quantized(const void *x, int x_dtype, const weight *from, void *out, int64_t num_rows, int num_threads,
                             int may_be_quick) {
     int64_t in_features = from->in_features, out_features = from->out_features, group_size = from->group_size;
@@ -555,12 +251,8 @@ int octavo_linear_quantized(const void *x, int x_dtype, const weight *from, void
                    from->scale_dtype,
                    from->offset_dtype};
     int threads = num_threads > 1 && in_features * out_features > 65536 ? num_threads : 1;
-#ifdef __AVX2__
-    if (may_be_quick && num_rows <= QUICK_ROWS && x_dtype != F32 && group_size % X_BLOCK == 0)
-        return quick(x, x_dtype, &w, out, num_rows, in_features, threads);
-#else
-    (void)may_be_quick;
-#endif
+    if (may_be_quick && x_dtype != F32 && whole_is_quick(&w, num_rows))
+        return octavo_linear_whole(x, x_dtype, &w, out, num_rows, in_features, threads);
     float *wide = aligned_alloc(64, min64(num_rows, PASS_ROWS) * padded_in * 4);
     if (!wide) return -1;
     /* Enough parts for each thread to find more when another is held up. */

@@ -62,6 +62,43 @@ def _attend_range(query, state, begin, end, keys, lowest, highest, scale, softca
     return attend(query, state, middle, end, keys, scale, softcap, True, S)
 
 
+@triton.jit
+def _find_tile(
+    query_start_ptr, context_lens_ptr, query_tile, first_row, num_rows, first_token, end_token, S: tl.constexpr
+):
+    """A query tile's row, that row's context, the tile's first token, and where the row's tokens end.
+
+    Row i's tiles begin at tile `query_start[i] // BLOCK_Q + i`, so that a program finds its row, and a grid that the
+    host knows has room for all. Behind the last row comes one more, without keys: the tokens of no row.
+    """
+    MAX_ROWS: tl.constexpr = S.MAX_ROWS
+    rows = tl.arange(0, MAX_ROWS)
+    is_row = rows < num_rows
+    starts = tl.load(query_start_ptr + first_row + rows, mask=is_row, other=0) - first_token
+    begins = tl.where(is_row, starts // S.BLOCK_Q + rows, 2147483647)
+    begin_of_none = (tl.load(query_start_ptr + first_row + num_rows) - first_token) // S.BLOCK_Q + num_rows
+    row = tl.sum((begins <= query_tile).to(tl.int32)) + (begin_of_none <= query_tile).to(tl.int32) - 1
+    start = tl.load(query_start_ptr + first_row + row)
+    end = tl.load(query_start_ptr + first_row + row + 1, mask=row < num_rows, other=0)
+    context_len = tl.load(context_lens_ptr + first_row + row, mask=row < num_rows, other=0)
+    end = tl.where(row < num_rows, end, end_token)
+    lowest_token = start + (query_tile - ((start - first_token) // S.BLOCK_Q + row)) * S.BLOCK_Q
+    return row, context_len, lowest_token, end
+
+
+@triton.jit
+def _attend_chunks(
+    query, first_tile, end_tile, keys, lowest, highest, scale, softcap, TILES: tl.constexpr, S: tl.constexpr
+):
+    """As `_attend_range`, with the keys cut at multiples of `TILES` tiles and the parts merged in their order."""
+    state = empty_state(S)
+    for chunk in range(first_tile // TILES, (end_tile + TILES - 1) // TILES):
+        begin, stop = tl.maximum(first_tile, chunk * TILES), tl.minimum(end_tile, (chunk + 1) * TILES)
+        part = _attend_range(query, empty_state(S), begin, stop, keys, lowest, highest, scale, softcap, S)
+        state = merge(state, part)
+    return state
+
+
 @triton.jit(do_not_specialize=["table_stride", "first_row", "num_rows", "first_token", "end_token", "max_chunks"])
 def tile_kernel(
     out_ptr,  # [num_tokens, num_heads, V_DIM]
@@ -93,24 +130,13 @@ def tile_kernel(
     SPLIT: tl.constexpr,  # a program for each chunk, whose state is kept; else all chunks in order
     S: tl.constexpr,
 ):
-    """One program a query tile, and a chunk of keys where those are split.
-
-    Row i's tiles begin at tile `query_start[i] // BLOCK_Q + i`, so that a program finds its row, and a grid that the
-    host knows has room for all. Behind the last row comes one more, without keys: the tokens of no row.
-    """
-    MAX_ROWS: tl.constexpr = S.MAX_ROWS
+    """One program a query tile, and a chunk of keys where those are split; `_find_tile` says which tile it is."""
     # From the last tile on: it has the most keys of its row, and what is longest should start first.
     query_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head_tile = tl.program_id(1)
-    rows = tl.arange(0, MAX_ROWS)
-    starts = tl.load(query_start_ptr + first_row + rows, mask=rows <= num_rows, other=0) - first_token
-    begins = tl.where(rows <= num_rows, starts // S.BLOCK_Q + rows, 2147483647)
-    row = tl.sum((begins <= query_tile).to(tl.int32)) - 1
-    start = tl.load(query_start_ptr + first_row + row)
-    end = tl.load(query_start_ptr + first_row + row + 1, mask=row < num_rows, other=0)
-    context_len = tl.load(context_lens_ptr + first_row + row, mask=row < num_rows, other=0)
-    end = tl.where(row < num_rows, end, end_token)
-    lowest_token = start + (query_tile - ((start - first_token) // S.BLOCK_Q + row)) * S.BLOCK_Q
+    row, context_len, lowest_token, end = _find_tile(
+        query_start_ptr, context_lens_ptr, query_tile, first_row, num_rows, first_token, end_token, S
+    )
     if lowest_token >= end:
         return
 
@@ -138,23 +164,19 @@ def tile_kernel(
     table_ptr = tables_ptr + (first_row + row).to(tl.int64) * table_stride
     keys = _keys_of(k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, kv_head, table_ptr, context_len, S)
     TILES: tl.constexpr = CHUNK // S.BLOCK_N
-    state = empty_state(S)
     if CHUNK == 0:
-        state = _attend_range(query, state, first_tile, end_tile, keys, lowest, highest, scale, softcap, S)
+        state = _attend_range(query, empty_state(S), first_tile, end_tile, keys, lowest, highest, scale, softcap, S)
     elif SPLIT:
         chunk = tl.program_id(2)
         begin, stop = tl.maximum(first_tile, chunk * TILES), tl.minimum(end_tile, (chunk + 1) * TILES)
         if begin >= stop:
             return
-        state = _attend_range(query, state, begin, stop, keys, lowest, highest, scale, softcap, S)
+        state = _attend_range(query, empty_state(S), begin, stop, keys, lowest, highest, scale, softcap, S)
         index = ((token - first_token) * (S.NUM_KV_HEADS * S.GROUP) + head).to(tl.int64) * max_chunks + chunk
         store_part(partial_ptr, stats_ptr, state, index, valid, S)
         return
     else:
-        for chunk in range(first_tile // TILES, (end_tile + TILES - 1) // TILES):
-            begin, stop = tl.maximum(first_tile, chunk * TILES), tl.minimum(end_tile, (chunk + 1) * TILES)
-            part = _attend_range(query, empty_state(S), begin, stop, keys, lowest, highest, scale, softcap, S)
-            state = merge(state, part)
+        state = _attend_chunks(query, first_tile, end_tile, keys, lowest, highest, scale, softcap, TILES, S)
     out = finish(state, _sinks_of(sinks_ptr, head, valid, S), S)
     _store_out(out_ptr, out_stride_token, out_stride_head, out, token, head, valid, S)
 

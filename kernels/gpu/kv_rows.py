@@ -1,4 +1,6 @@
-"""Rows of a quantised KV cache in Triton: what `kernels.kv_quantization.quantize_ref` says, bit for bit.
+"""Rows of a KV cache in Triton, quantised where it is: what `kernels.kv_quantization.quantize_ref` says, bit for bit.
+
+A quantised cache is seen as bytes: a row's codes, then the four of its scale.
 
 In integers and IEEE float32, not by casts to float8: those are not bit-equal to torch's in Triton's interpreter, and a
 GPU's saturate where torch's do not.
@@ -52,3 +54,49 @@ def row_codes(x, scale, FP8: tl.constexpr):
     else:
         codes = int8_codes(scaled)
     return codes
+
+
+@triton.jit
+def largest_of_rows(x):
+    """The largest magnitude of each row; infinite where the row has NaN."""
+    magnitude = tl.abs(x)
+    # A maximum may pass over NaN: where one is, take infinity, which is not finite either.
+    return tl.max(tl.where(magnitude == magnitude, magnitude, float("inf")), axis=1)
+
+
+@triton.jit
+def store_columns(row_ptrs, columns, x, mask, scale, FP8: tl.constexpr, QUANTIZED: tl.constexpr):
+    """Some columns of cache rows, quantised or rounded to the cache's dtype."""
+    if QUANTIZED:
+        tl.store(row_ptrs + columns, row_codes(x, scale, FP8), mask=mask)
+    else:
+        tl.store(row_ptrs + columns, x.to(row_ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_scales(row_ptrs, head_dim: tl.constexpr, scale, mask):
+    """The four bytes of each row's scale, behind its codes; one by one, as a row need not be aligned."""
+    index = tl.arange(0, 4)[None, :]
+    bits = scale.to(tl.uint32, bitcast=True)[:, None]
+    tl.store(row_ptrs + head_dim + index, ((bits >> (index * 8)) & 0xFF).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def store_rows(
+    cache_ptr, cache_rows, columns, x, mask, row_mask,
+    DIM: tl.constexpr, FP8: tl.constexpr, QUANTIZED: tl.constexpr,
+):  # fmt: skip
+    """Whole rows of a cache.
+
+    Args:
+        cache_rows: `[rows]`, their numbers in the cache.
+        columns: `[1, width]`; `x`, `[rows, width]` float32, is 0 behind the first `DIM`.
+        mask, row_mask: `[rows, width]` and `[rows, 1]`, what is to be written.
+    """
+    WIDTH: tl.constexpr = DIM + (4 if QUANTIZED else 0)
+    row_ptrs = cache_ptr + cache_rows[:, None] * WIDTH
+    scale = tl.full((x.shape[0],), 1.0, tl.float32)
+    if QUANTIZED:
+        scale = row_scales(largest_of_rows(x), FP8)
+        store_scales(row_ptrs, DIM, scale, row_mask)
+    store_columns(row_ptrs, columns, x, mask, scale[:, None], FP8, QUANTIZED)

@@ -157,9 +157,8 @@ def _codes_kernel(
         scale = tl.load(scales_ptr + at, mask=is_out, other=0.0).to(tl.float32)
         zero = _zeros_of(zeros_ptr, at, is_out, HAS_ZEROS, HAS_OFFSETS, BITS)
         if BITS == 4:
-            at_words = k // 4 + tl.arange(
-                0, WORDS
-            )  # rows end with a whole 64 inputs, and the last may be the end of memory
+            # Rows end with a whole 64 inputs, and the last may be the end of memory.
+            at_words = k // 4 + tl.arange(0, WORDS)
             words = tl.load(code_row + at_words[None, :], mask=(at_words < code_stride)[None, :], other=0)
             product, inputs = _quarter(x_row, words, zero, k, in_features, 0, WORDS, dtype)
             second, of_second = _quarter(x_row, words, zero, k, in_features, 4, WORDS, dtype)

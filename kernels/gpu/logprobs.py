@@ -1,7 +1,7 @@
 """Log-probabilities on a GPU: of given tokens, their ranks, and the likeliest tokens, in one pass over the logits.
 
-The pass (`sampling.stats_kernel`) leaves the largest logit of each group of 64 columns. The likeliest tokens are then
-taken one after another: the best group, its best element that has not been taken, and what is left in that group.
+The pass (`sampling_stats.stats_kernel`) leaves the largest logit of each group of 64 columns. The likeliest tokens are
+then taken one after another: the best group, its best element that has not been taken, what is left in that group.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .order import KEYS_OF_VALUE, LAST_COLUMN, column_of, order_keys, value_of
-from .sampling import GROUP_SIZE, check_logits, chunk_size_of, row_stats, stats_kernel
+from .sampling_stats import GROUP_SIZE, check_logits, chunk_size_of, row_stats, stats_kernel
 
 _LOWEST = tl.constexpr(-(1 << 62))
 

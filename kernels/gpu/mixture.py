@@ -9,8 +9,6 @@ Source: Gale et al. 2023 (MegaBlocks), section 5, for products over blocks of on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -18,8 +16,9 @@ import triton.language as tl
 from ..clamped_swiglu import ClampedSwiGLU
 from ..gated_activation import silu_and_mul
 from ..mixture import ExpertStack, GatedActivation
-from .expert_groups import PAIRS_AT_ONCE, Grouping, group
-from .launch import UPCAST, is_interpreted
+from .expert_groups import Grouping, group
+from .launch import UPCAST
+from .mixture_tiles import tiles_for
 
 _SILU, _GELU_TANH, _CLAMPED = 0, 1, 2  # as in `_activate`
 
@@ -59,6 +58,17 @@ def _block_of(
     return expert, pairs
 
 
+@triton.jit
+def _load_inputs(row, k, size, EVEN_K: tl.constexpr, UPCAST: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Inputs `k : k + BLOCK_K` of rows of `size`; zeros behind their end."""
+    ks = k + tl.arange(0, BLOCK_K)[None, :]
+    if EVEN_K:
+        x = tl.load(row + ks)
+    else:
+        x = tl.load(row + ks, mask=ks < size, other=0.0)
+    return x.to(tl.float32) if UPCAST else x
+
+
 @triton.jit(do_not_specialize=["num_pairs", "first"])
 def _up_kernel(
     x_ptr,  # [num_tokens, hidden_size], rows `x_stride` apart
@@ -91,7 +101,6 @@ def _up_kernel(
     if (expert < 0) | (expert >= num_experts):
         return
     outs = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K)
     # Rows of no pair compute some pair's numbers again, and outputs behind the last that of the last: neither is read.
     tokens = tl.minimum(pairs, num_pairs - 1) // NUM_CHOSEN
     x_row = x_ptr + tokens.to(tl.int64)[:, None] * x_stride
@@ -100,17 +109,9 @@ def _up_kernel(
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, hidden_size, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_row + k + ks[None, :])
-            of_gate = tl.load(gate_row + k + ks[None, :])
-            of_up = tl.load(up_row + k + ks[None, :])
-        else:
-            is_input = (k + ks < hidden_size)[None, :]
-            x = tl.load(x_row + k + ks[None, :], mask=is_input, other=0.0)
-            of_gate = tl.load(gate_row + k + ks[None, :], mask=is_input, other=0.0)
-            of_up = tl.load(up_row + k + ks[None, :], mask=is_input, other=0.0)
-        if UPCAST:
-            x, of_gate, of_up = x.to(tl.float32), of_gate.to(tl.float32), of_up.to(tl.float32)
+        x = _load_inputs(x_row, k, hidden_size, EVEN_K, UPCAST, BLOCK_K)
+        of_gate = _load_inputs(gate_row, k, hidden_size, EVEN_K, UPCAST, BLOCK_K)
+        of_up = _load_inputs(up_row, k, hidden_size, EVEN_K, UPCAST, BLOCK_K)
         gate = tl.dot(x, of_gate.T, gate, input_precision="ieee")
         up = tl.dot(x, of_up.T, up, input_precision="ieee")
     if HAS_BIAS:
@@ -150,21 +151,13 @@ def _down_kernel(
     if (expert < 0) | (expert >= num_experts):
         return
     outs = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inner_row = inner_ptr + rows.to(tl.int64)[:, None] * inner
     weight_row = weight_ptr + (expert.to(tl.int64) * hidden_size + tl.minimum(outs, hidden_size - 1))[:, None] * inner
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, inner, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(inner_row + k + ks[None, :])
-            weight = tl.load(weight_row + k + ks[None, :])
-        else:
-            is_input = (k + ks < inner)[None, :]
-            x = tl.load(inner_row + k + ks[None, :], mask=is_input, other=0.0)
-            weight = tl.load(weight_row + k + ks[None, :], mask=is_input, other=0.0)
-        if UPCAST:
-            x, weight = x.to(tl.float32), weight.to(tl.float32)
+        x = _load_inputs(inner_row, k, inner, EVEN_K, UPCAST, BLOCK_K)
+        weight = _load_inputs(weight_row, k, inner, EVEN_K, UPCAST, BLOCK_K)
         total = tl.dot(x, weight.T, total, input_precision="ieee")
     if HAS_BIAS:
         bias = bias_ptr + expert.to(tl.int64) * hidden_size + outs
@@ -197,51 +190,6 @@ def _combine_kernel(
         total += tl.where(mask, said * tl.load(weights_ptr + pair).to(tl.float32), 0.0)
     to = out_ptr + token.to(tl.int64) * hidden_size + columns
     tl.store(to, total.to(out_ptr.dtype.element_ty), mask=columns < hidden_size)
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """Shape of a grouped product's programs; `up` and `down` are `(block_n, block_k, num_warps, num_stages)`."""
-
-    block_m: int
-    up: tuple[int, int, int, int]
-    down: tuple[int, int, int, int]
-
-
-# By BLOCK_M: rows of an expert that one program takes. The first are bound by memory, the last by arithmetic: there
-# each of two warp groups multiplies 64 rows, and gate and up together are as wide as down's tile.
-TILES = {
-    16: Tiles(16, up=(32, 128, 4, 4), down=(32, 256, 4, 4)),
-    32: Tiles(32, up=(64, 128, 4, 3), down=(64, 128, 4, 4)),
-    64: Tiles(64, up=(64, 64, 4, 4), down=(128, 64, 4, 4)),
-    128: Tiles(128, up=(128, 64, 8, 3), down=(256, 64, 8, 3)),
-}
-_FULL_AT = {16: 12, 32: 24, 64: 192}  # rows of an expert up to which a block of so many is taken, on the average
-
-
-def tiles_for(num_pairs: int, num_experts: int, itemsize: int, *, batch_invariant: bool) -> Tiles:
-    """The tiles for so many pairs; always the same ones where bits must not depend on how many there are."""
-    rows = num_pairs / num_experts
-    block_m = 64 if batch_invariant else next((m for m, most in _FULL_AT.items() if rows <= most), 128)
-    tiles = TILES[block_m]
-    if is_interpreted():
-        return Tiles(min(block_m, 32), up=(16, 32, 4, 1), down=(32, 16, 4, 1))
-    if itemsize > 2:  # float32 is not multiplied by tensor cores: small tiles, that fit the registers
-        return Tiles(min(block_m, 32), up=(32, 32, 4, 2), down=(32, 32, 4, 2))
-    return tiles
-
-
-def sizes_of_all_variants(num_experts: int, num_chosen: int) -> tuple[int, ...]:
-    """Numbers of tokens that between them launch every kernel that there is for a mixture.
-
-    Whoever must not compile later runs them all before: between two of them only the grid changes.
-    """
-    one_segment = PAIRS_AT_ONCE // num_chosen
-    tiles = [most * num_experts // num_chosen for most in _FULL_AT.values()]
-    sizes = {1, 2, one_segment, one_segment + 1}
-    for most in tiles:
-        sizes |= {max(1, most), most + 1}
-    return tuple(sorted(sizes))
 
 
 def mixture(

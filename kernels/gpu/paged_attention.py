@@ -20,6 +20,8 @@ from .launch import UPCAST, num_processors
 
 __all__ = ["paged_attention", "write_kv"]
 
+FEWEST_ROWS = 256  # that kernels are compiled for: to search so many costs no more than to search one
+
 
 def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: AttentionBatch, scale: float) -> None:
     """What the kernels take for granted."""
@@ -100,8 +102,8 @@ class _Launch:
             ALIBI=self.alibi_slopes is not None,
             SINKS=self.sinks is not None,
             QUANTIZED=is_quantized(self.cache.dtype),
-            # Few sizes, as each is compiled anew. One more than the rows, for the tokens of no row.
-            MAX_ROWS=max(256, triton.next_power_of_2(self.batch.num_rows + 1)),
+            # One size for all batches, if they say how many rows there can be: each is compiled anew.
+            MAX_ROWS=max(FEWEST_ROWS, triton.next_power_of_2(max(self.batch.num_rows, self.batch.max_rows))),
             UPCAST=UPCAST,
         )
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..kv_quantization import CODES, head_dim_of
-from .kv_rows import row_codes, row_scales
+from .kv_rows import largest_of_rows, row_scales, store_columns, store_rows, store_scales
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ELEMENTS_OF_PROGRAM = 1024
@@ -19,28 +19,73 @@ _MAX_HEAD_DIM = 1024
 
 
 @triton.jit
-def _largest(x):
-    """The largest magnitude of each row; NaN where the row has one."""
-    magnitude = tl.abs(x)
-    # A maximum may pass over NaN: where one is, take infinity, which is not finite either.
-    return tl.max(tl.where(magnitude == magnitude, magnitude, float("inf")), axis=1)
+def _angles(cos_sin_ptr, position, column, half_mask, max_position, ROTARY_DIM: tl.constexpr):
+    """Cosines and sines of a position, `[1, HALF]` each.
+
+    There is no one to raise an error to: a position outside the table takes its nearest row.
+    """
+    position = tl.minimum(tl.maximum(position, 0), max_position - 1)
+    angles = cos_sin_ptr + position * ROTARY_DIM + column
+    cos = tl.load(angles, mask=half_mask, other=0.0)
+    sin = tl.load(angles + ROTARY_DIM // 2, mask=half_mask, other=0.0)
+    return cos[None, :], sin[None, :]
 
 
 @triton.jit
-def _store_row_part(row_ptrs, columns, x, mask, scale, FP8: tl.constexpr, QUANTIZED: tl.constexpr):
-    """Some columns of cache rows, quantised or rounded to the cache's dtype."""
+def _normed(
+    x1, x2, x3, weight_ptr, column, half_mask, rest_column, rest_mask, eps,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """The RMS norm of heads, in three parts: both halves of what turns, and the rest."""
+    squares = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
+    if REST > 0:
+        squares += tl.sum(x3 * x3, axis=1)
+    scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+    x1 = x1 * scale * tl.load(weight_ptr + column, mask=half_mask, other=0.0).to(tl.float32)[None, :]
+    weight2 = tl.load(weight_ptr + ROTARY_DIM // 2 + column, mask=half_mask, other=0.0)
+    x2 = x2 * scale * weight2.to(tl.float32)[None, :]
+    if REST > 0:
+        weight3 = tl.load(weight_ptr + rest_column, mask=rest_mask, other=0.0)
+        x3 = x3 * scale * weight3.to(tl.float32)[None, :]
+    return x1, x2, x3
+
+
+@triton.jit
+def _store_keys(
+    cache_ptr, cache_rows, y1, y2, y3, column, rest_column, mask, rest_mask, row_mask,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST: tl.constexpr, FP8: tl.constexpr, QUANTIZED: tl.constexpr,
+):  # fmt: skip
+    """Rows of the key cache, in the same three parts.
+
+    What the cache gets is what the tensor got, so a key is rounded twice as if it had been read back.
+    """
+    k1, k2 = y1.to(tl.float32), y2.to(tl.float32)
+    WIDTH: tl.constexpr = HEAD_DIM + (4 if QUANTIZED else 0)
+    row_ptrs = cache_ptr + cache_rows[:, None] * WIDTH
+    scale = tl.full((y1.shape[0],), 1.0, tl.float32)
     if QUANTIZED:
-        tl.store(row_ptrs + columns, row_codes(x, scale, FP8), mask=mask)
-    else:
-        tl.store(row_ptrs + columns, x.to(row_ptrs.dtype.element_ty), mask=mask)
+        largest = tl.maximum(largest_of_rows(k1), largest_of_rows(k2))
+        if REST > 0:
+            largest = tl.maximum(largest, largest_of_rows(y3.to(tl.float32)))
+        scale = row_scales(largest, FP8)
+        store_scales(row_ptrs, HEAD_DIM, scale, row_mask)
+    scale = scale[:, None]
+    store_columns(row_ptrs, column[None, :], k1, mask, scale, FP8, QUANTIZED)
+    store_columns(row_ptrs, ROTARY_DIM // 2 + column[None, :], k2, mask, scale, FP8, QUANTIZED)
+    if REST > 0:
+        store_columns(row_ptrs, rest_column[None, :], y3.to(tl.float32), rest_mask, scale, FP8, QUANTIZED)
 
 
 @triton.jit
-def _store_scales(row_ptrs, head_dim: tl.constexpr, scale, mask):
-    """The four bytes of each row's scale, behind its codes; one by one, as a row need not be aligned."""
-    index = tl.arange(0, 4)[None, :]
-    bits = scale.to(tl.uint32, bitcast=True)[:, None]
-    tl.store(row_ptrs + head_dim + index, ((bits >> (index * 8)) & 0xFF).to(tl.uint8), mask=mask)
+def _copy_values(
+    v_rows, cache_ptr, cache_rows, row_mask,
+    V_HEAD_DIM: tl.constexpr, V_BLOCK: tl.constexpr, FP8: tl.constexpr, QUANTIZED: tl.constexpr,
+):  # fmt: skip
+    """Rows of the value cache from `v_rows`, pointers at each head's first value."""
+    column = tl.arange(0, V_BLOCK)[None, :]
+    mask = row_mask & (column < V_HEAD_DIM)
+    v = tl.load(v_rows + column, mask=mask, other=0.0).to(tl.float32)
+    store_rows(cache_ptr, cache_rows, column, v, mask, row_mask, V_HEAD_DIM, FP8, QUANTIZED)
 
 
 @triton.jit
@@ -93,12 +138,9 @@ def _rotary_kernel(
     mask = head_mask[:, None] & half_mask[None, :]
     x1 = tl.load(rows + column[None, :], mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(rows + ROTARY_DIM // 2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    # There is no one to raise an error to: a position outside the table takes its nearest row.
     position = tl.load(positions_ptr + token)
-    position = tl.minimum(tl.maximum(position, 0), max_position - 1)
-    angles = cos_sin_ptr + position * ROTARY_DIM + column
-    cos = tl.load(angles, mask=half_mask, other=0.0)[None, :]
-    sin = tl.load(angles + ROTARY_DIM // 2, mask=half_mask, other=0.0)[None, :]
+    cos, sin = _angles(cos_sin_ptr, position, column, half_mask, max_position, ROTARY_DIM)
+    x3, y3, rest_column, rest_column_mask, rest_mask = x2, x2, column, half_mask, mask  # of nothing, if REST is 0
     if REST > 0:
         rest_column = ROTARY_DIM + tl.arange(0, REST)
         rest_column_mask = rest_column < HEAD_DIM
@@ -107,27 +149,15 @@ def _rotary_kernel(
 
     if is_query:
         if q_weight_ptr is not None:
-            squares = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
-            if REST > 0:
-                squares += tl.sum(x3 * x3, axis=1)
-            scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-            x1 = x1 * scale * tl.load(q_weight_ptr + column, mask=half_mask, other=0.0).to(tl.float32)[None, :]
-            weight2 = tl.load(q_weight_ptr + ROTARY_DIM // 2 + column, mask=half_mask, other=0.0)
-            x2 = x2 * scale * weight2.to(tl.float32)[None, :]
-            if REST > 0:
-                weight3 = tl.load(q_weight_ptr + rest_column, mask=rest_column_mask, other=0.0)
-                x3 = x3 * scale * weight3.to(tl.float32)[None, :]
+            x1, x2, x3 = _normed(
+                *(x1, x2, x3, q_weight_ptr, column, half_mask, rest_column, rest_column_mask, eps),
+                *(HEAD_DIM, ROTARY_DIM, REST),
+            )
     elif k_weight_ptr is not None:
-        squares = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
-        if REST > 0:
-            squares += tl.sum(x3 * x3, axis=1)
-        scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-        x1 = x1 * scale * tl.load(k_weight_ptr + column, mask=half_mask, other=0.0).to(tl.float32)[None, :]
-        weight2 = tl.load(k_weight_ptr + ROTARY_DIM // 2 + column, mask=half_mask, other=0.0)
-        x2 = x2 * scale * weight2.to(tl.float32)[None, :]
-        if REST > 0:
-            weight3 = tl.load(k_weight_ptr + rest_column, mask=rest_column_mask, other=0.0)
-            x3 = x3 * scale * weight3.to(tl.float32)[None, :]
+        x1, x2, x3 = _normed(
+            *(x1, x2, x3, k_weight_ptr, column, half_mask, rest_column, rest_column_mask, eps),
+            *(HEAD_DIM, ROTARY_DIM, REST),
+        )
 
     dtype = q_ptr.dtype.element_ty
     y1 = (x1 * cos - x2 * sin).to(dtype)
@@ -146,36 +176,14 @@ def _rotary_kernel(
             return
         block_id = slot // block_size
         # Row numbers of the cache: a block's heads, and in each of them its tokens.
-        cache_row = (block_id * num_kv_heads + head) * block_size + (slot - block_id * block_size)
-        scale_mask = head_mask[:, None]
-        # What the cache gets is what the tensor got, so a key is rounded twice as if it had been read back.
-        k1, k2 = y1.to(tl.float32), y2.to(tl.float32)
-        width: tl.constexpr = HEAD_DIM + (4 if QUANTIZED else 0)
-        k_rows = k_cache_ptr + cache_row[:, None] * width
-        k_scale = tl.full((HEADS,), 1.0, tl.float32)
-        if QUANTIZED:
-            largest = tl.maximum(_largest(k1), _largest(k2))
-            if REST > 0:
-                largest = tl.maximum(largest, _largest(y3.to(tl.float32)))
-            k_scale = row_scales(largest, FP8)
-            _store_scales(k_rows, HEAD_DIM, k_scale, scale_mask)
-        _store_row_part(k_rows, column[None, :], k1, mask, k_scale[:, None], FP8, QUANTIZED)
-        _store_row_part(k_rows, ROTARY_DIM // 2 + column[None, :], k2, mask, k_scale[:, None], FP8, QUANTIZED)
-        if REST > 0:
-            k3 = y3.to(tl.float32)
-            _store_row_part(k_rows, rest_column[None, :], k3, rest_mask, k_scale[:, None], FP8, QUANTIZED)
-
-        v_column = tl.arange(0, V_BLOCK)[None, :]
-        v_mask = head_mask[:, None] & (v_column < V_HEAD_DIM)
+        cache_rows = (block_id * num_kv_heads + head) * block_size + (slot - block_id * block_size)
+        row_mask = head_mask[:, None]
+        _store_keys(
+            *(k_cache_ptr, cache_rows, y1, y2, y3, column, rest_column, mask, rest_mask, row_mask),
+            *(HEAD_DIM, ROTARY_DIM, REST, FP8, QUANTIZED),
+        )
         v_rows = v_ptr + token * v_stride_token + head[:, None] * v_stride_head
-        v = tl.load(v_rows + v_column, mask=v_mask, other=0.0).to(tl.float32)
-        v_width: tl.constexpr = V_HEAD_DIM + (4 if QUANTIZED else 0)
-        v_cache_rows = v_cache_ptr + cache_row[:, None] * v_width
-        v_scale = tl.full((HEADS,), 1.0, tl.float32)
-        if QUANTIZED:
-            v_scale = row_scales(_largest(v), FP8)
-            _store_scales(v_cache_rows, V_HEAD_DIM, v_scale, scale_mask)
-        _store_row_part(v_cache_rows, v_column, v, v_mask, v_scale[:, None], FP8, QUANTIZED)
+        _copy_values(v_rows, v_cache_ptr, cache_rows, row_mask, V_HEAD_DIM, V_BLOCK, FP8, QUANTIZED)
 
 
 def can(  # noqa: PLR0917,RUF100 - inputs, table, cache: as in write_kv

@@ -6,6 +6,7 @@ from ...messages.request import RequestEnded
 from .clients import Stream
 from .ring_watch import RingWatch
 from .scenario import LOSING, Scenario
+from .vocabulary import EOS_TOKEN
 
 
 class Excuses:
@@ -62,6 +63,10 @@ class Excuses:
             return num_sequences > config.max_num_queued_requests or num_tokens > config.max_num_queued_tokens
         if ended.error_code == "request_quarantined":
             return self._is_like_a_convict(stream)
+        if ended.error_param == "stop_token_ids":
+            # Of a vocabulary so small that every token of it may end the answer, and none may be first.
+            ends = {*client.params.stop_token_ids, *(() if client.params.ignore_eos else (EOS_TOKEN,))}
+            return client.params.min_tokens > 0 and ends.issuperset(range(config.vocab_size))
         max_tokens = client.params.max_tokens or 1
         return ended.error_code == "context_length_exceeded" and (
             stream.num_prompt + max_tokens > config.max_model_len or stream.num_prompt >= config.max_sequence_len

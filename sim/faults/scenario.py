@@ -208,6 +208,12 @@ def _draw_engine(dice: _Dice) -> SchedulerConfig:
     )
 
 
+def _can_go_on(params: SamplingParams, vocab: int) -> bool:
+    """Whether some token may come before `min_tokens`; the tokenizer refuses what leaves none."""
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS_TOKEN,))}
+    return not params.min_tokens or len(ends) < vocab
+
+
 def _draw_clients(dice: _Dice, scenario: Scenario) -> tuple[Client, ...]:
     config = scenario.scheduler
     vocab = scenario.vocab
@@ -245,6 +251,8 @@ def _draw_clients(dice: _Dice, scenario: Scenario) -> tuple[Client, ...]:
             skip_special_tokens=dice.chance(0.8),
             prompt_logprobs=0 if with_logprobs else None,
         )
+        if not _can_go_on(params, vocab):
+            params = msgspec.structs.replace(params, min_tokens=0)
         at_ns = dice.below(spread_ns + 1)
         follows = dice.below(number) if number and dice.chance(follow_rate) else -1
         if follows >= 0:  # once the answer is read, as a rule

@@ -42,6 +42,10 @@ class Vocabulary:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         return b"".join(map(self.token_bytes, token_ids)).decode(errors="replace")
 
+    @property
+    def max_token_chars(self) -> int | None:
+        return None
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         raise InvalidRequestError("prompts of the simulation are token ids")
 

@@ -12,7 +12,7 @@ from ..plan.probe import Probe
 from ..slo import Slo
 from .figures import money, quantity, seconds, share
 from .page import Cell, Column, Tone, card, cards, code, note, page, section, table, tiles
-from .run_report import load_tone, overload_remark
+from .run_report import WORST_FIRST, load_tone, overload_remark
 from .svg import Axis, Reference, Series, chart
 
 _COLOURED_GPUS = 4  # one colour each; all others share the next
@@ -244,7 +244,7 @@ def _curves(probes: Sequence[Probe], slo: Slo, x_label: str, place: Callable[[Pr
     labels = [probe for probe in probes if probe.load != "STABLE"]
     remark = ""
     if labels:
-        worst = "OVERLOADED" if any(probe.load == "OVERLOADED" for probe in labels) else "BACKLOGGED"
+        worst = next(label for label in WORST_FIRST if any(probe.load == label for probe in labels))
         places = ", ".join(f"{place(probe):.4g}" for probe in labels)
         remark = note(f"{x_label.capitalize()} {places}: {overload_remark(worst)}", load_tone(worst))
     return cards(*boxes) + remark

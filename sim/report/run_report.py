@@ -16,6 +16,8 @@ LATENCIES = (
     ("e2e", "End to end", "arrival to the last token sent"),
 )
 _MOST_REPLICAS_SHOWN = 64
+WORST_FIRST = ("OVERLOADED", "REFUSING", "BACKLOGGED")
+"""Labels of a load of which something must be said."""
 
 
 def run_report(result: RunResult, records: Sequence[RequestRecord]) -> str:
@@ -46,9 +48,20 @@ def overload_remark(load: str) -> str | None:
             "OVERLOADED: the queue never drained while requests came. The percentiles measure how long the trace is, "
             "not what this configuration does."
         )
+    if load == "REFUSING":
+        return (
+            "REFUSING: the queue stayed short because requests were turned away, or waited in vain. The percentiles "
+            "are of those that were served."
+        )
     if load == "BACKLOGGED":
         return "BACKLOGGED: the queue grew over the run. On a longer trace the percentiles would be worse."
     return None
+
+
+def refusals_text(result: RunResult) -> str:
+    """How many were refused for which reason; empty if none was."""
+    reasons = result.refused_because.items()
+    return ", ".join(f"{quantity(number)} refused: {code.replace('_', ' ')}" for code, number in reasons)
 
 
 def load_tone(load: str) -> Tone:
@@ -73,7 +86,7 @@ def _remarks(result: RunResult) -> list[str]:
 
 
 def _tiles(result: RunResult) -> list[tuple[str, str, Tone]]:
-    unsaid = result.load == "OVERLOADED"
+    unsaid = result.load in ("OVERLOADED", "REFUSING")
     shown: list[tuple[str, str, Tone]] = [(result.load, "load", load_tone(result.load))]
     if result.slo:
         shown.append(
@@ -106,7 +119,9 @@ def _tiles(result: RunResult) -> list[tuple[str, str, Tone]]:
         ),
     ]
     lost = result.num_requests - result.num_done
-    shown.append((quantity(result.num_done), f"requests done; {quantity(lost)} not", "" if lost == 0 else "warn"))
+    reasons = refusals_text(result)
+    text = f"requests done; {quantity(lost)} not" + (f", {reasons}" if reasons else "")
+    shown.append((quantity(result.num_done), text, "" if lost == 0 else "warn"))
     if result.cost_per_hour > 0:
         per_million = money(result.cost_per_million_output_tokens)
         shown.append((f"{money(result.cost_per_hour)} /h", f"cost; {per_million} per million output tokens", ""))

@@ -29,6 +29,7 @@ from .model_shape import BITS, ModelShape
 _SHIFT = 16
 _ONE = 1 << _SHIFT
 _MAX_INT64 = (1 << 63) - 1
+_MIN_VECTOR = 128  # fewer steps are summed sooner one by one than by numpy
 
 
 class Efficiency(msgspec.Struct, frozen=True, kw_only=True):
@@ -202,6 +203,9 @@ class RooflineModel:
         longest = shape.decode_kv_tokens + num_steps * num_decodes
         if base + (self._kv_full + self._kv_sliding) * longest > _MAX_INT64:
             return [self.step_ns(shape.after_decodes(i)) for i in range(num_steps)]
+        if num_steps < _MIN_VECTOR and not self._kv_sliding:
+            first, by = base + self._kv_full * shape.decode_kv_tokens, self._kv_full * num_decodes
+            return [units >> _SHIFT for units in range(first, first + num_steps * by, by)]
         kv_tokens = np.arange(num_steps, dtype=np.int64) * num_decodes + shape.decode_kv_tokens
         units = base + self._kv_full * kv_tokens
         if self._kv_sliding:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, NoReturn, cast
+from typing import NoReturn
 
 from ...messages.errors import InvalidTraceError
 
@@ -27,7 +28,8 @@ class TraceFile:
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
-        self.name = str(path)
+        self._is_named = bool(str(path))
+        self.name = str(path) or "''"
         self.line = 0
 
     def fail(self, message: str, advice: str = "", *, line: int | None = None) -> NoReturn:
@@ -42,10 +44,10 @@ class TraceFile:
         """
         self.line = 0
         rest = b""
-        stream: IO[bytes] | None = None
+        stream: gzip.GzipFile | BufferedReader | None = None
         try:
             stream = self._open()
-            while chunk := stream.read(_CHUNK_BYTES):
+            while chunk := stream.read1(_CHUNK_BYTES):  # what there is, though the rest be damaged
                 if self.line == 0 and not rest:
                     chunk = self._without_mark(chunk)
                 parts = (rest + chunk).split(b"\n")
@@ -79,8 +81,8 @@ class TraceFile:
         except OSError as error:
             self.fail(f"cannot be read: {error.strerror or error}", line=0)
 
-    def _open(self) -> IO[bytes]:
-        if not self._path.exists():
+    def _open(self) -> gzip.GzipFile | BufferedReader:
+        if not self._is_named or not self._path.exists():
             self.fail("no such file", line=0)
         if self._path.is_dir():
             self.fail("is a folder", "Name one trace file in it", line=0)
@@ -91,7 +93,7 @@ class TraceFile:
         if not magic:
             self.fail("is empty", line=0)
         if magic == _GZIP_MAGIC:
-            return cast("IO[bytes]", gzip.open(self._path, "rb"))
+            return gzip.GzipFile(self._path, "rb")
         return self._path.open("rb")
 
     def _without_mark(self, chunk: bytes) -> bytes:

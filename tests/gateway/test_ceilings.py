@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import save_tiny_model
 
 from octavo.gateway import ceilings as module
@@ -33,6 +34,25 @@ def test_a_step_reads_all_weights_but_an_embedding_that_is_only_looked_up(tied: 
     assert traffic is not None
     assert traffic.weight_bytes == 2 * (total if tied else total - embedding)
     assert traffic.layer_weights == layers
+
+
+def test_packed_codes_count_as_they_are_stored(tmp_path: Path) -> None:
+    tensors = {
+        "model.layers.0.mlp.up_proj.qweight": torch.zeros((4, 8), dtype=torch.int32),
+        "model.layers.0.mlp.up_proj.scales": torch.zeros((1, 8), dtype=torch.float16),
+        "lm_head.weight": torch.zeros((3, 5), dtype=torch.int8),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    traffic = model_traffic(tmp_path, itemsize=2, kv_bytes_per_token=1)
+    assert traffic is not None
+    assert traffic.weight_bytes == 4 * 8 * 4 + 8 * 2 + 3 * 5
+
+
+def test_quantising_at_load_leaves_less_to_read() -> None:
+    floating = ModelTraffic(weight_bytes=2 * (1000 + 200), layer_weights=1000, kv_bytes_per_token=3)
+    quantized = floating.quantized(4.5, 8.25, itemsize=2)
+    assert quantized.weight_bytes == pytest.approx(1000 * 4.5 / 8 + 200 * 8.25 / 8)
+    assert (quantized.layer_weights, quantized.kv_bytes_per_token) == (1000, 3)
 
 
 def test_without_safetensors_there_is_no_ceiling(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from octavo.gateway.chaos_cli import add_chaos
 from octavo.gateway.chaos_faults import FaultKind, FaultNotDeliveredError
 from octavo.gateway.chaos_report import ChaosReport
 from octavo.gateway.chaos_workload import ask_served_model, make_recipes
-from octavo.gateway.flags import Parser
+from octavo.gateway.flag_parser import Parser
 from octavo.messages.errors import OctavoError
 
 

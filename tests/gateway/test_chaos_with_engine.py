@@ -14,7 +14,7 @@ from engines import save_servable
 
 from octavo.gateway.chaos_cli import add_chaos
 from octavo.gateway.chaos_faults import FaultNotDeliveredError
-from octavo.gateway.flags import Parser
+from octavo.gateway.flag_parser import Parser
 from octavo.messages.errors import OctavoError
 
 SERVER = """

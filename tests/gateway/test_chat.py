@@ -191,6 +191,17 @@ def test_template_variables_and_reasoning_effort_reach_the_template() -> None:
     asyncio.run(run())
 
 
+def test_special_tokens_are_added_to_the_templates_own_where_asked_for() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        async with serving(engine) as client:
+            bare = (await client.chat()).json["usage"]["prompt_tokens"]
+            assert (await client.chat(add_special_tokens=True)).json["usage"]["prompt_tokens"] == bare + 1
+            assert (await client.chat(add_special_tokens=False)).json["usage"]["prompt_tokens"] == bare
+
+    asyncio.run(run())
+
+
 def test_max_completion_tokens_wins_and_neither_means_all_there_is_room_for() -> None:
     async def run() -> None:
         engine = FakeEngine()

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,12 +19,14 @@ from typing import Any
 import msgspec
 import pytest
 from engines import engine_on, save_servable
+from structlog.testing import capture_logs
 
 from octavo.gateway.cli import build_parser, main
 from octavo.gateway.config import EngineConfig, make_config
-from octavo.gateway.flags import ENGINE_FIELDS, FIELDS_WITHOUT_ENGINE_FLAG, engine_fields, number, server_fields
-from octavo.gateway.serve import SPARE_FILES, connections_within_files
+from octavo.gateway.flags import ENGINE_FIELDS, FIELDS_WITHOUT_ENGINE_FLAG, engine_fields
+from octavo.gateway.serve import SPARE_FILES, check_address, connections_within_files, greet, report_throughput
 from octavo.gateway.server import start_http
+from octavo.gateway.server_flags import server_fields
 from octavo.gateway.settings import ServerSettings
 
 SMALL = ["--dtype", "float32", "--num-gpu-blocks-override", "128", "--block-size", "4", "--max-model-len", "96"]
@@ -73,6 +76,12 @@ def test_a_command_that_needs_another_lists_them(command: list[str], capsys: pyt
         (["serve", "--port", "70000"], ["'70000' is not a port"]),
         (["serve", "--trusted-proxies", "proxy"], ["'proxy' is not an IP address or a network"]),
         (["serve", "--allowed-hosts", "http://box"], ["'http://box' is not a host name"]),
+        (["serve", "--allowed-origins", "box.example"], ["'box.example' is not an origin", "http://localhost:3000"]),
+        (["serve", "--allowed-origins", "https://box.example/"], ["is not an origin"]),
+        (["serve", "--api-key", ""], ["it is empty, and would let everybody in"]),
+        (["serve", "--api-key", " key"], ["printable ASCII without spaces"]),
+        (["serve", "--log-interval", "nan"], ["'nan' is not a number of seconds from 0 up"]),
+        (["serve", "--log-interval", "-1"], ["'-1' is not a number of seconds from 0 up"]),
         (["serve", "--priority-aging", "nan"], ["'nan' is not a number of seconds from 0 up"]),
         (["serve", "--dtype", "int3"], ["float32"]),
         (["bench", "offline", "--concurrency", "0"], ["at least 1"]),
@@ -86,25 +95,6 @@ def test_a_slip_is_one_line_that_helps(argv: list[str], words: list[str], capsys
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
     assert "Traceback" not in error
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("4096", 4096),
-        ("8k", 8000),
-        ("8K", 8192),
-        ("8KiB", 8192),
-        ("1.5k", 1500),
-        ("2m", 2_000_000),
-        ("2G", 2 * 2**30),
-        ("2GB", 2 * 2**30),
-        ("1gib", 2**30),
-        ("9007199254740993", 9007199254740993),
-    ],
-)
-def test_numbers_may_have_a_suffix(text: str, value: int) -> None:
-    assert number(text) == value
 
 
 def test_flags_set_every_field_that_they_name_and_default_to_the_struct_s() -> None:
@@ -178,6 +168,39 @@ def test_flags_of_the_server_set_its_settings_and_default_to_the_struct_s() -> N
     )
 
 
+def test_an_address_that_cannot_be_listened_on_is_known_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert exit_status(["serve", "/no/such/model", "--port", str(port)]) == 1
+    error = capsys.readouterr().err
+    assert f"port {port}" in error and "--port" in error and len(error.splitlines()) == 1
+    assert exit_status(["serve", "/no/such/model", "--host", "192.0.2.1", "--port", "0"]) == 1  # of documents alone
+    error = capsys.readouterr().err
+    assert "--host" in error and len(error.splitlines()) == 1
+    for is_shared in (False, True):
+        check_address("localhost", port, is_shared=is_shared)
+
+
+def test_no_line_of_throughput_is_written_where_none_is_asked_for() -> None:
+    asyncio.run(asyncio.wait_for(report_throughput(None, 0.0), 30))  # type: ignore[arg-type]  # it is not looked at
+
+
+def test_a_context_past_the_model_s_own_is_served_to_its_end_and_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def run() -> int:
+        async with engine_on(folder, max_model_len=2**40) as engine:
+            with capture_logs() as lines:
+                greet(engine, "tiny", build_parser().parse_args(["serve", "--host", "::1"]), 8000, 0.0)
+            assert lines[0]["event"] == "server.context_is_shorter" and lines[0]["asked"] == 2**40
+            assert lines[-1]["url"] == "http://[::1]:8000"
+            return engine.max_model_len
+
+    assert asyncio.run(run()) == json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+
+
 def test_connections_are_fewer_than_files(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = [100, 1000]
     monkeypatch.setattr("resource.getrlimit", lambda kind: tuple(limits))
@@ -192,7 +215,7 @@ def test_connections_are_fewer_than_files(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("command", "rest"), [(["run"], ["--prompt", "hi"]), (["bench", "offline"], []), (["serve"], [])]
+    ("command", "rest"), [(["run"], ["--prompt", "hi"]), (["bench", "offline"], []), (["serve"], ["--port", "0"])]
 )
 def test_a_wrong_model_name_is_one_clear_line(
     command: list[str], rest: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

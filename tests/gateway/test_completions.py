@@ -74,6 +74,16 @@ def test_max_tokens_is_16_unless_given_and_null_means_not_given() -> None:
     asyncio.run(run())
 
 
+def test_biases_past_100_mean_100() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        async with serving(engine) as client:
+            await client.complete(logit_bias={"1": 1000, "2": -100.5, "3": 100})
+            assert engine.submitted[0].logit_bias == {1: 100.0, 2: -100.0, 3: 100.0}
+
+    asyncio.run(run())
+
+
 def test_lists_of_prompts_times_n_are_numbered_in_order() -> None:
     async def run() -> None:
         async with serving() as client:

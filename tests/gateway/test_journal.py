@@ -10,7 +10,8 @@ from engines import engine_on, save_servable
 from octavo import Engine
 from octavo.gateway.cli import main as cli
 from octavo.gateway.config import make_config
-from octavo.gateway.flags import Parser, add_engine_flags, engine_fields
+from octavo.gateway.flag_parser import Parser
+from octavo.gateway.flags import add_engine_flags, engine_fields
 from octavo.messages.errors import InvalidConfigError
 from octavo.messages.sampling import SamplingParams
 from octavo.sim.journal.reader import JournalReader

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from octavo.actors.runtime.curve import read_keys
-from octavo.gateway.flags import Parser
+from octavo.gateway.flag_parser import Parser
 from octavo.gateway.keys import add_keys
 from octavo.messages.errors import InvalidConfigError
 

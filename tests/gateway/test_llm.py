@@ -8,8 +8,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from engines import save_servable
 from tiny_models import random_token_ids
 
@@ -64,6 +67,29 @@ def test_each_prompt_may_have_its_own_parameters(llm: LLM) -> None:
     assert [output.prompt for output in outputs] == ["one", "two", "three"]
     with pytest.raises(ValueError, match="3 prompts but 2"):
         llm.generate(["one", "two", "three"], params[:2])
+
+
+def test_arrays_and_iterators_are_prompts_too(llm: LLM) -> None:
+    ids = random_token_ids(5, seed=1)
+    expected = llm.generate(ids, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    array = np.array(ids)
+    for prompts in (array, torch.tensor(ids), [array], [array, ids], iter([ids]), np.array([ids, ids])):
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert {tuple(output.outputs[0].token_ids) for output in outputs} == {tuple(expected)}
+    (one,) = llm.generate([np.array([7])], GREEDY, use_tqdm=False)
+    assert one.prompt_token_ids == (7,)
+
+
+@pytest.mark.parametrize("prompts", [5, None, {"prompt": "x"}])
+def test_what_is_no_prompt_is_refused_in_words(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(TypeError, match="prompts are a text, token ids or a conversation"):
+        llm.generate(prompts, GREEDY)
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, [{}]])
+def test_what_are_no_parameters_is_refused_in_words(llm: LLM, params: Any) -> None:
+    with pytest.raises(TypeError, match=r"SamplingParams.*got dict"):
+        llm.generate("x", params)
 
 
 def test_no_prompts_give_no_results(llm: LLM) -> None:

@@ -8,7 +8,8 @@ from http_client import serving
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.gateway.metrics import DROP_REASONS, ITL_BUCKETS, RESTARTING_ACTORS, TokenHistogram
+from octavo.gateway.engine_metrics import DROP_REASONS, RESTARTING_ACTORS
+from octavo.gateway.metrics import ITL_BUCKETS, TokenHistogram
 from octavo.gateway.stats import EngineStats
 
 gaps = st.sampled_from([0.0, *ITL_BUCKETS, 0.0101, 3.0, 1e6])
@@ -95,3 +96,61 @@ def test_names_that_nobody_foresaw_share_one_label() -> None:
     assert restarts['actor="other"'] == 1000.0 and len(restarts) <= len(RESTARTING_ACTORS) + 1
     drops = lines_of(engine, "octavo:messages_dropped_total")
     assert drops['reason="other"'] == 2000.0 and len(drops) <= len(DROP_REASONS) + 1
+
+
+def test_prompt_tokens_are_told_by_where_they_came_from_and_add_up() -> None:
+    engine = CountingEngine(prompt_tokens=70, prefix_cache_queries=100, prefix_cache_hits=30)
+    sources = lines_of(engine, "vllm:prompt_tokens_by_source_total")
+    assert sources == {'source="local_compute"': 70.0, 'source="local_cache_hit"': 30.0}
+    assert lines_of(engine, "vllm:prompt_tokens_total") == {"": 100.0}
+    assert lines_of(engine, "vllm:prompt_tokens_cached_total") == {"": 30.0}
+
+
+def test_who_waits_is_told_with_the_reason() -> None:
+    assert lines_of(CountingEngine(num_waiting=3), "vllm:num_requests_waiting_by_reason") == {'reason="capacity"': 3.0}
+
+
+VLLM = [
+    "num_requests_running",
+    "num_requests_waiting",
+    "num_requests_waiting_by_reason",
+    "kv_cache_usage_perc",
+    "gpu_cache_usage_perc",
+    "cache_config_info",
+    "prefix_cache_hit_rate",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "gpu_prefix_cache_queries_total",
+    "gpu_prefix_cache_hits_total",
+    "num_preemptions_total",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "prompt_tokens_by_source_total",
+    "prompt_tokens_cached_total",
+    "request_success_total",
+    "time_to_first_token_seconds_bucket",
+    "inter_token_latency_seconds_bucket",
+    "time_per_output_token_seconds_bucket",
+    "request_time_per_output_token_seconds_bucket",
+    "e2e_request_latency_seconds_bucket",
+    "request_queue_time_seconds_bucket",
+    "request_inference_time_seconds_bucket",
+    "request_prefill_time_seconds_bucket",
+    "request_decode_time_seconds_bucket",
+    "request_prompt_tokens_bucket",
+    "request_generation_tokens_bucket",
+    "request_max_num_generation_tokens_bucket",
+    "request_params_max_tokens_bucket",
+    "request_params_n_bucket",
+    "request_prefill_kv_computed_tokens_bucket",
+    "request_num_preemptions_bucket",
+]
+
+
+def test_every_name_of_vllm_s_that_means_something_here_is_there_from_the_start() -> None:
+    async def run() -> str:
+        async with serving(FakeEngine()) as client:
+            return (await client.get("/metrics")).body.decode()
+
+    text = asyncio.run(run())
+    assert [name for name in VLLM if f"\nvllm:{name}{{" not in text] == []

@@ -27,6 +27,14 @@ def test_what_means_the_same_becomes_the_same() -> None:
     assert str(validate(SamplingParams(temperature=-0.0)).temperature) == "0.0"
 
 
+def test_seeds_are_any_64_bits_and_different_ones_stay_different() -> None:
+    seeds = [0, 1, 2**63 - 1, -2, -3]
+    taken = [validate(SamplingParams(seed=seed)).seed for seed in seeds]
+    assert taken[:3] == seeds[:3]
+    assert len(set(taken)) == len(seeds)
+    assert all(seed is not None and 0 <= seed < 2**63 for seed in taken)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -45,6 +53,7 @@ def test_what_means_the_same_becomes_the_same() -> None:
         ("presence_penalty", 2.5),
         ("frequency_penalty", -2.5),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-38),  # logits divided by it would be infinite
         ("max_tokens", 0),
         ("max_tokens", 64),
         ("min_tokens", -1),
@@ -64,7 +73,7 @@ def test_what_means_the_same_becomes_the_same() -> None:
         ("logprobs", 21),
         ("logprobs", -1),
         ("prompt_logprobs", 21),
-        ("seed", -2),
+        ("seed", -(2**63) - 1),
         ("seed", 2**63),
     ],
 )

@@ -180,6 +180,19 @@ def test_one_rank_that_dies_takes_its_group_along_and_no_stream(model: Path) -> 
     run(scenario())
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_f_06_f_07_one_rank_that_is_stopped_has_its_group_replaced_and_costs_no_stream(model: Path, rank: int) -> None:
+    async def scenario() -> None:
+        async with engine_on(model, in_process=False, tensor_parallel_size=2) as engine:
+            expected = await answers(engine)
+            before = [child(f"executor {number}").pid for number in range(2)]
+            assert await disturbed(engine, 60, child(f"executor {rank}").suspend) == expected
+            for number in range(2):  # the other one waits in a collective, and does not stop by itself
+                await replaced(f"executor {number}", before[number])
+
+    run(scenario())
+
+
 def test_of_two_replicas_one_may_die_for_good(model: Path) -> None:
     async def scenario() -> None:
         fields = {"data_parallel_size": 2, "routing": "round_robin", "max_restarts": 0}

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from octavo.actors.runtime.curve import make_keys
-from octavo.gateway.flags import Parser
+from octavo.gateway.flag_parser import Parser
 from octavo.gateway.node import node_settings
 from octavo.gateway.node_cli import add_node_flags
 from octavo.gateway.ray_nodes import _node_command

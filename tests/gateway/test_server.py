@@ -3,13 +3,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
+from asyncio.subprocess import PIPE
+from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
 from http_client import http_post, parse_events, serving
+from structlog.testing import capture_logs
 
 from octavo.gateway.server import serve_http
 from octavo.gateway.settings import ServerSettings
@@ -55,6 +59,8 @@ def test_tokens_and_texts_are_turned_into_each_other() -> None:
             assert bare["tokens"] == [104, 105]
             chat = (await client.post("/tokenize", {"messages": [{"role": "user", "content": "hi"}]})).json
             assert bytes(chat["tokens"]) == b"<user>hi\n<assistant>"
+            marked = {"messages": [{"role": "user", "content": "hi"}], "add_special_tokens": True}
+            assert (await client.post("/tokenize", marked)).json["tokens"] == [256, *chat["tokens"]]
             text = (await client.post("/detokenize", {"tokens": [104, 105]})).json
             assert text == {"prompt": "hi"}
 
@@ -143,13 +149,56 @@ def test_a_request_id_is_kept_if_it_is_harmless_and_made_otherwise() -> None:
     asyncio.run(run())
 
 
-def test_an_http_1_0_client_gets_a_stream_without_chunks_that_ends_with_the_connection() -> None:
+@pytest.mark.parametrize("asks_to_stay", [False, True])
+def test_an_http_1_0_client_gets_a_stream_without_chunks_that_ends_with_the_connection(asks_to_stay: bool) -> None:
     async def run() -> None:
         async with serving() as client:
-            answer = await client.raw(http_post("/v1/chat/completions", {**CHAT, "max_tokens": 20}, version="1.0"))
+            data = http_post("/v1/chat/completions", {**CHAT, "max_tokens": 20}, version="1.0")
+            if asks_to_stay:
+                data = data.replace(b"\r\n", b"\r\nConnection: keep-alive\r\n", 1)
+            answer = await client.raw(data)
             head, _, body = answer.partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.0 200") and b"transfer-encoding" not in head.lower()
             assert len(parse_events(body)) > 5
+
+    asyncio.run(run())
+
+
+def test_an_http_1_0_client_need_not_name_the_host() -> None:
+    async def run() -> None:
+        async with serving() as client:
+            assert (await client.raw(b"GET /v1/models HTTP/1.0\r\n\r\n")).startswith(b"HTTP/1.0 200 ")
+
+    asyncio.run(run())
+
+
+def test_a_head_tells_what_a_get_would_without_its_body() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        async with serving(engine, ready_grace_s=0) as client:
+            for path in ("/", "/health", "/v1/models", "/metrics"):
+                answer = await client.request("HEAD", path)
+                assert (answer.status, answer.body) == (200, b"") and int(answer.headers["Content-Length"]) > 0
+            engine.is_ready, engine.why_not_ready = False, "the executor is starting"
+            assert (await client.request("HEAD", "/health")).status == 503
+
+    asyncio.run(run())
+
+
+def test_bodies_to_be_tokenized_count_among_the_bytes_of_open_requests() -> None:
+    async def run() -> None:
+        async with serving(max_open_bytes=1000) as client:
+            open_request = http_post("/tokenize", {"prompt": "x" * 900}, close=False)
+            reader, writer = await client.connect(open_request[:-1])
+            async with asyncio.timeout(TIMEOUT_S):
+                while (answer := await client.post("/tokenize", {"prompt": "x" * 100})).status == 200:
+                    pass  # the other one has not been seen yet
+            assert (answer.status, answer.error["code"]) == (429, "queue_full")
+            assert int(answer.headers["Retry-After"]) >= 1
+            writer.write(open_request[-1:])
+            await asyncio.wait_for(reader.readuntil(b"}"), TIMEOUT_S)
+            writer.close()
+            assert (await client.post("/tokenize", {"prompt": "x" * 100})).status == 200
 
     asyncio.run(run())
 
@@ -249,6 +298,31 @@ def test_resets_leave_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" not in out + err
 
 
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_client_that_is_gone_before_its_headers_is_not_a_crash(is_held: bool, tmp_path: Path) -> None:
+    async def run() -> None:
+        engine = FakeEngine(by_hand=True)
+        journal = str(tmp_path / "journal") if is_held else ""
+        async with serving(engine, log_requests=True, stream_journal=journal) as client:
+            _reader, writer = await client.connect(http_post("/v1/chat/completions", CHAT))
+            await wait(engine.was_submitted)
+            (connection,) = client.server._runner.server.connections
+            assert connection.transport is not None
+            # The first token wakes the handler, which opens the response before the loop can tell it that nobody is
+            # there: `abort` puts `connection_lost` behind the handler in the loop's queue.
+            engine.step(1)
+            connection.transport.abort()
+            if not is_held:  # one that is held goes on: its client may know its id
+                await wait(engine.was_cancelled)
+            assert (await client.get("/live")).status == 200
+            writer.close()
+
+    with capture_logs() as logged:
+        asyncio.run(run())
+    assert [(entry["event"], entry["log_level"]) for entry in logged if entry["log_level"] != "info"] == []
+    assert [entry["status"] for entry in logged if entry["event"] == "request.finished"] == [499]
+
+
 def test_when_the_queue_is_full_clients_are_told_when_to_come_back() -> None:
     async def run() -> None:
         async with serving(FakeEngine(max_live=1)) as client:
@@ -322,7 +396,8 @@ def test_what_is_open_at_the_end_of_a_drain_is_ended_in_words() -> None:
     asyncio.run(run())
 
 
-def test_sigterm_lets_open_responses_end_before_serve_returns() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_f_54_a_signal_to_end_lets_open_responses_end_before_serve_returns(number: signal.Signals) -> None:
     async def run() -> None:
         engine = FakeEngine(by_hand=True)
         listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -334,7 +409,7 @@ def test_sigterm_lets_open_responses_end_before_serve_returns() -> None:
         await wait(engine.was_submitted)
         engine.step(2)
         await asyncio.wait_for(reader.readuntil(b"\n\n"), TIMEOUT_S)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(asyncio.shield(serving_task), 0.05)
         engine.step(400)
@@ -342,6 +417,54 @@ def test_sigterm_lets_open_responses_end_before_serve_returns() -> None:
         assert rest.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         writer.close()
         await asyncio.wait_for(serving_task, TIMEOUT_S)
+
+    asyncio.run(run())
+
+
+def test_f_54_a_server_that_was_started_to_outlive_its_terminal_does() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        stop = asyncio.Event()
+        serving_task = asyncio.ensure_future(
+            serve_http(engine, ServerSettings(log_requests=False), port=0, stop=stop, on_listening=listening.set_result)
+        )
+        port = await listening
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGHUP)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(http_post("/v1/chat/completions", CHAT))
+        assert (await asyncio.wait_for(reader.read(), TIMEOUT_S)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        writer.close()
+        stop.set()
+        await asyncio.wait_for(serving_task, TIMEOUT_S)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        asyncio.run(run())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_f_61_however_many_probes_come_none_is_work_and_all_are_answered_while_the_engine_stands_still() -> None:
+    async def run() -> None:
+        engine = FakeEngine(by_hand=True, max_live=1)
+        async with serving(engine, stall_s=0.0) as client:
+            stream = asyncio.ensure_future(client.chat(stream=True, max_tokens=3))
+            await wait(engine.was_submitted)
+            async with asyncio.timeout(TIMEOUT_S):
+                while (await client.get("/ready")).status == 200:
+                    pass
+                paths = ("/health", "/ready", "/live", "/metrics", "/load", "/v1/models")
+                answers = await asyncio.gather(*(client.get(paths[number % len(paths)]) for number in range(300)))
+            assert [answer.status for answer in answers[: len(paths)]] == [503, 503, 200, 200, 200, 200]
+            for number, answer in enumerate(answers):
+                assert answer.status == answers[number % len(paths)].status
+            assert (len(engine.submitted), engine.num_live) == (1, 1)
+            assert client.server.num_admitted == 1
+            engine.step(100)
+            assert (await stream).status == 200
+            assert (await client.get("/ready")).status == 200
 
     asyncio.run(run())
 
@@ -411,6 +534,27 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="the page's script needs an interpreter")
+@pytest.mark.parametrize("is_held", [False, True])
+def test_the_page_reads_a_stream_with_and_without_ids(is_held: bool, tmp_path: Path) -> None:
+    async def run() -> None:
+        journal = str(tmp_path) if is_held else ""
+        async with serving(FakeEngine(answer=lambda ids, index: "a\nbü".encode()), stream_journal=journal) as client:
+            page = (await client.get("/")).body.decode()
+            function = page[page.index("async function* events") : page.index("// What a field says")]
+            body = (await client.chat(stream=True)).body
+            assert body.startswith(b"id: ") == is_held
+        script = (
+            f"{function}\n(async () => {{ let text = '';"
+            "for await (const event of events(new Blob([require('fs').readFileSync(0)]).stream()))"
+            " text += event.choices[0].delta.content ?? ''; process.stdout.write(text); })()"
+        )
+        node = await asyncio.create_subprocess_exec("node", "-e", script, stdin=PIPE, stdout=PIPE, stderr=PIPE)
+        assert await asyncio.wait_for(node.communicate(body), TIMEOUT_S) == ("a\nbü".encode(), b"")
+
+    asyncio.run(run())
+
+
 def test_metrics_count_what_happened_and_their_labels_do_not_grow_with_what_clients_send() -> None:
     async def run() -> None:
         async with serving(FakeEngine(answer=lambda ids, index: b"abc")) as client:
@@ -423,6 +567,12 @@ def test_metrics_count_what_happened_and_their_labels_do_not_grow_with_what_clie
             assert f"vllm:time_to_first_token_seconds_count{one} 3.0" in first
             assert f"vllm:inter_token_latency_seconds_count{one} 9.0" in first
             assert f"vllm:generation_tokens_total{one} 12.0" in first
+            assert f"vllm:request_max_num_generation_tokens_count{one} 2.0" in first  # of a request, whatever its n
+            assert f"vllm:request_max_num_generation_tokens_sum{one} 8.0" in first
+            assert f"vllm:request_prefill_kv_computed_tokens_count{one} 3.0" in first
+            assert 'http_request_size_bytes_count{handler="/v1/completions"} 1.0' in first
+            assert 'http_response_size_bytes_sum{handler="/v1/completions"} 0.0' in first  # a stream announces no size
+            assert "\nprocess_resident_memory_bytes " in first and "\npython_info" in first
             assert f"vllm:e2e_request_latency_seconds_count{one} 3.0" in first
             assert "_created" not in first  # vLLM's have none
             for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "gpu_cache_usage_perc"):

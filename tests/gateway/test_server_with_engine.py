@@ -73,12 +73,36 @@ async def check_disconnect(client: Client, engine: Engine) -> None:
     await asyncio.wait_for(_free(engine), 60)
 
 
+async def check_edges_of_sampling(client: Client) -> None:
+    """What a client may ask for at the edge of its range gives numbers that a token can be chosen by."""
+    for temperature in (0, 1.1e-5, 2):
+        for fields in (
+            {"repetition_penalty": 1e-4},
+            {"repetition_penalty": 10},
+            {"presence_penalty": -2, "frequency_penalty": -2, "repetition_penalty": 1e-4},
+            {"logit_bias": {str(token_id): 1000 for token_id in range(1000)}, "top_p": 1e-300},
+            {"logit_bias": {str(token_id): -1000 for token_id in range(1000)}, "min_p": 1},
+            {"allowed_token_ids": [300], "ignore_eos": True, "top_k": 1},
+        ):
+            answer = await client.complete(temperature=temperature, max_tokens=4, seed=-5, **fields)
+            assert answer.status == 200, (fields, answer.body)
+    for fields in (
+        {"repetition_penalty": 1e-38},
+        {"allowed_token_ids": [2], "min_tokens": 1},
+        {"allowed_token_ids": [300], "stop_token_ids": [300], "min_tokens": 1},
+    ):
+        answer = await client.complete(**fields)
+        assert answer.status == 400 and answer.error["param"] == next(iter(fields)), answer.body
+
+
 async def check_refusals(client: Client) -> None:
     for stream in (False, True):
         answer = await client.complete(prompt="word " * 2000, stream=stream)
         assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+        assert answer.error["param"] == "prompt"
         answer = await client.chat(messages=[{"role": "user", "content": "x " * 2000}], max_tokens=None, stream=stream)
         assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+        assert answer.error["param"] == "messages"
 
 
 def test_the_shipped_model_is_served() -> None:
@@ -89,6 +113,7 @@ def test_the_shipped_model_is_served() -> None:
                 async with openai.AsyncOpenAI(base_url=client.url + "/v1", api_key="none", max_retries=0) as api:
                     await check_streams(client, api)
                 await check_scores(client)
+                await check_edges_of_sampling(client)
                 await check_refusals(client)
                 await check_disconnect(client, engine)
                 await asyncio.wait_for(client.server.drain(), 60)

@@ -148,6 +148,22 @@ def test_an_overloaded_run_carries_its_label_in_table_and_json(capsys: pytest.Ca
     assert "not what this configuration does" in " ".join(out.split())
 
 
+def test_what_was_refused_is_told_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run", "--max-num-seqs", "1", "--max-num-queued-reqs", "1", "--trace", SMALL]
+    assert run(*words, "--json") == 0
+    result = as_json(capsys)
+    assert result["load"] == "REFUSING"
+    assert result["refused_because"] == {"queue_full": result["num_refused"]}
+    assert run(*words) == 0
+    out = capsys.readouterr().out
+    assert out.index("REFUSING") < out.index("p99")
+    assert f"{result['num_refused']} refused: queue full" in out
+    assert run("run", "--num-blocks", "2", "--trace", SMALL) == 0
+    out = capsys.readouterr().out
+    assert "0 of 40 done, 40 refused: context length exceeded" in out
+    assert "– per million output tokens" in out
+
+
 # ---- plan ----
 
 
@@ -341,6 +357,15 @@ def test_a_malformed_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
         ["run", "--trace", SMALL, "--profile", "nowhere"],
         ["run", "--trace", SMALL, "--slo", "fast"],
         ["run", "--trace", SMALL, "--slo", "ttft_p99<-1s"],
+        ["run", "--trace", SMALL, "--slo", ""],
+        ["run", "--trace", SMALL, "--replicas", "100000000"],
+        ["run", "--trace", SMALL, "--window", "1000:2000"],
+        ["run", "--trace", SMALL, "--ingress-ms", "1e30"],
+        ["run", "--trace", SMALL, "--outage", "0:1:1e200"],
+        ["run", "--trace", ""],
+        ["plan", "--trace", SMALL, "--slo", "ttft_p99<1s", "--window", "1000:2000"],
+        ["calibrate", "-o", "/nonexistent/folder/profile.json"],
+        ["calibrate", "-o", "/"],
         ["run", "--trace", SMALL, "--outage", "9:0:1"],
         ["run", "--trace", SMALL, "--outage", "0:5:1"],
         ["run", "--trace", SMALL, "--outage", "x"],

@@ -50,12 +50,31 @@ def test_released_pages_of_a_file_are_read_again_when_they_are_asked_for(tmp_pat
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no huge pages")
+@pytest.mark.parametrize("patience_ns", [0, 10**12])
 @pytest.mark.parametrize("slow_ns", [-1, 10**12])
 def test_what_is_placed_is_the_same_whether_huge_pages_come_fast_or_not(
-    slow_ns: int, monkeypatch: pytest.MonkeyPatch
+    slow_ns: int, patience_ns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huge_pages, "_SLOW_NS", slow_ns)
+    monkeypatch.setattr(huge_pages._patience(), "left_ns", patience_ns)
     parts = [torch.randn(rows, 1024) for rows in (3, 2000)]
     placed = place(parts, torch.float32)
     assert torch.equal(placed, torch.cat(parts))
     assert placed.data_ptr() % 2**21 == 0
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no huge pages")
+def test_slow_huge_pages_are_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_ns = iter(range(0, 10**12, 5_000_000))  # each page takes 5 ms
+    asked: list[int] = []
+    patience = huge_pages._Patience()
+
+    def thread_time_ns() -> int:
+        asked.append(1)
+        return next(clock_ns)
+
+    monkeypatch.setattr(huge_pages, "_patience", lambda: patience)
+    monkeypatch.setattr(huge_pages.time, "thread_time_ns", thread_time_ns)
+    for _ in range(100):
+        empty((4096, 1024), torch.float32)
+    assert len(asked) == 2 * huge_pages._PATIENCE_NS // 5_000_000

@@ -119,34 +119,36 @@ def test_many_rows_are_the_same_bits_as_one_whatever_the_number_of_threads(bits:
         torch.set_num_threads(2)
         assert torch.equal(linear_quantized(x, weight), ours)
         assert torch.equal(linear_quantized(x[:1], weight, quick=True), linear_quantized(x[:2], weight, quick=True)[:1])
+        many = linear_quantized(x, weight, quick=True)
+        torch.set_num_threads(1)
+        assert torch.equal(linear_quantized(x, weight, quick=True), many)
+        assert torch.equal(linear_quantized(x[90:99], weight, quick=True), many[90:99])
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("bits", "group_size", "factors"), CASES)
-def test_the_quick_way_is_within_its_bound_and_the_same_for_up_to_eight_rows(
+def test_the_quick_way_is_within_its_bound_and_the_same_for_up_to_eight_rows_and_for_more(
     bits: int, group_size: int, factors: str, dtype: torch.dtype
 ) -> None:
     weight = random_weight(37, 2112, bits=bits, group_size=group_size, factors=factors)
     # Inputs of very different sizes side by side: the small ones lose bits.
     x = (
-        torch.randn(9, 2112, generator=generator(2))
+        torch.randn(13, 2112, generator=generator(2))
         * torch.logspace(-5, 0, 2112)[torch.randperm(2112, generator=generator(3))]
     ).to(dtype)
     exact = linear_quantized_ref(x.double(), weight)
-    largest = x.double().view(9, -1, 32).abs().amax(-1).repeat_interleave(32, dim=1)
+    largest = x.double().view(13, -1, 32).abs().amax(-1).repeat_interleave(32, dim=1)
     wide = weight.dequantize(torch.float64).abs().T
     # Codes and zero points are multiplied apart: the rounding is of these products, not of their difference.
     magnitude = weight.scales.double().abs().repeat_interleave(2112 // weight.scales.shape[1] + 1, dim=1)[:, :2112]
     rounding = 2112 * 2**-24 * (x.double().abs() @ (wide + 256 * magnitude.T))
     bound = 2**-15 * (largest @ wide) + rounding + exact.abs() * torch.finfo(dtype).eps
-    ours = [linear_quantized(x[:num_tokens], weight, quick=True) for num_tokens in range(1, 10)]
+    ours = [linear_quantized(x[:num_tokens], weight, quick=True) for num_tokens in range(1, 14)]
     for several in ours:
         assert ((several - exact[: len(several)]).abs() <= bound[: len(several)]).all()
-        if len(several) < 9:
-            assert torch.equal(several, ours[7][: len(several)])
-    assert torch.equal(ours[8], linear_quantized(x, weight))  # more rows are multiplied as ever
+        assert torch.equal(several, ours[7 if len(several) <= 8 else 12][: len(several)])
 
 
 @needs_library
@@ -159,6 +161,9 @@ def test_the_quick_way_loses_nothing_where_inputs_are_of_one_size_and_shows_what
     for value in (float("nan"), float("inf")):
         x[0, 3] = value
         assert linear_quantized(x, weight, quick=True).isnan().all()
+        many = linear_quantized(torch.cat((x, torch.ones(9, 64).bfloat16())), weight, quick=True)
+        assert not many[0].isfinite().any()
+        assert many[1:].isfinite().all()
     tiny = torch.full((1, 64), 2.0**-133).bfloat16()
     assert linear_quantized(tiny, weight, quick=True).isfinite().all()
 

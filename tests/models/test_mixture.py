@@ -11,6 +11,7 @@ from paged_runner import run_paged
 from tiny_models import random_token_ids, save_tiny_model
 from unconnected_ranks import member
 
+from octavo.kernels.linear_quantized import QuantizedWeight, quantize
 from octavo.models.errors import UnsupportedModelError
 from octavo.models.mixture import MixtureOfExperts, stack_on_device
 from octavo.models.registry import load_model
@@ -79,16 +80,40 @@ def test_the_stack_is_the_experts_memory_and_not_a_second_copy(tmp_path: Path) -
             assert expert.down.data_ptr() == stack.w2[index].data_ptr()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "quantization", "message"),
-    [
-        ({"hidden_act": "relu"}, "auto", "activation is not supported in a mixture of experts on a GPU"),
-        ({}, "int8", "quantised experts are not supported on a GPU: leave --quantization at auto"),
-    ],
-)
-def test_what_cannot_be_stacked_is_refused(
-    overrides: dict[str, Any], quantization: str, message: str, tmp_path: Path
-) -> None:
-    save_tiny_model("qwen3_moe", tmp_path, **overrides)
-    with pytest.raises(UnsupportedModelError, match=message):
-        mixtures(load(tmp_path, quantization=quantization))[0].stack_experts()
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_quantised_experts_are_widened_and_say_the_same(model_type: str, quantization: str, tmp_path: Path) -> None:
+    save_tiny_model(model_type, tmp_path, seed=4)
+    model = load(tmp_path, quantization=quantization)
+    assert not isinstance(mixtures(model)[0].experts[0].down, torch.Tensor)
+    one_by_one = run_paged(model, TOKENS)
+    stack_on_device([layer.mlp for layer in model.layers], torch.device("cuda"))
+    torch.testing.assert_close(run_paged(model, TOKENS), one_by_one, atol=1e-5, rtol=1e-5)
+    assert isinstance(mixtures(model)[0].experts[0].down, torch.Tensor)
+
+
+def test_parts_of_several_kinds_are_widened_behind_each_other(tmp_path: Path) -> None:
+    save_tiny_model("qwen3_moe", tmp_path, seed=4)
+    quantized, floating = (mixtures(load(tmp_path, quantization=kind))[0] for kind in ("int8", "auto"))
+    expert, other = quantized.experts[0], floating.experts[0]
+    assert isinstance(expert.gate_up, QuantizedWeight) and isinstance(other.gate_up, torch.Tensor)
+    half = other.gate_up.shape[0] // 2
+    expert.gate_up = (other.gate_up[:half], quantize(other.gate_up[half:], bits=8, group_size=32))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        before = quantized.forward(x)
+        quantized.stack_experts()
+        torch.testing.assert_close(quantized.forward(x), before, atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_stacked_is_refused(tmp_path: Path) -> None:
+    save_tiny_model("qwen3_moe", tmp_path, hidden_act="relu")
+    with pytest.raises(UnsupportedModelError, match="activation is not supported in a mixture of experts on a GPU"):
+        mixtures(load(tmp_path))[0].stack_experts()
+
+
+def test_experts_that_were_to_save_memory_are_not_widened(tmp_path: Path) -> None:
+    save_tiny_model("qwen3_moe", tmp_path)
+    model = load(tmp_path, quantization="int8")
+    with pytest.raises(UnsupportedModelError, match=r"are not quantised at load on a GPU.*--quantization at auto"):
+        stack_on_device([layer.mlp for layer in model.layers], torch.device("cuda"), widens=False)

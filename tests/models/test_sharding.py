@@ -15,7 +15,7 @@ from tiny_models import save_tiny_model
 from octavo.models.errors import UnsupportedModelError
 from octavo.models.parallel import ParallelConfig, ParallelGroup
 from octavo.models.registry import load_model
-from octavo.models.sharding import share_evenly, share_heads, share_roughly, stage_layers
+from octavo.models.sharding import check_sizes, share_evenly, share_heads, share_roughly, stage_layers
 
 
 def member(rank: int = 0, tp: int = 1, pp: int = 1, **fields: Any) -> Any:
@@ -125,3 +125,26 @@ def test_alone_nothing_is_exchanged() -> None:
     group.agree_on("the dtype", "float32")
     assert not torch.distributed.is_initialized()
     group.leave()
+
+
+@given(size=st.integers(1, 12), vocab_size=st.integers(1, 200))
+def test_a_vocabulary_is_divided_only_if_each_rank_has_a_word(size: int, vocab_size: int) -> None:
+    try:
+        check_sizes(member(0, size), 1, size, size, vocab_size, {}, 1)
+    except UnsupportedModelError as error:
+        assert size > 1
+        assert f"a vocabulary of {vocab_size}" in str(error)
+        assert vocab_size < size * size
+    else:
+        width = -(-vocab_size // size)  # of each rank but the last
+        assert size == 1 or vocab_size > (size - 1) * width
+
+
+@pytest.mark.parametrize(("size", "num_experts", "is_possible"), [(4, 4, True), (4, 3, False), (4, 60, True)])
+def test_experts_are_divided_only_if_each_rank_has_one(size: int, num_experts: int, is_possible: bool) -> None:
+    group = member(0, size, expert_parallel=True)
+    if is_possible:
+        check_sizes(group, 1, size, size, 1000, {}, 1, num_experts)
+        return
+    with pytest.raises(UnsupportedModelError, match=r"cannot divide 3 experts; .* among 1, 2 ranks"):
+        check_sizes(group, 1, size, size, 1000, {}, 1, num_experts)

@@ -14,6 +14,7 @@ from octavo.actors.scheduler.core import SchedulerCore
 from octavo.sim.cluster import simulate
 from octavo.sim.config import Outage, SimConfig
 from octavo.sim.guard import RealWorldError
+from octavo.sim.metrics import label_load
 from octavo.sim.slo import parse_slo
 from octavo.sim.workload.request import TraceRequest
 
@@ -353,6 +354,61 @@ def test_figures_of_a_run_by_hand() -> None:
 
 
 def test_an_empty_workload_is_an_empty_result() -> None:
-    result = simulate(SimConfig(scheduler=small_config()), ListWorkload([]), LinearModel()).result
-    assert result.num_requests == 0
-    assert math.isnan(result.ttft_s.p50)
+    result = simulate(SimConfig(scheduler=small_config(), cost_per_replica_hour=1.0), ListWorkload([]), LinearModel())
+    assert result.result.num_requests == 0
+    assert math.isnan(result.result.ttft_s.p50)
+    assert math.isnan(result.result.cost_per_million_output_tokens), "there is no output token to pay for"
+
+
+def crowd(gap_ns: int, num_requests: int = 400) -> ListWorkload:
+    """One request after the other, each of 16 + 20 tokens; twenty seats of the model take 24 ms for twenty of them."""
+    return ListWorkload([TraceRequest(i * gap_ns, ((i, 16),), 20, 1000 + i) for i in range(num_requests)])
+
+
+def test_a_bounded_queue_does_not_hide_an_overload() -> None:
+    config = SimConfig(scheduler=small_config(max_num_seqs=20, num_blocks=400, max_num_queued_requests=2))
+    result = simulate(config, crowd(500_000), LinearModel()).result
+    assert result.num_refused > 100
+    assert result.refused_because == {"queue_full": result.num_refused}
+    assert result.load == "REFUSING"
+    in_time = simulate(config, crowd(3_000_000), LinearModel()).result
+    assert (in_time.num_refused, in_time.refused_because, in_time.load) == (0, {}, "STABLE")
+
+
+def test_nor_do_deadlines_that_pass_in_the_queue() -> None:
+    config = SimConfig(scheduler=small_config())
+    records = simulate(config, crowd(3_000_000, 100), LinearModel()).records
+    in_vain = [msgspec.structs.replace(record, outcome="timeout", scheduled_ns=-1) for record in records]
+    too_slow = [msgspec.structs.replace(record, outcome="timeout") for record in records]
+    assert label_load([], [*in_vain[:2], *records[2:]], config, num_turned_away=0) == "REFUSING"
+    assert label_load([], [*in_vain[:1], *records[1:]], config, num_turned_away=1) == "REFUSING"
+    assert label_load([], [*in_vain[:1], *records[1:]], config, num_turned_away=0) == "STABLE"
+    assert label_load([], too_slow, config, num_turned_away=0) == "STABLE", "no seat would have helped them"
+
+
+def test_what_no_configuration_would_take_is_no_overload() -> None:
+    config = SimConfig(scheduler=small_config(num_blocks=4))
+    result = simulate(config, crowd(10_000_000), LinearModel()).result
+    assert result.refused_because == {"context_length_exceeded": 400}
+    assert result.load == "STABLE"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_replicas": 0},
+        {"num_replicas": 100_001},
+        {"ingress_ns": -1},
+        {"ingress_ns": 3601 * 10**9},
+        {"egress_ns": 10**30},
+        {"outages": (Outage(0, 5, 5),)},
+        {"outages": (Outage(1, 0, 5),)},
+        {"outages": (Outage(-1, 0, 5),)},
+        {"outages": (Outage(0, -1, 5),)},
+        {"outages": (Outage(0, 0, 10**200),)},
+    ],
+    ids=str,
+)
+def test_a_cluster_that_cannot_be_is_refused(fields) -> None:
+    with pytest.raises(ValueError, match=r"must be|an outage is of"):
+        SimConfig(**{"scheduler": small_config(), "num_replicas": 1, **fields})

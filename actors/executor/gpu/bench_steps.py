@@ -25,6 +25,7 @@ from .stream import Completion, Stream, stream_of
 
 _PARAMS = SamplingParams(temperature=0.6, seed=0, ignore_eos=True)
 _DEPTH = 2
+_BLOCK_SIZE = 16
 
 
 class TimedStream:
@@ -104,20 +105,9 @@ def rows(
         without_graphs: batches that are measured launch by launch as well.
         num_threads: of torch on the CPU.
     """
-    block_size = 16
-    longest = max([context + (rounds + 1) * num_steps + 1, *prompts])
-    config = ExecutorConfig(
-        model_path=model,
-        dtype=dtype,
-        load_format="dummy",
-        device="cuda" if device.type == "cuda" else "cpu",
-        max_model_len=longest,
-        max_num_seqs=max(batches),
+    config = _config(
+        *(device, model, dtype, batches, max([context + (rounds + 1) * num_steps + 1, *prompts])),
         max_num_batched_tokens=max([max_num_batched_tokens, *prompts]),
-        pipeline_depth=_DEPTH,
-        block_size=block_size,
-        memory_utilization=0.9 if device.type == "cuda" else 0.1,
-        cuda_graph_sizes=tuple(sorted(batches)),
         num_threads=num_threads,
     )
     started = time.perf_counter()
@@ -134,7 +124,7 @@ def rows(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             pipeline_depth=_DEPTH,
-            block_size=block_size,
+            block_size=_BLOCK_SIZE,
             graph_sizes=size_of_graphs,
             stream=stream,
         )
@@ -163,6 +153,33 @@ def rows(
         yield _prompt_row(runner, num_tokens, rounds)
 
 
+def _config(  # noqa: PLR0917,RUF100 - where, what, how many and how long
+    device: torch.device,
+    model: str,
+    dtype: str,
+    batches: Sequence[int],
+    longest: int,
+    *,
+    max_num_batched_tokens: int,
+    num_threads: int | None,
+) -> ExecutorConfig:
+    is_cuda = device.type == "cuda"
+    return ExecutorConfig(
+        model_path=model,
+        dtype=dtype,
+        load_format="dummy",
+        device="cuda" if is_cuda else "cpu",
+        max_model_len=longest,
+        max_num_seqs=max(batches),
+        max_num_batched_tokens=max_num_batched_tokens,
+        pipeline_depth=_DEPTH,
+        block_size=_BLOCK_SIZE,
+        memory_utilization=0.9 if is_cuda else 0.1,
+        cuda_graph_sizes=tuple(sorted(batches)),
+        num_threads=num_threads,
+    )
+
+
 def _decode_row(
     runner: GpuRunner,
     stream: TimedStream,
@@ -181,10 +198,10 @@ def _decode_row(
     }
     # So that `context` is the mean over the steps that are timed, which come after `num_steps` that are not.
     context = max(2, context - (rounds + 2) * num_steps // 2)
-    needed = batch * -(-(context + (rounds + 1) * num_steps + 1) // 16)
+    needed = batch * -(-(context + (rounds + 1) * num_steps + 1) // _BLOCK_SIZE)
     if needed > runner.device.plan.num_blocks:
         return {**row, "note": f"needs {needed} KV blocks of {runner.device.plan.num_blocks}"}
-    steps = _decode_steps(batch, context, (rounds + 1) * num_steps, 16, runner.device.model.vocab_size)
+    steps = _decode_steps(batch, context, (rounds + 1) * num_steps, _BLOCK_SIZE, runner.device.model.vocab_size)
     _run(runner, [next(steps) for _ in range(num_steps)])  # starts the requests; not timed
     walls, idles, hosts = [], [], []
     for _ in range(rounds):
@@ -245,7 +262,7 @@ def _decode_steps(batch: int, context: int, num_steps: int, block_size: int, voc
 
 def _prompt_row(runner: GpuRunner, num_tokens: int, rounds: int) -> dict[str, Any]:
     row: dict[str, Any] = {"kernel": "prefill step", "shape": f"1 x {num_tokens}", "num_tokens": num_tokens}
-    num_blocks = -(-num_tokens // 16)
+    num_blocks = -(-num_tokens // _BLOCK_SIZE)
     if num_blocks > runner.device.plan.num_blocks:
         return {**row, "note": f"needs {num_blocks} KV blocks of {runner.device.plan.num_blocks}"}
     token_ids = (

@@ -7,64 +7,17 @@ how many blocks. It never needs the tokens, so a step can be packed while the on
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ....kernels.step_inputs import StepLayout
 from ....messages.ids import RequestId
 from ....messages.step import ExecuteStep, StartRequest
 from ..sampling_state import SamplingState
+from .packed_step import Int64, PackedStep, Standing, fill
 from .step_diff import Int32, StepDiff
 
-Int64 = npt.NDArray[np.int64]
-
 _ONE = np.int32(1)
-
-
-@dataclass(slots=True, eq=False)
-class Standing:
-    """One request, from its start to its drop.
-
-    Attributes:
-        row: on the device.
-        sampling: its state in the `Sampler`.
-        is_plain: the device can sample it from now on, and nothing but a token is asked for.
-        has_failed: no token could be sampled for it, so there is nothing to go on with.
-    """
-
-    request_id: RequestId
-    row: int
-    num_prompt_tokens: int
-    sampling: SamplingState
-    is_plain: bool
-    has_failed: bool = False
-
-
-@dataclass(slots=True)
-class PackedStep:
-    """What a packed step holds, for whoever launches it.
-
-    Attributes:
-        num_words: of the packed step.
-        num_pieces: of its diff.
-        max_query_len, max_context_len, num_decodes: as in `AttentionBatch`.
-        sampled: the requests that sample, in the order of the step's rows.
-        is_decode: every row computes one token and samples, so that row i is sample i.
-        shape: steps of the same number differ in what each decode step counts up by one, and in their diff.
-    """
-
-    num_words: int
-    num_pieces: int
-    num_rows: int
-    num_tokens: int
-    max_query_len: int
-    max_context_len: int
-    num_decodes: int
-    sampled: Sequence[Standing]
-    is_decode: bool
-    shape: int
 
 
 class DeviceBatch:
@@ -79,6 +32,10 @@ class DeviceBatch:
         self._layout = layout
         self._free_rows = list(range(num_state_rows - 1, -1, -1))
         self._standing: dict[RequestId, Standing] = {}
+        self._row_of: dict[RequestId, int] = {}
+        self._num_special = 0  # standing that are not plain
+        self._num_with_stops: dict[frozenset[int], int] = {}
+        self._any_stop: frozenset[int] | None = frozenset()
         self._num_tokens: Int32 = np.zeros(num_state_rows, dtype=np.int32)
         self._num_computed: Int32 = np.zeros(num_state_rows, dtype=np.int32)
         self._num_blocks = [0] * num_state_rows
@@ -89,6 +46,7 @@ class DeviceBatch:
         self._of_rows: list[Standing] = []
         self._ones: tuple[int, ...] = ()
         self._every_row = np.arange(layout.max_rows + 1, dtype=np.int32)
+        self._every_one = np.ones(layout.max_rows, dtype=np.int32)
         # While the same rows decode, only these go on; the two arrays above are brought up to date when that ends.
         self._context_lens: Int32 | None = None
         self._max_context_len = 0
@@ -105,13 +63,27 @@ class DeviceBatch:
         self._catch_up()
         return int(self._num_tokens[standing.row]) - standing.num_prompt_tokens
 
+    @property
+    def has_special(self) -> bool:
+        """Whether any request that stands is not plain."""
+        return self._num_special > 0
+
+    @property
+    def any_stop(self) -> frozenset[int]:
+        """The tokens that end some request that stands."""
+        if self._any_stop is None:
+            self._any_stop = frozenset().union(*self._num_with_stops)
+        return self._any_stop
+
     def drop(self, request_id: RequestId) -> None:
         """Forget a request; unknown ids are ignored (its start may have been lost with an epoch)."""
         standing = self._standing.pop(request_id, None)
         if standing is not None:
             self._catch_up()
-            self._free_rows.append(standing.row)
+            self._free_rows.append(self._row_of.pop(request_id))
             self._num_failed -= standing.has_failed
+            self._num_special -= not standing.is_plain
+            self._count_stops(standing.sampling.stop_token_ids, -1)
             self._key = None
 
     def fail(self, standing: Standing) -> None:
@@ -134,6 +106,9 @@ class DeviceBatch:
         is_plain = start.params.logprobs is None and not sampling.is_processed
         standing = Standing(start.request_id, row, start.num_prompt_tokens, sampling, is_plain)
         self._standing[start.request_id] = standing
+        self._row_of[start.request_id] = row
+        self._num_special += not is_plain
+        self._count_stops(sampling.stop_token_ids, 1)
         self._num_tokens[row] = len(start.token_ids) // 4
         self._num_computed[row] = start.num_computed_tokens
         self._num_blocks[row] = num_blocks
@@ -143,9 +118,9 @@ class DeviceBatch:
 
     def append_blocks(self, step: ExecuteStep) -> Iterator[tuple[int, int, Sequence[int]]]:
         """Count the blocks that the step appends: `(row, index in its block table, block_ids)`."""
-        num_blocks = self._num_blocks
+        num_blocks, row_of = self._num_blocks, self._row_of
         for request_id, block_ids in step.append_blocks:
-            row = self._standing[request_id].row
+            row = row_of[request_id]
             yield row, num_blocks[row], block_ids
             num_blocks[row] += len(block_ids)
 
@@ -162,7 +137,7 @@ class DeviceBatch:
             if self._context_lens is not None:
                 return self._pack_next_decodes(step, diff, words, shape)
             query_start = self._every_row[: len(self._rows) + 1]
-            return self._pack_any(step, diff, words, np.ones(len(self._rows), dtype=np.int32), query_start)
+            return self._pack_any(step, diff, words, self._every_one[: len(self._rows)], query_start)
         self._catch_up()
         num_new = np.array(step.num_tokens, dtype=np.int32)
         query_start = np.zeros(len(num_new) + 1, dtype=np.int32)
@@ -185,9 +160,14 @@ class DeviceBatch:
             sample_tokens = query_start[1:] - _ONE
         else:
             chosen = samples.nonzero()[0]
-            sampling_rows, columns = rows[chosen], context_lens[chosen]
-            sampled = [self._of_rows[index] for index in chosen.tolist()]
-            sample_tokens = query_start[1:][chosen] - _ONE
+            count = len(chosen)
+            if count and chosen[-1] == count - 1:  # the first ones, as where prompts behind decodes go on
+                sampling_rows, columns, sampled = rows[:count], context_lens[:count], self._of_rows[:count]
+                sample_tokens = query_start[1 : count + 1] - _ONE
+            else:
+                sampling_rows, columns = rows[chosen], context_lens[chosen]
+                sampled = [self._of_rows[index] for index in chosen.tolist()]
+                sample_tokens = query_start[1:][chosen] - _ONE
         self._num_tokens[sampling_rows] += _ONE
         num_tokens, max_query_len = int(query_start[-1]), int(num_new.max(initial=0))
         self._max_context_len = int(context_lens.max(initial=0))
@@ -195,13 +175,13 @@ class DeviceBatch:
         is_decode = max_query_len == 1 and len(sampled) == len(rows)
         if is_decode and not self._num_failed:
             self._context_lens = context_lens
-        _fill(words, layout.rows, layout.starts, rows, 0)
-        _fill(words, layout.starts, layout.query_start, before, 0)
-        _fill(words, layout.query_start, layout.context_lens, query_start, num_tokens)
-        _fill(words, layout.context_lens, layout.sample_rows, context_lens, 0)
-        _fill(words, layout.sample_rows, layout.sample_columns, sampling_rows, -1)
-        _fill(words, layout.sample_columns, layout.sample_tokens, columns, 0)
-        _fill(words, layout.sample_tokens, layout.diff, sample_tokens, 0)
+        fill(words, layout.rows, layout.starts, rows, 0)
+        fill(words, layout.starts, layout.query_start, before, 0)
+        fill(words, layout.query_start, layout.context_lens, query_start, num_tokens)
+        fill(words, layout.context_lens, layout.sample_rows, context_lens, 0)
+        fill(words, layout.sample_rows, layout.sample_columns, sampling_rows, -1)
+        fill(words, layout.sample_columns, layout.sample_tokens, columns, 0)
+        fill(words, layout.sample_tokens, layout.diff, sample_tokens, 0)
         return PackedStep(
             num_words=diff.pack(words),
             num_pieces=diff.num_pieces,
@@ -224,13 +204,13 @@ class DeviceBatch:
         count = len(before)
         if shape != self._shape:
             query_start = self._every_row[: count + 1]
-            _fill(words, layout.rows, layout.starts, self._rows, 0)
-            _fill(words, layout.starts, layout.query_start, before, 0)
-            _fill(words, layout.query_start, layout.context_lens, query_start, count)
-            _fill(words, layout.context_lens, layout.sample_rows, context_lens, 0)
-            _fill(words, layout.sample_rows, layout.sample_columns, self._rows, -1)
-            _fill(words, layout.sample_columns, layout.sample_tokens, context_lens, 0)
-            _fill(words, layout.sample_tokens, layout.diff, query_start[:-1], 0)
+            fill(words, layout.rows, layout.starts, self._rows, 0)
+            fill(words, layout.starts, layout.query_start, before, 0)
+            fill(words, layout.query_start, layout.context_lens, query_start, count)
+            fill(words, layout.context_lens, layout.sample_rows, context_lens, 0)
+            fill(words, layout.sample_rows, layout.sample_columns, self._rows, -1)
+            fill(words, layout.sample_columns, layout.sample_tokens, context_lens, 0)
+            fill(words, layout.sample_tokens, layout.diff, query_start[:-1], 0)
         else:
             words[layout.starts : layout.starts + count] = before
             words[layout.context_lens : layout.context_lens + count] = context_lens
@@ -251,10 +231,19 @@ class DeviceBatch:
     def _turn_to(self, request_ids: tuple[RequestId, ...]) -> None:
         """Let these be the rows, in this order."""
         self._catch_up()
-        self._of_rows = [self._standing[request_id] for request_id in request_ids]
-        self._rows = np.array([standing.row for standing in self._of_rows], dtype=np.int64)
+        self._of_rows = list(map(self._standing.__getitem__, request_ids))
+        self._rows = np.fromiter(map(self._row_of.__getitem__, request_ids), np.int64, len(request_ids))
         self._key = request_ids
         self._ones = (1,) * len(request_ids)
+
+    def _count_stops(self, stops: frozenset[int], by: int) -> None:
+        count = self._num_with_stops.get(stops, 0) + by
+        if count:
+            self._num_with_stops[stops] = count
+        else:
+            del self._num_with_stops[stops]
+        if count in {0, by}:  # the last one, or the first
+            self._any_stop = None
 
     def _catch_up(self) -> None:
         """Enter what decoding has counted on the side."""
@@ -262,11 +251,3 @@ class DeviceBatch:
             self._num_computed[self._rows] = self._context_lens
             self._num_tokens[self._rows] = self._context_lens + _ONE
             self._context_lens = None
-
-
-def _fill(words: Int32, begin: int, end: int, values: Int32 | Int64, behind: int) -> None:
-    """Write a section, and `behind` in the room that its values leave."""
-    middle = begin + len(values)
-    words[begin:middle] = values
-    if middle < end:
-        words[middle:end] = behind

@@ -8,7 +8,7 @@ from ....kernels import device_sampling
 from ....kernels.attention_batch import AttentionBatch
 from ....kernels.step_inputs import RowInputs, StepLayout, TokenInputs, append_tokens, apply_diff, gather_step
 from ..device import Device
-from .device_batch import PackedStep
+from .packed_step import PackedStep
 
 PACKED_WORDS = 1 << 16
 """Words of a packed step that have a fixed place; what more a step brings (long prompts) takes a detour."""
@@ -146,6 +146,7 @@ class ForwardPass:
             max_query_len=max_query_len,
             max_context_len=max_context_len,
             num_decodes=num_decodes,
+            max_rows=layout.max_rows,
         )
 
     def _forward(self, tokens: TokenInputs, batch: AttentionBatch) -> torch.Tensor:

@@ -12,8 +12,8 @@ from ....messages.ids import RequestId
 from ....messages.request import TokenLogprobs
 from ....messages.step import ExecuteStep, StepExecuted
 from ..sampler import SampledTokens
-from .device_batch import Int64, PackedStep
 from .forward_pass import PACKED_WORDS
+from .packed_step import Int64, PackedStep
 from .sampling_plan import MAX_TOP_LOGPROBS, SamplingPlan, StepTokens, from_sampler, read_tokens
 from .step_diff import Int32
 from .stream import DONE, Completion

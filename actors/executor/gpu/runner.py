@@ -16,10 +16,11 @@ from ....messages.step import ExecuteStep, StepExecuted
 from ..device import Device
 from ..sampler import Sampler
 from ..token_logprobs import prompt_logprobs
-from .device_batch import DeviceBatch, Standing
+from .device_batch import DeviceBatch
 from .forward_pass import ForwardPass
 from .graphs import Graphs
 from .launched import Launched, Staging
+from .packed_step import Standing
 from .sampling_plan import SamplingPlan, plan_sampling
 from .step_diff import StepDiff
 from .stream import Stream, stream_of
@@ -128,7 +129,7 @@ class GpuRunner:
         else:
             words = torch.empty(diff.packed_words, dtype=torch.int32, pin_memory=self._pins)
             packed = self._batch.pack(step, diff, words.numpy())
-        plan = self._plan_of(packed.sampled)
+        plan = self._plan_of(step, packed.sampled)
         launched = Launched(step, packed, plan, staging=staging, words=words, launched_ns=launched_ns)
         self._launched.append(launched)
         wants = self._wants_prompt_logprobs
@@ -206,10 +207,17 @@ class GpuRunner:
         if staging is not None:
             self._staging.append(staging)
 
-    def _plan_of(self, sampled: Sequence[Standing]) -> SamplingPlan:
+    def _plan_of(self, step: ExecuteStep, sampled: Sequence[Standing]) -> SamplingPlan:
         """How these are sampled: decided anew when they change, and while the sampler's masks may."""
         if self._plan is None or not self._plan.on_device or self._plan.standing != sampled:
-            self._plan = plan_sampling(sampled, self.device.model.vocab_size)
+            is_all = len(sampled) == len(step.request_ids)
+            self._plan = plan_sampling(
+                sampled,
+                step.request_ids if is_all else tuple([each.request_id for each in sampled]),
+                self.device.model.vocab_size,
+                any_stop=self._batch.any_stop,
+                has_special=self._batch.has_special,
+            )
         return self._plan
 
     # ---- on the device, for the stream ----

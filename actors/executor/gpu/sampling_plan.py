@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ....messages.ids import RequestId
 from ....messages.request import TokenLogprobs
 from ..sampler import SampledTokens
-from .device_batch import Standing
+from .packed_step import Standing
 
 Int64 = npt.NDArray[np.int64]
 
@@ -30,8 +30,8 @@ class SamplingPlan:
     """What is done with the logits of the requests that sample in a step.
 
     Attributes:
-        request_ids, stops: of each, the second with the tokens that end it.
-        any_stop: all of `stops` together, as hardly a step has one of them.
+        request_ids: of each.
+        any_stop: the tokens that end any of them, and perhaps others, as hardly a step has one of them.
         on_device: the device's sampler can do all of them; otherwise the `Sampler` does.
         num_top: alternatives computed beside each token, None for no log-probabilities.
         asked: `(index, num_top)` of the requests that report log-probabilities.
@@ -39,7 +39,6 @@ class SamplingPlan:
 
     standing: Sequence[Standing]
     request_ids: tuple[RequestId, ...]
-    stops: tuple[frozenset[int], ...]
     any_stop: frozenset[int]
     on_device: bool
     num_top: int | None
@@ -52,11 +51,23 @@ class SamplingPlan:
         return len(self.standing) * (1 if num_top is None else 3 + 2 * num_top)
 
 
-def plan_sampling(standing: Sequence[Standing], vocab_size: int) -> SamplingPlan:
-    """Decide how these requests' tokens are chosen."""
+def plan_sampling(
+    standing: Sequence[Standing],
+    request_ids: tuple[RequestId, ...],
+    vocab_size: int,
+    *,
+    any_stop: frozenset[int],
+    has_special: bool,
+) -> SamplingPlan:
+    """Decide how these requests' tokens are chosen.
+
+    Args:
+        any_stop: the tokens that end any of these requests, and perhaps others.
+        has_special: some of them may not be plain.
+    """
     asked = []
     on_device = True
-    for index, each in enumerate(standing):
+    for index, each in enumerate(standing if has_special else ()):
         if each.is_plain:
             continue
         sampling, logprobs = each.sampling, each.sampling.params.logprobs
@@ -68,12 +79,10 @@ def plan_sampling(standing: Sequence[Standing], vocab_size: int) -> SamplingPlan
     if asked and on_device:
         most = max(count for _, count in asked)
         num_top = min(next(count for count in TOP_LOGPROBS if count >= most), vocab_size)
-    stops = tuple([each.sampling.stop_token_ids for each in standing])  # a list first: quicker, for all of the batch
     return SamplingPlan(
         standing=standing,
-        request_ids=tuple([each.request_id for each in standing]),
-        stops=stops,
-        any_stop=frozenset().union(*set(stops)),
+        request_ids=request_ids,
+        any_stop=any_stop,
         on_device=on_device,
         num_top=num_top,
         asked=tuple(asked),
@@ -126,9 +135,9 @@ def _step_tokens(
     stopped: tuple[RequestId, ...] = ()
     if not plan.any_stop.isdisjoint(tokens):
         stopped = tuple(
-            request_id
-            for request_id, token_id, stops in zip(plan.request_ids, tokens, plan.stops, strict=True)
-            if token_id in stops
+            each.request_id
+            for each, token_id in zip(plan.standing, tokens, strict=True)
+            if token_id in each.sampling.stop_token_ids
         )
     if not any_failed and min(tokens, default=0) >= 0:
         return StepTokens(plan.request_ids, tuple(tokens), stopped, tuple(logprobs))

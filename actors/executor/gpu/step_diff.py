@@ -59,16 +59,20 @@ class StepDiff:
         Args:
             appended: `(row, index, block_ids)`, the second where in the row's block table.
         """
-        table, first = self.table, self.layout.blocks
+        table, first, source = self.table, self.layout.blocks, self.num_words
         ids: list[int] = []
         for row, index, block_ids in appended:
-            for begin in range(0, len(block_ids), PIECE_WORDS):
-                piece = block_ids[begin : begin + PIECE_WORDS]
-                table += (row, first + index + begin, self.num_words + len(ids), len(piece))
-                ids += piece
+            count = len(block_ids)
+            ids += block_ids
+            if count <= PIECE_WORDS:
+                table += (row, first + index, source, count)
+            else:
+                for begin in range(0, count, PIECE_WORDS):
+                    table += (row, first + index + begin, source + begin, min(PIECE_WORDS, count - begin))
+            source += count
         if ids:
             self.words.append(np.array(ids, dtype=np.int32))
-            self.num_words += len(ids)
+            self.num_words = source
 
     def pack(self, words: Int32) -> int:
         """Write table and words to their place in a packed step; returns where they end."""

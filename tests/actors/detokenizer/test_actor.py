@@ -316,3 +316,36 @@ def test_a_stop_string_that_was_matched_is_not_matched_again_by_a_new_core() -> 
     assert isinstance(last, TextDelta)
     assert (last.finish_reason, last.stop_reason, last.text) == ("stop", "oo", "")
     assert actor.num_restarts == 1
+
+
+def test_a_new_core_ends_a_stream_at_its_first_stop_token() -> None:
+    eos, letter, one = CODEC.eos_token_ids[0], CODEC.encode("f", False)[0], RequestId(1)
+    stop = StepExecuted(Epoch(0), StepId(0), (one,), (eos,), stopped=(one,))
+    lasts = []
+    for crashes in (False, True):
+        actor = DetokenizerActor(lambda: DetokenizerCore(CODEC))
+        # The step behind it was under way already, and its token would stop, too.
+        for message in (ready(1), step((1, letter)), stop, stop):
+            actor.handle(message, 0)
+        if crashes:
+            actor.crash()
+        lasts.append(actor.handle(RequestEnded(one, "abort", 1), 0))
+    assert lasts[0] == lasts[1]
+    (last,) = lasts[0]
+    assert isinstance(last, TextDelta)
+    assert last.ended is not None
+    assert last.ended.num_output_tokens == 2
+
+
+def test_a_stream_that_fails_at_its_end_is_not_cancelled() -> None:
+    class FailsAtTheEnd(DetokenizerCore):
+        def handle(self, message: DetokenizerInbox, now_ns: int):  # type: ignore[no-untyped-def]
+            if isinstance(message, RequestEnded):
+                raise RuntimeError("poison")
+            return super().handle(message, now_ns)
+
+    actor = DetokenizerActor(lambda: FailsAtTheEnd(CODEC))
+    actor.handle(ready(1), 0)
+    (last,) = actor.handle(RequestEnded(RequestId(1), "length", 0), 0)
+    assert isinstance(last, TextDelta)
+    assert last.finish_reason == "error"

@@ -301,6 +301,8 @@ def test_tokens_that_never_come_after_an_error_are_not_waited_for() -> None:
     client = Client(open_stream(SamplingParams(max_tokens=6)))
     client.take(ended("error", 3, error_code="executor_lost"))
     assert client.last is not None
+    assert client.last.ended is not None
+    assert client.last.ended.num_output_tokens == 3, "the scheduler's account, though the tokens never came"
     assert client.core.num_streams == 0
 
 

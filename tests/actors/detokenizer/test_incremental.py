@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import TEXTS, byte_level, metaspace, wordpiece
+from tokenizers import decoders
 
 from octavo.actors.detokenizer.incremental import PieceTable, open_decoder
 from octavo.actors.tokenizer.hf_tokenizer import HFTokenizer
@@ -109,6 +110,46 @@ def test_spaces_between_added_tokens_can_be_left_out() -> None:
     ids = [*codec.encode("fox", False), start, end, start, *codec.encode("dog", False)]
     assert "<|im_start|> <|im_end|> <|im_start|>" in joined(codec, [], ids, skip=False)
     assert "<|im_start|><|im_end|><|im_start|>" in joined(codec, [], ids, skip=False, spaces=False)
+
+
+class Windowed:
+    """The byte-level tokenizer as one whose tokens' bytes are not known."""
+
+    is_bytewise = False
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(BYTE_LEVEL, name)
+
+
+@pytest.mark.parametrize("codec", [BYTE_LEVEL, Windowed()], ids=["bytes", "window"])
+def test_the_end_of_a_prompts_character_is_a_character_of_its_own(codec: HFTokenizer) -> None:
+    *begin, end = [
+        BYTE_LEVEL._fast.token_to_id(char) for char in BYTE_LEVEL._fast.pre_tokenizer.pre_tokenize_str("𝄞")[0][0]
+    ]
+    hello = BYTE_LEVEL.encode(" hello", False)
+    assert joined(codec, [*hello, *begin], [end, *hello]) == "\N{REPLACEMENT CHARACTER} hello"
+
+
+def test_a_window_does_not_wait_for_ever_for_the_end_of_a_character() -> None:
+    stray = BYTE_LEVEL._fast.token_to_id(BYTE_LEVEL._fast.pre_tokenizer.pre_tokenize_str("𝄞")[0][0][-1])
+    pieces, rest = stream(Windowed(), [], [stray] * 100)  # type: ignore[arg-type]
+    assert "".join(pieces) + rest == "\N{REPLACEMENT CHARACTER}" * 100
+    assert len(rest) < 50
+
+
+def test_all_spaces_of_a_first_token_go_where_the_decoder_drops_them() -> None:
+    class Spelled:
+        is_bytewise, leading_space = True, "drop_all"
+        special_token_ids = added_token_ids = frozenset[int]()
+        tokens = ("▁▁the▁dog", "▁▁fox")
+
+        def token_bytes(self, token_id: int) -> bytes:
+            return self.tokens[token_id].replace("▁", " ").encode()
+
+    for ids in ([0, 1], [1, 0], [1, 1]):
+        whole = decoders.Metaspace(prepend_scheme="always").decode([Spelled.tokens[i] for i in ids])
+        assert joined(Spelled(), [], ids) == whole
+        assert not whole.startswith(" ")
 
 
 def test_a_prompt_that_ends_in_mid_character_adds_nothing_of_its_own() -> None:

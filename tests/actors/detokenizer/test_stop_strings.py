@@ -68,6 +68,15 @@ def test_a_match_that_ends_before_it_may_is_passed_over(before: str, after: str,
         assert sent == text[:start]
 
 
+def test_a_stop_string_that_may_not_match_yet_holds_nothing_back_unless_it_begins_another() -> None:
+    stream = StopStream(StopStrings(["ab", "bcd"]), include_stop_str=False)
+    assert stream.feed("xab", may_match=False) == "xa", "b may begin bcd"
+    assert stream.feed("cd", may_match=False) == "bcd"
+    assert not stream.is_waiting
+    assert stream.feed("ab", may_match=True) == ""
+    assert stream.matched == "ab"
+
+
 @pytest.mark.parametrize("stops", [[], [""], ["a", ""]])
 def test_empty_stop_strings_are_refused(stops: list[str]) -> None:
     with pytest.raises(ValueError, match="must not be empty"):

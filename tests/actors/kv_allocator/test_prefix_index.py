@@ -53,6 +53,18 @@ class History:
         self.index.forget([BlockId(i) for i in block_ids])
         self.unused += block_ids
 
+    def forget_end(self) -> None:
+        """What eviction asks for: the last blocks of a history, the last one first; then some of another."""
+        block_ids = []
+        for _ in range(self.rng.randint(1, 2)):
+            if self.block_at:
+                root, tokens = self.rng.choice(list(self.block_at))
+                num_left = self.rng.choice([0, 0, self.rng.randrange(len(tokens) // self.block_size)])
+                ends = [tokens[: i * self.block_size] for i in range(len(tokens) // self.block_size, num_left, -1)]
+                block_ids += [self.block_at.pop((root, end)) for end in ends if (root, end) in self.block_at]
+        self.index.forget([BlockId(i) for i in block_ids])
+        self.unused += block_ids
+
     def compare(self) -> None:
         self.index.check()
         indexed = {i for i, node in enumerate(self.index.node_of) if node is not None}
@@ -72,12 +84,22 @@ class History:
 def test_it_finds_exactly_the_blocks_of_equal_histories(seed: int, block_size: int) -> None:
     history = History(random.Random(seed), block_size)
     for _ in range(80):
-        history.rng.choice([history.add, history.add, history.forget])()
+        history.rng.choice([history.add, history.add, history.forget, history.forget_end])()
         history.compare()
     history.index.forget([BlockId(i) for i in history.block_at.values()])
     history.block_at.clear()
     history.compare()
     assert history.index.find(history.roots[0], pack([0] * 9), 9 // block_size) == []
+
+
+@pytest.mark.parametrize("num_forgotten", [1, 31, 32, 33, 64, 99, 100])
+def test_a_long_history_loses_its_end(num_forgotten: int) -> None:
+    index, root = PrefixIndex(100, 4), root_of("", "")
+    tokens = list(range(100))
+    index.add(root, pack(tokens), [BlockId(i) for i in tokens])
+    index.forget([BlockId(i) for i in reversed(tokens[100 - num_forgotten :])])
+    index.check()
+    assert index.find(root, pack(tokens), 100) == tokens[: 100 - num_forgotten]
 
 
 def test_nothing_is_kept_of_a_history_without_blocks() -> None:

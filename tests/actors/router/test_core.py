@@ -55,8 +55,48 @@ def test_prefix_aware_sends_a_prompt_where_its_beginning_is_unless_that_costs_mo
 def test_prompts_with_different_salts_share_nothing() -> None:
     router = RouterCore(RouterConfig(num_replicas=2, policy="prefix_aware", chunk_tokens=4, request_tokens=2))
     prompt = tuple(range(40))
-    assert route(router, 0, prompt, cache_salt="a") == 0
-    assert route(router, 1, prompt, cache_salt="b") == 1
+    assert route(router, 0, (77,)) == 0
+    assert route(router, 1, prompt, cache_salt="a") == 1
+    router.handle(RequestLeft(RequestId(0)), 0)
+    router.handle(RequestLeft(RequestId(1)), 0)
+    assert route(router, 2, prompt, cache_salt="b") == 0, "of two idle ones the first: the other's cache is of no use"
+    router.handle(RequestLeft(RequestId(2)), 0)
+    assert route(router, 3, prompt, cache_salt="a") == 1
+
+
+def test_of_equal_work_it_goes_where_more_is_cached() -> None:
+    router = RouterCore(RouterConfig(num_replicas=2, policy="prefix_aware", chunk_tokens=4, request_tokens=2))
+    prompt = tuple(range(8))
+    assert route(router, 0, (77,)) == 0
+    assert route(router, 1, prompt) == 1
+    router.handle(RequestLeft(RequestId(0)), 0)
+    router.handle(RequestLeft(RequestId(1)), 0)
+    # Eight tokens of work on 0, and none to find there; six on 1 beside two for the request itself, and eight to find.
+    assert route(router, 2, range(100, 106)) == 0
+    assert route(router, 3, range(200, 214)) == 1
+    router.check()
+    assert (router._loads[0], router._loads[1]) == (8, 16)
+    assert route(router, 4, prompt) == 1
+
+
+def test_beginnings_that_are_used_are_remembered_longer() -> None:
+    router = RouterCore(RouterConfig(num_replicas=2, policy="prefix_aware", chunk_tokens=1, max_chunks=3))
+    for i, tokens in enumerate([(1,), (2,), (1,), (3,), (4,)]):
+        route(router, i, tokens)
+    seen = [token for token in range(1, 5) if router._prefixes.match(array("i", (token,)).tobytes(), b"")]
+    assert seen == [1, 3, 4]
+
+
+def test_a_replica_that_was_lost_has_seen_nothing() -> None:
+    router = RouterCore(RouterConfig(num_replicas=2, policy="prefix_aware", chunk_tokens=4, request_tokens=2))
+    prompt = tuple(range(40))
+    assert route(router, 0, (77,)) == 0
+    assert route(router, 1, prompt) == 1
+    router.handle(RequestLeft(RequestId(0)), 0)
+    router.handle(RequestLeft(RequestId(1)), 0)
+    router.handle(ReplicaDown(1), 0)
+    router.handle(ReplicaUp(1), 0)
+    assert route(router, 2, prompt) == 0
 
 
 def test_siblings_follow_the_one_whose_prompt_they_share() -> None:

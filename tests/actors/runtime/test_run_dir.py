@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from octavo.actors.runtime import run_dir as module
-from octavo.actors.runtime.run_dir import MAX_SOCKET_PATH_BYTES, RunDir, RunDirError
+from octavo.actors.runtime.run_dir import MAX_SOCKET_PATH_BYTES, RunDir, RunDirError, RunDirHeir
 
 HOME = f"octavo-{os.getuid()}"
 
@@ -91,3 +91,33 @@ def test_a_forked_child_removes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
             patch.setattr(module.os, "getpid", lambda: 1)
             run_dir.remove()
         assert run_dir.path.exists()
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from octavo.actors.runtime.run_dir import RunDir
+print(RunDir(Path(sys.argv[1])).path, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_a_directory_that_has_an_heir_is_not_swept_when_its_owner_dies_and_goes_with_the_heir(tmp_path: Path) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    with owner.stdout:
+        path = Path(owner.stdout.readline().strip())
+        heir = RunDirHeir(path)
+        owner.kill()
+        owner.wait()
+    with RunDir(tmp_path):
+        assert path.exists()
+    heir.inherit().remove()
+    assert not path.exists()
+
+
+def test_of_a_directory_that_is_gone_there_are_no_heirs(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.remove()
+    with pytest.raises(RunDirError, match="is gone, and its owner with it"):
+        RunDirHeir(run_dir.path)

@@ -118,6 +118,30 @@ def test_a_config_out_of_range_is_refused(fields: dict[str, int]) -> None:
         SchedulerConfig(**({"num_blocks": 4, "block_size": 4, "max_model_len": 8} | fields))
 
 
+# -- admission --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_prompt_blocks", "is_admitted"), [(2, True), (3, False)])
+def test_blocks_are_kept_back_for_those_who_grow(num_prompt_blocks: int, is_admitted: bool) -> None:
+    ring = make(num_blocks=16, max_num_batched_tokens=64)
+    for request_id in range(4):
+        ring.submit(submit(request_id, [request_id] * 8, max_tokens=12))
+    laps_until(ring, lambda: len(ring.plans) == 2)
+    assert ring.scheduler.stats().credit == 4, "each of the four has two blocks of prompt and one of outputs"
+    ring.submit(submit(9, [9] * 4 * num_prompt_blocks, max_tokens=1))
+    ring.deliver("submit")
+    ring.plan()
+    assert (ring.scheduler.stats().num_waiting == 0) == is_admitted, "two blocks stay for four who grow"
+    ring.run()
+
+
+def test_nothing_is_kept_back_when_nobody_grows() -> None:
+    ring = make(num_blocks=200, max_model_len=800, max_num_batched_tokens=800)
+    ring.submit(submit(1, [1] * 799))
+    ring.run()
+    assert ring.ended[RequestId(1)].reason == "length"
+
+
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +363,20 @@ def test_preemption_in_a_tiny_pool_changes_no_token() -> None:
     assert max(ended.num_preemptions for ended in ring.ended.values()) > 0
 
 
+def test_a_prompt_that_came_last_gives_way_to_a_row_that_grows() -> None:
+    ring = make(num_blocks=12, max_num_batched_tokens=4, pipeline_depth=1)
+    ring.submit(submit(1, [1, 2, 3], max_tokens=30, arrival_ns=1))
+    laps_until(ring, lambda: len(ring.plans) == 3)
+    ring.submit(submit(2, list(range(40)), max_tokens=1, arrival_ns=2))
+    laps_until(ring, lambda: ring.scheduler.stats().num_preemptions == 1)
+    assert ring.scheduler.stats().prompt_tokens < 3 + 40, "its prompt was not computed yet"
+    preempted_ns = ring.now_ns
+    ring.now_ns += 1000
+    ring.run()
+    assert ring.ended[RequestId(2)].first_scheduled_ns <= preempted_ns, "it was scheduled first before that"
+    assert (ring.ended[RequestId(1)].num_preemptions, ring.ended[RequestId(2)].num_preemptions) == (0, 1)
+
+
 def test_an_urgent_request_is_admitted_within_one_step_of_a_full_batch() -> None:
     ring = make(max_num_seqs=2, pipeline_depth=2, num_blocks=200)
     for request_id in range(4):
@@ -507,6 +545,41 @@ def test_losses_that_no_request_can_cause_convict_none(is_innocent: bool) -> Non
     assert scheduler.stats().num_executor_losses == 19
 
 
+def test_one_that_was_preempted_in_a_step_that_is_lost_waits_for_it_no_more() -> None:
+    num_cases = 0
+    for num_tokens in range(3, 9):
+        ring = make(num_blocks=6, max_num_seqs=2, max_num_batched_tokens=64, enable_prefix_caching=False)
+        for request_id in (1, 2):
+            ring.submit(submit(request_id, [request_id] * num_tokens, max_tokens=12, arrival_ns=request_id))
+        for _ in range(50):
+            ring.plan()
+            if ring.scheduler.stats().num_preemptions:
+                break
+            ring.lap()
+        state = ring.scheduler._state
+        victim = state.sequences[RequestId(2)]
+        num_cases += victim.last_step_id > state.last_executed_step_id
+        ring.lose_executor()
+        ring.cancel(1)  # nobody else's steps follow
+        ring.run()
+        assert ring.ended[RequestId(2)].reason == "length"
+    assert num_cases > 1
+
+
+def test_nobody_is_woken_for_a_deadline_that_has_passed() -> None:
+    ring = make()
+    for request_id, deadline_ns in ((1, 50), (2, 20), (3, 0)):
+        ring.submit(submit(request_id, [1, 2, 3], max_tokens=100, deadline_ns=deadline_ns))
+        ring.deliver("submit")
+    found = []
+    for now_ns in (10, 20, 30, 50, 60):
+        ring.now_ns = now_ns
+        ring.plan()
+        found.append((len(ring.ended), ring.scheduler.next_deadline_ns))
+    assert found == [(0, 20), (1, 50), (1, 50), (2, 0), (2, 0)]
+    ring.run()
+
+
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -528,6 +601,21 @@ def test_the_same_messages_give_the_same_decisions() -> None:
         return ring.plans
 
     assert decide() == decide()
+
+
+def test_release_holds_no_token_whose_row_may_still_fail() -> None:
+    ring = make(pipeline_depth=2)
+    ring.submit(submit(1, [1, 2, 3], max_tokens=50))
+    laps_until(ring, lambda: len(ring.executor.streams[RequestId(1)]) == 6)
+    ring.plan()
+    assert ring.scheduler.stats().num_steps_in_flight == 2, "the first computes the newest token"
+    ring.cancel(1)
+    ring.deliver("submit")
+    ring.plan()
+    known = [1, 2, 3, *(ring.executor.streams[RequestId(1)][position] for position in range(6))]
+    ring.run()
+    ((_, released),) = next(plan.release for plan in ring.plans if plan.release)
+    assert released == pack(known[:-1])
 
 
 def test_release_carries_exactly_the_tokens_whose_kv_is_computed() -> None:

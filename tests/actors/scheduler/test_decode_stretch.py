@@ -262,10 +262,10 @@ def running(*, num_requests: int = 2, prompt_len: int = 3, max_tokens: int = 50,
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_it_reaches_to_the_step_before_the_one_that_samples_a_last_token(depth: int) -> None:
+def test_it_reaches_to_the_step_that_samples_a_last_token(depth: int) -> None:
     laps = running(pipeline_depth=depth)
     # Planned so far: the prompt's step, which samples the first token, and `depth` decodes; the 50th is left.
-    assert laps.scheduler.decode_horizon() == 50 - 1 - depth - 1
+    assert laps.scheduler.decode_horizon() == 50 - 1 - depth
     laps.skip(laps.scheduler.advance_decode(laps.scheduler.decode_horizon(), token_of))
     assert laps.scheduler.decode_horizon() == 0
     laps.settle()

@@ -84,3 +84,20 @@ def test_it_goes_on_as_if_nothing_had_happened(num_known: int, fork_of: int) -> 
     ring.run()
     assert ring.ended[1].reason == reason
     assert ring.ended[1].num_output_tokens == len(expected)
+
+
+@pytest.mark.parametrize("prompt_logprobs", [None, 2])
+def test_its_outputs_are_taken_from_the_cache_and_count_as_none_of_the_prompt(prompt_logprobs: int | None) -> None:
+    prompt = [1, 2, 3, 4, 5, 6]
+    ring = CoreRing(CONFIG, vocab=50)
+    ring.submit(submit(0, prompt, max_tokens=20))
+    ring.run()
+    known = tuple(ring.executor.streams[0][position] for position in range(18))
+    ring.submit(again(submit(1, prompt, max_tokens=20, output=known, prompt_logprobs=prompt_logprobs)))
+    ring.run()
+    # The prompt's log-probabilities were reported before: 6 + 18 tokens are 6 blocks, the last of which is computed.
+    assert ring.scheduler.stats().prefix_cache_hits == 20
+    assert ring.ended[1].num_cached_tokens == len(prompt)
+    ring.submit(submit(2, prompt, prompt_logprobs=2))
+    ring.run()
+    assert ring.ended[2].num_cached_tokens == 0, "log-probabilities of a prompt are computed, not found"

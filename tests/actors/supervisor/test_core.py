@@ -482,3 +482,21 @@ def test_no_order_of_exits_beats_and_late_messages_breaks_the_supervisors_promis
     else:
         assert set(world.alive) >= {"nursery", "engine", "executor 0", "executor 1"}
         assert world.core.is_ready
+
+
+def test_incarnations_and_epochs_begin_behind_those_of_a_supervisor_before() -> None:
+    core = SupervisorCore(SupervisorConfig(children=(ENGINE, EXECUTOR), num_before=1000))
+    assert core.handle(Tick(), 0) == [
+        StartProcess("engine", 1001, Epoch(1000), 1001),
+        StartProcess("executor 0", 1001, Epoch(1000), 1001),
+    ]
+    core.handle(ExecutorReady(Epoch(1000)), 1)
+    lost = core.handle(EngineReady(1001), 1)
+    assert lost == [EngineLost(Epoch(1000), "", 1001)], "what the engine before it had is given to this one"
+    assert core.is_ready
+
+
+def test_f_11_the_scheduler_hears_that_a_step_lacked_memory() -> None:
+    core = SupervisorCore(SupervisorConfig())
+    answers = core.handle(ExecutorFailed(Epoch(0), "no memory", is_out_of_memory=True), 1)
+    assert answers == [StartExecutor(Epoch(1)), ExecutorLost(Epoch(1), "no memory", is_out_of_memory=True)]

@@ -33,6 +33,8 @@ class Codec:
         self.acts: dict[str, list[Callable[[], None]]] = {}
         self.num_calls: dict[str, int] = {}
 
+    max_token_chars: int | None = None
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         self.num_calls[text] = self.num_calls.get(text, 0) + 1
         acts = self.acts.get(text, [])

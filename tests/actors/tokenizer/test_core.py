@@ -15,6 +15,7 @@ class CharCodec:
     """One token a character (its code point), 1 in front; a space and the next letter are one token."""
 
     eos_token_ids = (2, 3)
+    max_token_chars: int | None = 2
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids = [ord(char) for char in text]
@@ -77,6 +78,7 @@ def test_a_text_becomes_a_ready_prompt_and_a_recipe() -> None:
         ("ab", {"add_special_tokens": False}, [97, 98]),
         ((5, 6), {}, [5, 6]),
         (ChatPrompt(b"[1]"), {}, [99, 104, 97, 116]),
+        (ChatPrompt(b"[1]", add_special_tokens=True), {}, [1, 99, 104, 97, 116]),
         ((1, 2, 3, 4), {"truncate_prompt_tokens": 2}, [3, 4]),
         ((1, 2), {"truncate_prompt_tokens": 2}, [1, 2]),
     ],
@@ -168,6 +170,63 @@ def test_what_cannot_be_served_is_refused_with_the_numbers(
         assert word in answer.error
     too_long = param == "max_tokens" or "maximum context length" in answer.error
     assert answer.error_code == ("context_length_exceeded" if too_long else "invalid_request")
+
+
+EVERY_TOKEN = tuple((token_id,) for token_id in range(300))
+
+
+@pytest.mark.parametrize(
+    ("params", "param"),
+    [
+        (SamplingParams(allowed_token_ids=(2, 3), min_tokens=1), "allowed_token_ids"),  # the ends
+        (SamplingParams(allowed_token_ids=(2, 9), min_tokens=1, stop_token_ids=(9,)), "allowed_token_ids"),
+        (SamplingParams(allowed_token_ids=(97,), bad_words=("a",)), "allowed_token_ids"),
+        (SamplingParams(allowed_token_ids=(97, 97), bad_words=("ba",)), "allowed_token_ids"),  # not after b
+        (SamplingParams(allowed_token_ids=(97, 2), bad_words=("a",), min_tokens=1), "allowed_token_ids"),
+        (SamplingParams(bad_words_token_ids=EVERY_TOKEN), "bad_words"),
+        (SamplingParams(stop_token_ids=tuple(range(300)), min_tokens=1), "stop_token_ids"),
+    ],
+)
+def test_parameters_that_could_leave_no_token_to_choose_are_refused(params: SamplingParams, param: str) -> None:
+    answer = refusal(params=params)
+    assert (answer.error_code, answer.error_param) == ("invalid_request", param)
+    assert ("min_tokens" in answer.error) == bool(params.min_tokens)
+    assert ("bad_words" in answer.error) == bool(params.bad_words or params.bad_words_token_ids)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(allowed_token_ids=(2, 3)),
+        SamplingParams(allowed_token_ids=(2, 3), min_tokens=1, ignore_eos=True),
+        SamplingParams(allowed_token_ids=(2, 9), min_tokens=1),
+        SamplingParams(allowed_token_ids=(97, 98), bad_words=("ba",)),
+        SamplingParams(bad_words_token_ids=EVERY_TOKEN[1:]),
+    ],
+)
+def test_parameters_that_always_leave_a_token_pass(params: SamplingParams) -> None:
+    request(submit(params=params))
+
+
+class UnreadCodec(CharCodec):
+    """Refuses to look at a text."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        raise AssertionError("it was tokenized")
+
+
+def test_a_text_that_is_too_long_whatever_its_tokens_are_is_refused_without_tokenizing_it() -> None:
+    core = TokenizerCore(TokenizerConfig(vocab_size=300, max_model_len=5000), UnreadCodec())
+    (answer,) = core.handle(SubmitPrompt((RequestId(1),), "a" * 10_001, SamplingParams()), 0)
+    assert isinstance(answer, RequestEnded)
+    assert (answer.error_code, answer.error_param) == ("context_length_exceeded", "prompt")
+    assert "at least 5001" in answer.error and "4999" in answer.error
+    for may_fit in (
+        SubmitPrompt((RequestId(1),), "a" * 10_000, SamplingParams()),
+        SubmitPrompt((RequestId(1),), "a" * 10_001, SamplingParams(), truncate_prompt_tokens=5),
+    ):
+        with pytest.raises(AssertionError, match="was tokenized"):
+            core.handle(may_fit, 0)
 
 
 def test_a_truncation_that_makes_no_sense_is_refused() -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,28 @@ def test_special_tokens_are_known_and_skipped_on_demand() -> None:
     assert codec.added_token_ids > codec.special_token_ids
     assert codec.decode(ids, True) == "hi"
     assert codec.decode(ids, False) == "<s>hi</s>"
+
+
+@pytest.mark.parametrize("work", ["encode", "decode"])
+def test_other_threads_run_while_a_long_text_is_worked_on(work: str) -> None:
+    codec = byte_level()
+    text = "hello there " * 50_000
+    ids = codec.encode(text, False)
+    assert codec.decode(ids) == text
+    turns: list[None] = []
+    over = threading.Event()
+
+    def work_on_it() -> None:
+        codec.encode(text) if work == "encode" else codec.decode(ids)
+        over.set()
+
+    worker = threading.Thread(target=work_on_it)
+    worker.start()
+    while not over.is_set():
+        time.sleep(0)  # offers the interpreter's lock; whoever keeps it leaves no more than a few turns
+        turns.append(None)
+    worker.join()
+    assert len(turns) > 30
 
 
 def test_a_lone_surrogate_is_refused_with_a_reason() -> None:
@@ -175,6 +199,8 @@ def test_a_class_that_is_not_plain_is_looked_up_and_a_slow_tokenizer_works(tmp_p
     assert codec.encode("hello world", True) == [1, 2]
     assert codec.decode([1, 2, 99], True) == "hello world"
     assert codec.token_text(1) == "hello"
+    with pytest.raises(InvalidRequestError, match="surrogate"):
+        codec.encode("hello \ud800", True)
 
 
 def test_what_cannot_be_loaded_says_so(tmp_path: Path) -> None:

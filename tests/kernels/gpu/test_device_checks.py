@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from octavo.kernels.gpu import device_checks, rms_norm
-from octavo.kernels.gpu.device_checks import CHECKS, Setting, error_of, rows
+from octavo.kernels.gpu.check_setting import Random, Setting, error_of
+from octavo.kernels.gpu.device_checks import CHECKS, rows
 
 CPU = torch.device("cpu")
 
@@ -36,5 +37,5 @@ def test_what_was_not_written_never_passes() -> None:
 
 
 def test_other_seeds_are_other_inputs() -> None:
-    one, other = (device_checks._Random(Setting(CPU, torch.float32, seed, True)).randn(4) for seed in (0, 1))
+    one, other = (Random(Setting(CPU, torch.float32, seed, True)).randn(4) for seed in (0, 1))
     assert not torch.equal(one, other)

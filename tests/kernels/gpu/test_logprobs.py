@@ -9,7 +9,7 @@ import torch
 
 from octavo.kernels import sampling
 from octavo.kernels.gpu import logprobs as gpu
-from octavo.kernels.gpu import sampling as gpu_sampling
+from octavo.kernels.gpu import sampling_stats
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from octavo.kernels.gpu import sampling as gpu_sampling
 def test_logprobs_ranks_and_order_are_those_of_the_meaning(
     vocab_size: int, num_top: int, ties: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_sampling, "CHUNK_SIZE", 256)
+    monkeypatch.setattr(sampling_stats, "CHUNK_SIZE", 256)
     logits = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(8)) * 3
     if ties:
         logits = (logits * 2).round() / 2
@@ -34,7 +34,7 @@ def test_logprobs_ranks_and_order_are_those_of_the_meaning(
 
 
 def test_a_row_alone_has_the_bits_of_that_row_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_sampling, "CHUNK_SIZE", 256)
+    monkeypatch.setattr(sampling_stats, "CHUNK_SIZE", 256)
     logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(9))
     tokens = torch.tensor([3, 400, 77])
     together = gpu.logprobs_on_device(logits, tokens, 3)

@@ -13,9 +13,10 @@ from tiny_models import save_tiny_model
 from octavo.kernels import mixture as kernels
 from octavo.kernels.clamped_swiglu import ClampedSwiGLU
 from octavo.kernels.gated_activation import gelu_tanh_and_mul, silu_and_mul
-from octavo.kernels.gpu import mixture as module
+from octavo.kernels.gpu import mixture_tiles
 from octavo.kernels.gpu.expert_groups import route
-from octavo.kernels.gpu.mixture import mixture, sizes_of_all_variants, tiles_for
+from octavo.kernels.gpu.mixture import mixture
+from octavo.kernels.gpu.mixture_tiles import tiles_for
 from octavo.kernels.mixture import ExpertStack, mixture_ref
 from octavo.models.registry import load_model
 
@@ -129,7 +130,7 @@ def test_a_token_has_the_same_bits_in_any_batch() -> None:
 def test_the_same_tiles_are_taken_for_any_number_of_pairs_where_bits_are_promised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "is_interpreted", lambda: False)
+    monkeypatch.setattr(mixture_tiles, "is_interpreted", lambda: False)
     of_sizes = [tiles_for(num_pairs, 128, 2, batch_invariant=True) for num_pairs in (8, 1000, 65536)]
     assert of_sizes[0] == of_sizes[1] == of_sizes[2]
     assert [tiles_for(n, 128, 2, batch_invariant=False).block_m for n in (8, 512, 2048, 8192, 65536)] == [
@@ -181,18 +182,3 @@ def test_a_model_s_mixture_sent_to_the_gpu_s_kernels_says_what_the_cpu_says(
         block.stack_experts()
         torch.testing.assert_close(block.forward(x), on_cpu, atol=1e-5, rtol=1e-5)
     assert asked == ["route", "mixture"]
-
-
-@pytest.mark.parametrize(("num_experts", "num_chosen"), [(128, 8), (32, 4), (8, 2), (4, 4)])
-def test_every_kernel_that_any_number_of_tokens_needs_is_among_the_sizes_to_run_before(
-    num_experts: int, num_chosen: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "is_interpreted", lambda: False)
-    monkeypatch.setattr(module, "PAIRS_AT_ONCE", 1024)
-
-    def variant(num_tokens: int) -> tuple[Any, ...]:
-        pairs = num_tokens * num_chosen
-        return tiles_for(pairs, num_experts, 2, batch_invariant=False), num_tokens == 1, pairs <= 1024
-
-    before = {variant(num_tokens) for num_tokens in sizes_of_all_variants(num_experts, num_chosen)}
-    assert {variant(num_tokens) for num_tokens in range(1, 9000)} <= before

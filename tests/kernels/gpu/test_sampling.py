@@ -16,13 +16,14 @@ import triton.language as tl
 from octavo.kernels import device_sampling, philox
 from octavo.kernels.gpu import philox as gpu_philox
 from octavo.kernels.gpu import sampling as gpu
+from octavo.kernels.gpu import sampling_choose, sampling_stats
 
 INT64 = torch.iinfo(torch.int64)
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "CHUNK_SIZE", 512)
+    monkeypatch.setattr(sampling_stats, "CHUNK_SIZE", 512)
     monkeypatch.setattr(gpu, "CAPACITY", 128)
     monkeypatch.setattr(gpu, "SAMPLE_SIZE", 128)
 
@@ -223,15 +224,15 @@ def test_a_window_on_the_wrong_side_is_noticed(low_is_wrong: bool, monkeypatch: 
 
             return launch
 
-    monkeypatch.setattr(gpu, "_bracket_kernel", WrongBracket())
+    monkeypatch.setattr(gpu, "bracket_kernel", WrongBracket())
     assert rows.ours() == rows.meant()
 
 
 def test_a_window_of_a_large_vocabulary_holds_the_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # as large as they are
-    assert (gpu.CHUNK_SIZE, gpu.CAPACITY, gpu.SAMPLE_SIZE) == (2048, 8192, 8192)
+    assert (sampling_stats.CHUNK_SIZE, gpu.CAPACITY, gpu.SAMPLE_SIZE) == (2048, 8192, 8192)
     rows = Rows(randn(3, 30_001, 10, scale=1.0), top_p=[0.9, 0.95, 1.0], top_k=[0, 0, 50], min_p=[0.0, 0.02, 0.0])
-    monkeypatch.setattr(gpu, "_search_row", None)  # any call of it would fail
+    monkeypatch.setattr(sampling_choose, "search_row", None)  # any call of it would fail
     assert rows.ours() == rows.meant()
 
 

@@ -8,7 +8,7 @@ import pytest
 from sm90 import MAX_SHARED_BYTES, Report, Variant, compile_all
 
 from octavo.kernels.gpu.linear_quantized import num_stages
-from octavo.kernels.gpu.mixture import TILES
+from octavo.kernels.gpu.mixture_tiles import TILES
 
 _LINEAR, _MIXTURE = "octavo.kernels.gpu.linear", "octavo.kernels.gpu.mixture"
 _QUANTIZED, _GROUPS = "octavo.kernels.gpu.linear_quantized", "octavo.kernels.gpu.expert_groups"

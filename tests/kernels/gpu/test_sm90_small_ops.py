@@ -7,6 +7,8 @@ import functools
 import pytest
 from sm90 import Report, Variant, compile_all
 
+from octavo.kernels.step_inputs import StepLayout
+
 PACKAGE = "octavo.kernels.gpu."
 SIZES = {"stride": "i32:16", "vocab_size": "i32:16", "num_chunks": "i32"}
 ROW = {"temperature_ptr": "*fp32", "top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
@@ -47,7 +49,7 @@ def rotary(cache: str, *, fp8: bool = False, quantized: bool = False) -> Variant
 
 def choose(*, filtered: bool) -> Variant:
     return Variant(
-        PACKAGE + "sampling:_choose_kernel",
+        PACKAGE + "sampling_choose:choose_kernel",
         {
             **{"logits_ptr": "*fp32", **ROW, "seeds_ptr": "*i64", "positions_ptr": "*i64", **STATS},
             **{"chunk_best_ptr": "*i32", "out_ptr": "*i64", **SIZES},
@@ -61,7 +63,42 @@ def choose(*, filtered: bool) -> Variant:
     )
 
 
+LAYOUT = StepLayout(256, 4096, 16)
+STEP = PACKAGE + "step_inputs:"
+STATE = {"state_ptr": "*i32", "packed_ptr": "*i32"}
+SAMPLES = {
+    **{"ROW_WORDS": LAYOUT.row_words, "SAMPLE_ROWS": LAYOUT.sample_rows, "SAMPLE_COLUMNS": LAYOUT.sample_columns},
+    "TOKEN_IDS": LAYOUT.token_ids,
+}
+
+
 VARIANTS = {
+    "apply_diff": Variant(
+        STEP + "_apply_diff_kernel",
+        STATE,
+        {"ROW_WORDS": LAYOUT.row_words, "DIFF": LAYOUT.diff, "ENTRY_WORDS": 4, "BLOCK": 1024},
+    ),
+    "gather_step": Variant(
+        STEP + "_gather_step_kernel",
+        {
+            **STATE,
+            **dict.fromkeys(("input_ids_ptr", "positions_ptr", "slot_mapping_ptr"), "*i64"),
+            **dict.fromkeys(("block_tables_ptr", "top_k_ptr"), "*i32"),
+            **dict.fromkeys(("temperature_ptr", "top_p_ptr", "min_p_ptr"), "*fp32"),
+            **dict.fromkeys(("seeds_ptr", "draw_positions_ptr"), "*i64"),
+        },
+        {
+            **SAMPLES,
+            **{"ROWS": LAYOUT.rows, "STARTS": LAYOUT.starts, "QUERY_START": LAYOUT.query_start},
+            **{"CONTEXT_LENS": LAYOUT.context_lens, "BLOCKS": LAYOUT.blocks, "MAX_BLOCKS": LAYOUT.max_blocks},
+            **{"BLOCK_SIZE": 16, "BLOCK": 256},
+        },
+    ),
+    "append_tokens": Variant(
+        STEP + "_append_tokens_kernel",
+        {**STATE, "token_ids_ptr": "*i64", "num_samples": "i32"},
+        {**SAMPLES, "BLOCK": 128},
+    ),
     "rms_norm": Variant(
         PACKAGE + "rms_norm:_rms_norm_kernel",
         {
@@ -93,11 +130,22 @@ VARIANTS = {
         {"BLOCK": 1024},
         num_warps=4,
     ),
+    "kv_write_fp8": Variant(
+        PACKAGE + "kv_write:write_kv_kernel",
+        {
+            **{"k_ptr": "*bf16", "v_ptr": "*bf16", "k_cache_ptr": "*u8", "v_cache_ptr": "*u8", "slots_ptr": "*i64"},
+            **{f"{x}_stride_{axis}": "i32:16" for x in "kv" for axis in ("token", "head")},
+        },
+        {
+            **{"HEADS": 8, "HEAD_BLOCK": 8, "BLOCK_SIZE": 16, "K_DIM": 128, "K_BLOCK": 128, "V_DIM": 128},
+            **{"V_BLOCK": 128, "FP8": True, "QUANTIZED": True},
+        },
+    ),
     "rotary": rotary("*bf16"),
     "rotary_fp8": rotary("*u8", fp8=True, quantized=True),
     "rotary_int8": rotary("*u8", quantized=True),
     "stats": Variant(
-        PACKAGE + "sampling:stats_kernel",
+        PACKAGE + "sampling_stats:stats_kernel",
         {
             **{"logits_ptr": "*fp32", "temperature_ptr": "*fp32", **STATS, "chunk_best_ptr": "*i32"},
             **{"group_max_ptr": "*fp32", "count_ptr": "*i32", **SIZES},
@@ -106,7 +154,7 @@ VARIANTS = {
         num_warps=4,
     ),
     "bracket": Variant(
-        PACKAGE + "sampling:_bracket_kernel",
+        PACKAGE + "sampling_window:bracket_kernel",
         {
             **{"logits_ptr": "*fp32", **ROW, **STATS, "group_max_ptr": "*fp32", "window_ptr": "*fp32", **SIZES},
             "num_groups": "i32:16",
@@ -115,7 +163,7 @@ VARIANTS = {
         num_warps=16,
     ),
     "collect": Variant(
-        PACKAGE + "sampling:_collect_kernel",
+        PACKAGE + "sampling_window:collect_kernel",
         {
             **{"logits_ptr": "*fp32", "temperature_ptr": "*fp32", "min_p_ptr": "*fp32", "chunk_max_ptr": "*fp32"},
             **{**FILTER, **SIZES},

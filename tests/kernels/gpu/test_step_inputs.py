@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sm90 import Variant, compile_all
 from step_scripts import LAYOUT, MAX_ROWS, NUM_STATE_ROWS, BothBatches, assert_inputs, empty_inputs, random_steps
 
 from octavo.kernels import step_inputs as meaning
@@ -68,54 +67,3 @@ def test_long_rows_and_tables_take_several_programs() -> None:
     assert torch.equal(tokens.input_ids, tokens_ref.input_ids)
     assert torch.equal(tokens.positions, tokens_ref.positions)
     assert torch.equal(tokens.slot_mapping, tokens_ref.slot_mapping)
-
-
-def test_they_compile_for_hopper_without_spills() -> None:
-    layout = StepLayout(256, 4096, 16)
-    state = {"state_ptr": "*i32", "packed_ptr": "*i32"}
-    module = "octavo.kernels.gpu.step_inputs"
-    reports = compile_all(
-        [
-            Variant(
-                f"{module}:_apply_diff_kernel",
-                state,
-                {"ROW_WORDS": layout.row_words, "DIFF": layout.diff, "ENTRY_WORDS": 4, "BLOCK": 1024},
-            ),
-            Variant(
-                f"{module}:_gather_step_kernel",
-                {
-                    **state,
-                    **dict.fromkeys(("input_ids_ptr", "positions_ptr", "slot_mapping_ptr"), "*i64"),
-                    **dict.fromkeys(("block_tables_ptr", "top_k_ptr"), "*i32"),
-                    **dict.fromkeys(("temperature_ptr", "top_p_ptr", "min_p_ptr"), "*fp32"),
-                    **dict.fromkeys(("seeds_ptr", "draw_positions_ptr"), "*i64"),
-                },
-                {
-                    "ROW_WORDS": layout.row_words,
-                    "ROWS": layout.rows,
-                    "STARTS": layout.starts,
-                    "QUERY_START": layout.query_start,
-                    "CONTEXT_LENS": layout.context_lens,
-                    "SAMPLE_ROWS": layout.sample_rows,
-                    "SAMPLE_COLUMNS": layout.sample_columns,
-                    "BLOCKS": layout.blocks,
-                    "TOKEN_IDS": layout.token_ids,
-                    "MAX_BLOCKS": layout.max_blocks,
-                    "BLOCK_SIZE": 16,
-                    "BLOCK": 256,
-                },
-            ),
-            Variant(
-                f"{module}:_append_tokens_kernel",
-                {**state, "token_ids_ptr": "*i64", "num_samples": "i32"},
-                {
-                    "ROW_WORDS": layout.row_words,
-                    "SAMPLE_ROWS": layout.sample_rows,
-                    "SAMPLE_COLUMNS": layout.sample_columns,
-                    "TOKEN_IDS": layout.token_ids,
-                    "BLOCK": 128,
-                },
-            ),
-        ]
-    )
-    assert [report.spills for report in reports] == [0, 0, 0]

@@ -1,4 +1,4 @@
-"""The faults of an actor graph, one by one: F-01 to F-56 as far as they can be simulated.
+"""The faults of an actor graph, one by one: F-01 to F-57 as far as they can be simulated.
 
 Every run compares each client's tokens, text and account with those of the undisturbed answer (I1, I2), and at its end
 nothing may be held or be under way (I3).
@@ -6,6 +6,7 @@ nothing may be held or be under way (I3).
 
 from __future__ import annotations
 
+import random
 from array import array
 
 import pytest
@@ -274,6 +275,22 @@ def test_f_36_results_lost_while_commands_arrive_give_each_token_once(moment: fl
     assert world._losses.ring.num_losses >= 1
 
 
+@pytest.mark.parametrize("topology", PROCESSES)
+def test_f_37_links_that_stop_one_by_one_and_go_on_in_another_order_delay_and_lose_nothing(topology: Topology) -> None:
+    for seed in range(30):
+        chance = random.Random(seed)
+        links = chance.sample(range(6), chance.randrange(2, 7))
+        clogs = [
+            at("clog", 1 + 2 * number + chance.random(), chance.choice((5, 20, 300)), choice=link / 6)
+            for number, link in enumerate(links)
+        ]
+        world = run(scenario(*clogs, topology=topology))
+        assert_all_finish(world)
+        assert world._losses.ring.num_losses == 0
+        crashes = [at("crash", chance.uniform(1, 40)), at("engine_lost", chance.uniform(1, 40))]
+        assert_all_finish(run(scenario(*clogs, *crashes, topology=topology)))
+
+
 # -- requests that kill executors -------------------------------------------------------------------------------------
 
 
@@ -387,3 +404,18 @@ def test_f_56_a_cancel_that_races_with_completion_preemption_and_recovery_ends_o
         )
         world = run(scenario(at(kind, 6), scheduler=config, clients=clients))
         assert not world._front_end.num_live
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_f_57_a_deadline_that_races_with_completion_preemption_and_recovery_has_one_winner(topology: Topology) -> None:
+    config = replace(CONFIG, num_blocks=12, max_model_len=48)
+    ends: set[str] = set()
+    for timeout_us in range(500, 30_000, 700):
+        clients = tuple(
+            client(number, prompt=(1 + number, 2, 3), timeout_ns=timeout_us * 1000 + number) for number in range(5)
+        )
+        world = run(scenario(at("crash", 6), scheduler=config, clients=clients, topology=topology))
+        assert not world._front_end.num_live
+        assert len(reasons(world)) == len(world._front_end.streams)
+        ends.update(reasons(world))
+    assert {"abort", "length"} <= ends <= {"abort", "length", "stop"}

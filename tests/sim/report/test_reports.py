@@ -17,7 +17,7 @@ from octavo.sim.plan.capacity import capacity
 from octavo.sim.plan.planner import Question, plan
 from octavo.sim.report.plan_report import capacity_report, plan_report
 from octavo.sim.report.requests_csv import COLUMNS, write_requests
-from octavo.sim.report.run_report import run_report
+from octavo.sim.report.run_report import WORST_FIRST, run_report
 from octavo.sim.results import TimelinePoint
 from octavo.sim.slo import parse_slo
 
@@ -73,7 +73,7 @@ def test_hostile_names_stay_text() -> None:
     assert_self_contained(run_report(result, records))
 
 
-@pytest.mark.parametrize("load", ["OVERLOADED", "BACKLOGGED"])
+@pytest.mark.parametrize("load", WORST_FIRST)
 def test_a_run_that_did_not_keep_up_says_so_before_any_percentile(load: str) -> None:
     records = make_records(50)
     text = run_report(make_result(records, load=load), records)

@@ -21,7 +21,7 @@ IDEAL = Efficiency(bandwidth=1.0, flops=1.0, attention=1.0, layer_ns=0.0, row_ns
 models = st.sampled_from(MODELS)
 
 
-@given(models, st.sampled_from([1, 2, 4]), decode_shapes(), st.integers(0, 80))
+@given(models, st.sampled_from([1, 2, 4]), decode_shapes(), st.integers(0, 260))
 def test_a_run_of_decodes_equals_its_steps_bit_for_bit(
     model: ModelShape, tp: int, shape: StepShape, num_steps: int
 ) -> None:

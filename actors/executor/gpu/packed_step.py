@@ -1,0 +1,67 @@
+"""What is known of a request that stands on the device, and of a step that is packed for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ....messages.ids import RequestId
+from ..sampling_state import SamplingState
+from .step_diff import Int32
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True, eq=False)
+class Standing:
+    """One request, from its start to its drop.
+
+    Attributes:
+        row: on the device.
+        sampling: its state in the `Sampler`.
+        is_plain: the device can sample it from now on, and nothing but a token is asked for.
+        has_failed: no token could be sampled for it, so there is nothing to go on with.
+    """
+
+    request_id: RequestId
+    row: int
+    num_prompt_tokens: int
+    sampling: SamplingState
+    is_plain: bool
+    has_failed: bool = False
+
+
+@dataclass(slots=True)
+class PackedStep:
+    """What a packed step holds, for whoever launches it.
+
+    Attributes:
+        num_words: of the packed step.
+        num_pieces: of its diff.
+        max_query_len, max_context_len, num_decodes: as in `AttentionBatch`.
+        sampled: the requests that sample, in the order of the step's rows.
+        is_decode: every row computes one token and samples, so that row i is sample i.
+        shape: steps of the same number differ in what each decode step counts up by one, and in their diff.
+    """
+
+    num_words: int
+    num_pieces: int
+    num_rows: int
+    num_tokens: int
+    max_query_len: int
+    max_context_len: int
+    num_decodes: int
+    sampled: Sequence[Standing]
+    is_decode: bool
+    shape: int
+
+
+def fill(words: Int32, begin: int, end: int, values: Int32 | Int64, behind: int) -> None:
+    """Write a section, and `behind` in the room that its values leave."""
+    middle = begin + len(values)
+    words[begin:middle] = values
+    if middle < end:
+        words[middle:end] = behind

@@ -1,0 +1,108 @@
+"""Products against float64: floating and quantised weights, routing, mixtures of experts."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import clamped_swiglu, gated_activation, linear_quantized, mixture
+from . import expert_groups as gpu_groups
+from . import linear as gpu_linear
+from . import linear_quantized as gpu_linear_quantized
+from . import mixture as gpu_mixture
+from .check_setting import Found, Random, Setting, differs, error_of
+
+
+def check_linear(s: Setting) -> Found:
+    random = Random(s)
+    sizes = ((24, 64),) if s.small else ((6144, 4096), (4096, 12288), (151936, 1024), (1000, 1000))
+    for outs, ins in sizes:
+        weight, bias = random.randn(outs, ins, scale=ins**-0.5), random.randn(outs)
+        for num_rows in (1, 3) if s.small else (1, 2, 7, 16, 40):
+            x = random.randn(num_rows, ins)
+            exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+            yield f"{num_rows}x{ins}->{outs}", error_of(gpu_linear.linear(x, weight, bias), exact), s.bound
+        out = gpu_linear.linear_deterministic(x, weight, bias)
+        yield f"{num_rows}x{ins}->{outs} deterministic", error_of(out, exact), s.bound
+        alone = gpu_linear.linear_deterministic(x[-1:], weight, bias)
+        yield f"{ins}->{outs}, a row alone", differs(alone, out[-1:]), 0.5
+
+
+def check_quantized_linear(s: Setting) -> Found:
+    random = Random(s)
+    outs, ins = (32, 128) if s.small else (4096, 4096)
+    floating = random.randn(outs, ins, scale=ins**-0.5).float()
+    for bits, group_size in ((8, 64), (4, 32)) if s.small else ((8, 64), (8, -1), (4, 32), (4, 128)):
+        weight = linear_quantized.quantize(floating.cpu(), bits=bits, group_size=group_size).to(s.device)
+        wide = gpu_linear_quantized.widen(weight, torch.float32).double()
+        for num_rows in (2,) if s.small else (1, 16, 40, 300):
+            x = random.randn(num_rows, ins)
+            exact = x.double() @ wide.T
+            for quick in (True, False):
+                out = gpu_linear_quantized.linear_quantized(x, weight, quick=quick)
+                yield (
+                    f"{bits} bits by {group_size}, {num_rows} rows{', quick' if quick else ''}",
+                    error_of(out, exact),
+                    s.bound,
+                )
+
+
+def check_mixture(s: Setting) -> Found:
+    random = Random(s)
+    experts, chosen_each, hidden, inner = (4, 2, 32, 24) if s.small else (64, 8, 2048, 768)
+    clamped = clamped_swiglu.ClampedSwiGLU()
+
+    def clamped_exactly(gate_up: torch.Tensor) -> torch.Tensor:
+        return clamped_swiglu.clamped_swiglu_ref(gate_up, clamped.alpha, clamped.limit)
+
+    kinds: tuple[tuple[str, mixture.GatedActivation, mixture.GatedActivation, bool], ...] = (
+        ("silu", gated_activation.silu_and_mul, gated_activation.silu_and_mul_ref, False),
+        ("clamped swiglu, biases", clamped, clamped_exactly, True),
+    )
+    for kind, act, exact_act, has_bias in kinds:
+        stack = mixture.ExpertStack(
+            w13=random.randn(experts, 2 * inner, hidden, scale=hidden**-0.5),
+            w2=random.randn(experts, hidden, inner, scale=inner**-0.5),
+            b13=random.randn(experts, 2 * inner) if has_bias else None,
+            b2=random.randn(experts, hidden) if has_bias else None,
+            first=0,
+            act=act,
+        )
+        for tokens in (3,) if s.small else (1, 30, 300, 3000):
+            x = random.randn(tokens, hidden)
+            weights, chosen = gpu_groups.route(random.randn(tokens, experts), chosen_each, normalizes=True)
+            exact = _mixture_exactly(x, weights, chosen, stack, exact_act)
+            name = f"{kind}, {tokens} tokens"
+            yield name, error_of(gpu_mixture.mixture(x, weights, chosen, stack), exact), 2 * s.bound
+            same = gpu_mixture.mixture(x, weights, chosen, stack, batch_invariant=True)
+            yield f"{name}, invariant", error_of(same, exact), 2 * s.bound
+            alone = gpu_mixture.mixture(x[-1:], weights[-1:], chosen[-1:], stack, batch_invariant=True)
+            yield f"{name}, a token alone", differs(alone, same[-1:]), 0.5
+
+
+def _mixture_exactly(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    stack: mixture.ExpertStack,
+    act: mixture.GatedActivation,
+) -> torch.Tensor:
+    """In float64, one expert after the other."""
+    wide, out = x.double(), torch.zeros_like(x, dtype=torch.float64)
+    for expert in range(len(stack.w13)):
+        token, place = torch.where(chosen == expert)
+        b13 = None if stack.b13 is None else stack.b13[expert].double()
+        b2 = None if stack.b2 is None else stack.b2[expert].double()
+        inner = act(torch.nn.functional.linear(wide[token], stack.w13[expert].double(), b13))
+        said = torch.nn.functional.linear(inner, stack.w2[expert].double(), b2)
+        out.index_add_(0, token, said * weights[token, place].double().unsqueeze(1))
+    return out
+
+
+def check_routing(s: Setting) -> Found:
+    random = Random(s)
+    for tokens, experts, count in ((5, 8, 2),) if s.small else ((300, 128, 8), (64, 32, 4), (7, 8, 2)):
+        logits = random.floats(tokens, experts)
+        weights, chosen = gpu_groups.route(logits, count, normalizes=True)
+        exact_weights, exact_chosen = mixture.route_ref(logits.double(), count, normalizes=True)
+        yield f"{tokens} of {count} from {experts}, experts", differs(chosen.long(), exact_chosen.long()), 0.5
+        yield f"{tokens} of {count} from {experts}, weights", error_of(weights, exact_weights), 1e-5

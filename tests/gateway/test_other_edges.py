@@ -1,0 +1,112 @@
+"""Further edges as whoever supervises them sees them, also after edge 0; no process is started."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from fake_carrier import FakeCarrier
+
+from octavo.gateway import other_edges
+from octavo.gateway.other_edges import OtherEdges
+from octavo.messages.base import Message
+from octavo.messages.ids import Epoch
+from octavo.messages.processes import EdgeStatus, EngineUp, PeerLeft, PeerStarted
+from octavo.messages.system import Beat
+
+MS = 1_000_000
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.ns = 10_000 * MS
+
+    def now_ns(self) -> int:
+        return self.ns
+
+
+class Stage:
+    """Edges 1 and 2, which an edge 0 had started that is dead; edge 1 supervises them now."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock = clock
+        self.carrier = FakeCarrier()
+        self.said_to_engines: list[Message] = []
+        carrier: Any = self.carrier  # has what is used of it
+        self.others = OtherEdges(
+            2,
+            carrier,
+            "/nowhere",
+            engine_names=("engine",),
+            post_to_engines=self.said_to_engines.append,
+            log_format="plain",
+            edge_incarnation=2,
+        )
+        self.others.adopt((("edge 1", 1), ("edge 2", 4)))
+
+    def beat(self, *edges: tuple[str, int]) -> None:
+        for name, incarnation in edges:
+            self.others.take(Beat(name, incarnation))
+
+    def pass_time(self, milliseconds: int) -> None:
+        self.clock.ns += milliseconds * MS
+        assert self.others._looks is not None
+        self.others._looks.cancel()
+        self.others._look()
+
+
+def on_stage(monkeypatch: pytest.MonkeyPatch, test: Callable[[Stage], Awaitable[None]]) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr(other_edges, "MonotonicClock", lambda: clock)
+
+    async def run() -> None:
+        stage = Stage(clock)
+        await test(stage)
+        await stage.others.close(0)
+
+    asyncio.run(run())
+
+
+def test_edges_that_are_adopted_hear_who_supervises_them_and_of_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(stage: Stage) -> None:
+        stage.others.tell(EngineUp("engine", 7, Epoch(5)))
+        for name in ("edge 1", "edge 2"):
+            assert stage.carrier.take_sent(name) == [
+                PeerStarted("edge 0", 2),
+                EdgeStatus("", edges=(("edge 1", 1), ("edge 2", 4))),
+                EngineUp("engine", 7, Epoch(5)),
+            ]
+        assert stage.others.running == [("edge 1", 1), ("edge 2", 4)]
+
+    on_stage(monkeypatch, test)
+
+
+def test_an_adopted_edge_that_falls_silent_has_left_and_its_requests_are_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(stage: Stage) -> None:
+        left = asyncio.create_task(stage.others.wait_for_leave(but="edge 1"))
+        for _ in range(14):
+            stage.pass_time(100)
+            stage.beat(("edge 1", 1), ("edge 2", 3))  # the last is of an incarnation before
+        assert stage.said_to_engines == []
+        for _ in range(2):
+            stage.pass_time(100)
+            stage.beat(("edge 1", 1))
+        assert stage.said_to_engines == [PeerLeft("edge 2", 4)]
+        await left
+        assert stage.carrier.take_sent("edge 1")[-1] == EdgeStatus("", edges=(("edge 1", 1),))
+
+    on_stage(monkeypatch, test)
+
+
+def test_nobody_has_left_because_the_supervisor_itself_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(stage: Stage) -> None:
+        stage.pass_time(100)
+        stage.pass_time(30_000)
+        stage.pass_time(100)
+        assert stage.said_to_engines == []
+
+    on_stage(monkeypatch, test)
