@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ...kernels.thread_binding import release_team
 from ...messages.base import Message
 from ...messages.ids import Epoch
 from ...messages.step import ExecuteStep
@@ -59,6 +60,7 @@ class ExecutorThread:
             KVCacheTooSmallError: the asked-for context does not fit.
         """
         self._runner = load_runner(self._config)
+        release_team()  # the steps are computed on another thread
         return self._runner.device
 
     def start(self) -> None:
