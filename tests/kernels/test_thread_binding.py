@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 import pytest
+from os_threads import CAN_LOOK, running_threads, wait_until_gone
 
 from octavo.kernels import cpu_build, thread_binding
 
-TASKS = Path("/proc/self/task")
-
 pytestmark = pytest.mark.skipif(
-    cpu_build.library() is None or not TASKS.exists(), reason="it needs the C kernels, and Linux to look at threads"
+    cpu_build.library() is None or not CAN_LOOK, reason="it needs the C kernels, and Linux to look at threads"
 )
 
 
-def on_a_thread_of_its_own(numbers: list[int]) -> None:
-    """Threads of this process: before a team, with it, without it, and with the next."""
+def test_released_workers_are_gone_and_new_ones_come_when_they_are_needed() -> None:
+    workers: list[set[int]] = []
 
     def run() -> None:
-        for act in (lambda: None, compute, thread_binding.release_team, compute, thread_binding.release_team):
-            act()
-            numbers.append(len(list(TASKS.iterdir())))
+        for _ in range(2):
+            before = running_threads()
+            assert len(thread_binding.team_cpus(3)) == 3
+            workers.append(running_threads() - before)
+            thread_binding.release_team()
+            wait_until_gone(workers[-1])
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-
-
-def compute() -> None:
-    assert len(thread_binding.team_cpus(3)) == 3
-
-
-def test_released_workers_are_gone_and_new_ones_come_when_they_are_needed() -> None:
-    numbers: list[int] = []
-    on_a_thread_of_its_own(numbers)
-    alone = numbers[0]
-    assert numbers == [alone, alone + 2, alone, alone + 2, alone]
+    assert [len(team) >= 2 for team in workers] == [True, True]
+    assert not workers[0] & workers[1]
+    assert not running_threads() & (workers[0] | workers[1])
 
 
 def test_a_thread_that_never_computed_has_nothing_to_release() -> None:
