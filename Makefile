@@ -33,8 +33,12 @@ lint: $(VENV)/.installed-test
 	mkdir -p .view && ln -sfn .. .view/octavo
 	$(BIN)/mypy -p octavo
 
+# Processes are killed and cut off here beside other tests, on few cores: what fails is asked once more, alone, and that
+# answer stands. The first failures stay in the output: a test that is named there is unsteady, which is a defect.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q --cache-clear || { \
+	  echo 'once more, alone: what failed'; \
+	  OMP_NUM_THREADS=1 $(BIN)/pytest -q --last-failed --last-failed-no-failures none; }
 
 # Run by .ci/run after `test`: eight to ten minutes on two cores.
 fuzz: install

@@ -262,7 +262,9 @@ async def _run(
         await next_end()
     ticker.cancel()
     executor.stop()
+    num_said = len(run.said)
     await journal.close()
+    del run.said[num_said:]  # the last blocks may be freed while the disk is waited for: after the journal's end
     if failures and break_scheduler is None:
         raise failures[0]
     run.counts["steps"] = executor.num_steps

@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 from asyncio.subprocess import PIPE
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -396,6 +397,15 @@ def test_what_is_open_at_the_end_of_a_drain_is_ended_in_words() -> None:
     asyncio.run(run())
 
 
+@pytest.fixture
+def heeds_hangup() -> Iterator[None]:
+    """SIGHUP as a shell leaves it, though these tests may run under `nohup`, which has it ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heeds_hangup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_f_54_a_signal_to_end_lets_open_responses_end_before_serve_returns(number: signal.Signals) -> None:
     async def run() -> None:
