@@ -329,6 +329,20 @@ def test_f_31_a_poison_among_64_is_found_within_8_losses_and_63_are_identical(po
     assert world._losses.ring.num_losses <= 8
 
 
+def test_f_31_the_search_is_no_longer_when_others_end_meanwhile() -> None:
+    for seed in range(13, 28):
+        rng = random.Random(seed)
+        poison = rng.randrange(64)
+        what = poisoned({poison: "is_poison"}, budget=rng.choice([2048, 64, 20]))
+        clients = list(what.clients)
+        for number, one in enumerate(clients):
+            if number != poison:
+                clients[number] = replace(one, params=replace(one.params, max_tokens=rng.choice([1, 2, 3, 5, 9, 16])))
+        world = run(replace(what, clients=tuple(clients)))
+        assert convicts(world) == [poison]
+        assert world._losses.ring.num_losses <= 8
+
+
 def test_f_31_a_poison_that_comes_later_is_found_at_once() -> None:
     what = poisoned({63: "is_poison"})
     clients = (*what.clients[:63], replace(what.clients[63], at_ns=8 * MS))
