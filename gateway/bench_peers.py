@@ -172,7 +172,7 @@ class _Bench:
     def run(self) -> Report:
         arguments = self._arguments
         chance = random.Random(arguments.workload_seed)  # noqa: S311  # a workload, not a secret
-        names = list(dict.fromkeys(arguments.peers or PEERS))
+        names = [name for name in dict.fromkeys(arguments.peers or PEERS) if name != OURS]  # which always runs
         options = LoadOptions(
             folder="",
             dtype="auto",
@@ -203,6 +203,8 @@ class _Bench:
         steps = arguments.repeats * len(self._workloads)
         with tqdm(total=steps * len(self._engines), desc="runs", unit="run") as bar:
             for index in range(steps):
+                if not self._engines:  # all have failed: what was measured before is reported
+                    break
                 workload = self._workloads[index % len(self._workloads)]
                 self._one_round(workload, chance, facts["vocab_size"], index // len(self._workloads), bar)
         for name, count in self._num_lost.items():

@@ -32,6 +32,7 @@ from ..messages.request import ChatPrompt, PromptReady, RequestEnded, TextDelta
 from ..messages.sampling import SamplingParams
 from .config import EngineConfig
 from .engine_protocol import EngineLike, Sink
+from .generation_config import RequestDefaults
 from .server import start_http
 from .settings import ServerSettings
 from .stats import EngineStats
@@ -60,6 +61,7 @@ class PacedEngine:
         self.vocab_size = 1000
         self.created = int(time.time())
         self.num_blocks = 1
+        self.request_defaults = RequestDefaults()
         self.is_ready = True
         self.why_not_ready = ""
         self.special_token_ids: frozenset[int] = frozenset()

@@ -8,6 +8,7 @@ host, in its network namespace, for its own user or root.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import socket
 from urllib.parse import urlsplit
@@ -88,13 +89,16 @@ class ServerProcesses:
 
 
 def _outermost(process: psutil.Process) -> psutil.Process:
-    """Go up while parents are octavo's too: listeners may be children of the process that started them."""
+    """Go up while parents are octavo's too: listeners may be children of the process that started them.
+
+    Not as far as this process, though it be a parent: a program that looks for a server is none of its processes.
+    """
     while True:
         try:
             parent = process.parent()
         except psutil.Error:
             return process
-        if parent is None or not title_of(parent).startswith(TITLE_PREFIX):
+        if parent is None or parent.pid == os.getpid() or not title_of(parent).startswith(TITLE_PREFIX):
             return process
         process = parent
 

@@ -16,6 +16,7 @@ from ..messages.sampling import SamplingParams
 from .config import EngineConfig, make_config
 from .engine import Engine
 from .flags import engine_fields
+from .generation_config import RequestDefaults, say_request_defaults
 
 
 def chat(arguments: argparse.Namespace) -> int:
@@ -30,9 +31,8 @@ def chat(arguments: argparse.Namespace) -> int:
 async def _chat(config: EngineConfig, arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     async with Engine(config=config) as engine:
-        params = SamplingParams(
-            temperature=arguments.temperature, top_p=arguments.top_p, max_tokens=arguments.max_tokens
-        )
+        say_request_defaults(engine.request_defaults)
+        params = chat_params(arguments, engine.request_defaults)
         history: list[dict[str, str]] = []
         if arguments.system:
             history.append({"role": "system", "content": arguments.system})
@@ -61,6 +61,16 @@ async def _chat(config: EngineConfig, arguments: argparse.Namespace) -> int:
                     print(f"octavo: {error}.{hint}", file=sys.stderr)
                 else:
                     history.append({"role": "assistant", "content": answer})
+
+
+def chat_params(arguments: argparse.Namespace, defaults: RequestDefaults) -> SamplingParams:
+    """How to answer: as the flags say, where they say nothing as the checkpoint does, else as suits small models."""
+    flags = {name: getattr(arguments, name) for name in ("temperature", "top_p", "max_tokens")}
+    asked = {name: value for name, value in flags.items() if value is not None}
+    suited = {"temperature": 0.7, "top_p": 0.95, "max_tokens": 512}
+    missing = {name: value for name, value in suited.items() if name not in defaults.told}
+    fields = {**missing, **asked}
+    return msgspec.structs.replace(defaults.params, clip_max_tokens=True, **fields)
 
 
 class LineReader:
@@ -107,9 +117,6 @@ async def _answer(engine: Engine, history: list[dict[str, str]], params: Samplin
     num_tokens = 0
     texts: list[str] = []
     prompt = Engine.chat_prompt(history)
-    room = engine.max_model_len - len(await engine.tokenize(prompt))
-    if params.max_tokens is not None and 0 < room < params.max_tokens:
-        params = msgspec.structs.replace(params, max_tokens=room)
     async for delta in engine.stream(prompt, params, add_special_tokens=False):
         texts.append(delta.text)
         num_tokens += len(delta.token_ids)

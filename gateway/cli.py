@@ -81,9 +81,9 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
     group = run.add_argument_group("chat")
     group.add_argument("--prompt", help="answer this and exit, instead of a conversation")
     group.add_argument("--system", help="system message")
-    group.add_argument("--temperature", type=float, default=0.7)
-    group.add_argument("--top-p", type=float, default=0.95)
-    group.add_argument("--max-tokens", type=positive, default=512, help="of an answer")
+    group.add_argument("--temperature", type=float, help="default: the checkpoint's, or 0.7")
+    group.add_argument("--top-p", type=float, help="default: the checkpoint's, or 0.95")
+    group.add_argument("--max-tokens", type=positive, help="of an answer; default: the checkpoint's, or 512")
     run.set_defaults(run=_chat, parser=run)
 
 

@@ -10,6 +10,7 @@ import msgspec
 
 from ..messages.errors import InvalidConfigError
 from .accelerator import resolve_device
+from .generation_config import GenerationConfig
 from .performance_mode import fill_in
 
 MAX_BLOCK_SIZE = 256
@@ -60,6 +61,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         cuda_graph_sizes: rows of decode steps that a GPU replays from a graph; empty for no graphs. Ascending.
         load_format: `dummy` takes random weights in place of a checkpoint's, from its config.json alone; for
             benchmarks.
+        generation_config: where requests that name no temperature, top_k, top_p, min_p, repetition_penalty or
+            max_tokens take them from: `auto` is the checkpoint's generation_config.json, `vllm` none, else the path of
+            such a file or of its folder. Programs take them with `Engine.default_sampling_params`.
+        override_generation_config: values that win over those of the file.
         max_model_len: longest prompt plus output; None takes the checkpoint's, lowered to what the KV cache holds.
         max_num_seqs: requests in one step.
         max_num_batched_tokens: tokens in one step, prompt and output together.
@@ -127,6 +132,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     performance_mode: Literal["throughput", "balanced", "interactivity"] = "balanced"
     cuda_graph_sizes: tuple[int, ...] = ()
     load_format: Literal["auto", "dummy"] = "auto"
+    generation_config: str = "auto"
+    override_generation_config: GenerationConfig = GenerationConfig()
 
     def __post_init__(self) -> None:
         for name, least in _AT_LEAST.items():

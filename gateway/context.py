@@ -14,6 +14,7 @@ from aiohttp import web
 from .connections import ConnectionTable
 from .engine_protocol import EngineLike
 from .http_errors import ApiError
+from .memory_limit import MemoryLimit, MemoryWatch
 from .metrics import GatewayMetrics
 from .overload import AdmissionCore, OverloadLimits
 from .readiness import ReadinessConfig, ReadinessCore
@@ -49,6 +50,7 @@ class GatewayContext:
             engine, self.model_names[0], self.pump, self.connections, lambda: self.admission.num_refused
         )
         config = engine.config
+        memory_limit = MemoryLimit()
         self.admission = AdmissionCore(
             OverloadLimits(
                 max_requests=config.max_num_seqs + config.max_num_queued_requests,
@@ -60,6 +62,7 @@ class GatewayContext:
             ),
             engine.stats,
             lambda: self.metrics.num_ended,
+            MemoryWatch(lambda: memory_limit.share).is_full,
         )
         self._readiness = ReadinessCore(
             ReadinessConfig(grace_ns=int(settings.ready_grace_s * 1e9), stall_ns=int(settings.stall_s * 1e9))

@@ -14,7 +14,7 @@ from ..messages.request import RequestEnded
 from ..messages.step import StepExecuted
 from ..messages.system import Beat, EngineReady, ExecutorFailed
 from .edge import EdgeActors
-from .engine_link import EngineLink
+from .engine_link import EngineLink, summed
 from .stats import EngineStats
 
 log = structlog.get_logger("octavo.edge")
@@ -64,5 +64,8 @@ def fleet_stats(
         actor_restarts={**restarts, **actors.restarts},
         num_requeued=total("num_requeued"),
         num_quarantined=total("num_quarantined"),
+        num_numerics_losses=total("num_numerics_losses"),
+        step_sizes=summed(*(link.step_sizes for link in links)),
+        step_tokens=total("step_tokens"),
         messages_dropped=dict(port.counters),
     )

@@ -42,6 +42,7 @@ from .engine_setup import load_tokenizer_of
 from .other_edges import CUT_SIGNAL, EdgeProcessSpec
 from .server import serve_http
 from .supervision import Footing, Supervision
+from .supervisor_watch import SupervisorWatch
 
 if TYPE_CHECKING:
     from ..actors.tokenizer.hf_tokenizer import HFTokenizer
@@ -129,6 +130,8 @@ class FollowerGraph(EdgeGraph):
         self._taking_over: asyncio.Task[None] | None = None
         self._status = EdgeStatus("")
         self._progress = 0
+        self._num_steps = 0  # that this process heard of, of any engine
+        self._watch = SupervisorWatch()
         port = Port(spec.name, spec.incarnation, allowed={"engine": FROM_ENGINE, EDGE: FROM_SUPERVISION})
         port.bind(endpoint_of(spec.run_dir, spec.name, spec.incarnation))
         port.connect(EDGE, spec.edge_incarnation, endpoint_of(spec.run_dir, EDGE, spec.edge_incarnation))
@@ -274,6 +277,7 @@ class FollowerGraph(EdgeGraph):
         self._progress += len(messages)
         for peer, message in messages:
             if isinstance(message, StepExecuted | RequestEnded | EngineReport):
+                self._num_steps += not isinstance(message, EngineReport)
                 self._links[peer].take(message)
             elif isinstance(message, EngineUp):
                 self._meet(message)
@@ -295,4 +299,18 @@ class FollowerGraph(EdgeGraph):
 
     def _beat(self) -> None:
         self._carrier.send(EDGE, Beat(self._spec.name, self._spec.incarnation, progress=self._progress))
+        if self._supervision is None:
+            self._watch_supervisor()
         self._beats = asyncio.get_running_loop().call_later(BEAT_S, self._beat)
+
+    def _watch_supervisor(self) -> None:
+        reports = [link.total("num_steps") for link in self._links.values()]
+        if self._watch.look(
+            self._clock.now_ns(),
+            num_waiting=sum(link.ledger.num_live for link in self._links.values()),
+            progress=self._num_steps + sum(reports),
+            is_stopped=self._succession.is_holder_stopped,
+        ):
+            pid = self._succession.holder
+            if self._succession.end_holder():
+                log.error("supervision.fenced", pid=pid, why="it is stopped, and no engine gets on without it")

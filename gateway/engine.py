@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ from .config import EngineConfig, NodesConfig, make_config
 from .edge import MAX_N
 from .engine_setup import check_options, scheduler_config
 from .frontend import Sink
+from .generation_config import RequestDefaults, named_generation_config, request_defaults
 from .graph import Graph, Tap
 from .local_graph import LocalGraph
 from .outputs import Collector, CompletionOutput, RequestOutput, StreamDelta, raise_if_failed
@@ -47,6 +49,9 @@ class Engine:
         log_format: of the processes that it starts, as `configure_logs` takes it.
         num_edges: processes that serve HTTP, this one among them; the others are started by `serve_beside`.
         nodes: other hosts that run executors.
+
+    Attributes:
+        request_defaults: what a request takes that names no parameters, once the engine is started.
     """
 
     def __init__(
@@ -65,6 +70,8 @@ class Engine:
         elif model is not None or fields:
             raise TypeError("give either `config`, or a model and fields of EngineConfig")
         self.config = config
+        self.request_defaults = RequestDefaults()
+        self._named_generation_config = named_generation_config(config.generation_config)
         self.created = int(time.time())
         self.model_name = ""
         self.max_model_len = 0
@@ -151,6 +158,12 @@ class Engine:
         self.load_seconds = facts.load_seconds
         self.kv_cache_bytes = facts.kv_cache_bytes
         self.scheduler_config = scheduler_config(self.config, facts)
+        self.request_defaults = request_defaults(
+            self.config.generation_config,
+            self._named_generation_config,
+            self.config.override_generation_config,
+            Path(facts.folder),
+        )
         self._graph = graph
         self._is_open = True
 
@@ -222,14 +235,14 @@ class Engine:
 
         Args:
             prompt: text, token ids, or a conversation (`Engine.chat_prompt`).
-            params: how to sample; None is `SamplingParams()`.
+            params: how to sample; None is `default_sampling_params()`.
             options: `priority`, `cache_salt`, `add_special_tokens`, `truncate_prompt_tokens`, `timeout_s`.
 
         Raises:
             OctavoError: the request was refused or failed.
         """
         arrived: asyncio.Queue[PromptReady | TextDelta] = asyncio.Queue()
-        request_ids = self.submit(prompt, params or SamplingParams(), arrived.put_nowait, **options)
+        request_ids = self.submit(prompt, params or self.default_sampling_params(), arrived.put_nowait, **options)
         index_of = {request_id: index for index, request_id in enumerate(request_ids)}
         num_live = len(request_ids)
         try:
@@ -255,7 +268,7 @@ class Engine:
         self, prompt: str | Sequence[int] | ChatPrompt, params: SamplingParams | None = None, **options: Any
     ) -> RequestOutput:
         """Wait for the whole output; arguments and errors as `stream`."""
-        params = params or SamplingParams()
+        params = params or self.default_sampling_params()
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         collector = Collector(prompt if isinstance(prompt, str) else None, params, done)
         request_ids = self.submit(prompt, params, collector.take, **options)
@@ -318,6 +331,10 @@ class Engine:
         return self._graph.tokenizer.special_token_ids
 
     # ---- state ----
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint recommends (see `EngineConfig.generation_config`), in place of `SamplingParams()`."""
+        return self.request_defaults.for_programs()
 
     @property
     def is_ready(self) -> bool:

@@ -68,6 +68,7 @@ class EngineLink:
         self.is_gone = False
         self._is_draining = False
         self._earlier: dict[str, int] = {}  # totals of engines before this one
+        self._earlier_step_sizes: tuple[int, ...] = ()
         self._carrier = carrier
         self._run_dir = run_dir
         self._deliver = deliver
@@ -113,7 +114,7 @@ class EngineLink:
             return  # what it had goes on elsewhere
         if isinstance(message, EngineReport):
             if self.report is not None and self.report.incarnation != message.incarnation:
-                self._earlier = self._totals()
+                self._keep_totals()
             self.report = message
             return
         if isinstance(message, RequestEnded) and message.error_code == RequestQuarantinedError.code:
@@ -135,7 +136,7 @@ class EngineLink:
 
     def give_up(self) -> list[LedgerOutbox]:
         """The engine is gone for good: what other engines must hear to go on with what it had."""
-        self._earlier = self._totals()
+        self._keep_totals()
         self.report = None
         self.is_up = False
         self.is_gone = True
@@ -145,11 +146,22 @@ class EngineLink:
         """A total of `EngineReport`, over every engine that was connected."""
         return self._earlier.get(name, 0) + (getattr(self.report, name) if self.report is not None else 0)
 
-    def _totals(self) -> dict[str, int]:
-        return {name: self.total(name) for name in EngineReport.__struct_fields__}
+    @property
+    def step_sizes(self) -> tuple[int, ...]:
+        """As in `EngineReport`, over every engine that was connected; empty before the first report."""
+        return summed(self._earlier_step_sizes, () if self.report is None else self.report.step_sizes)
+
+    def _keep_totals(self) -> None:
+        self._earlier = {name: self.total(name) for name in EngineReport.__struct_fields__ if name != "step_sizes"}
+        self._earlier_step_sizes = self.step_sizes
 
     def _remember_quarantined(self, ended: RequestEnded) -> None:
         """An engine's memory dies with it; this edge's is for the next one."""
         submit = self.ledger.submit_of(ended.request_id)
         if ended.reason == "error" and submit is not None:
             self._quarantine.add(submit, self._clock.now_ns())
+
+
+def summed(*counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Counts of the same buckets together; whoever has none does not count."""
+    return tuple(map(sum, zip(*filter(None, counts), strict=True)))

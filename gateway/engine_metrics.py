@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..actors.scheduler.step_sizes import BOUNDS
 from .engine_protocol import EngineLike
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ DROP_REASONS: Final = (
 )
 """Values of the label `reason`: those counters of a `Port` that count messages thrown away, and `late` for what cores
 drop; whatever else an engine may name counts as `other`."""
-NOT_DROPS: Final = frozenset({"held_back", "reconnected", "resent", "dropped_events"})
+NOT_DROPS: Final = frozenset({"held_back", "reconnected", "resent", "dropped_events", "stranger"})
 """Counters of a `Port` that count something else."""
 
 
@@ -71,6 +73,7 @@ class EngineCollector(Collector):
                 family.add_metric((*self._labels, kind), count)
             yield family
         yield self._cache_config()
+        yield self._step_sizes(stats)
 
     def _cache_config(self) -> GaugeMetricFamily:
         config = self._engine.config
@@ -87,6 +90,13 @@ class EngineCollector(Collector):
         info.add_metric((*self._labels, *map(str, told.values())), 1)
         return info
 
+    def _step_sizes(self, stats: EngineStats) -> HistogramMetricFamily:
+        counts = itertools.accumulate(stats.step_sizes or [0] * (len(BOUNDS) + 1))
+        bounds = (*(f"{bound}.0" for bound in BOUNDS), "+Inf")
+        family = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens computed by a step.", labels=LABELS)
+        family.add_metric(self._labels, list(zip(bounds, counts, strict=True)), stats.step_tokens)
+        return family
+
     def _gauges(self, stats: EngineStats) -> Sequence[tuple[str, str, float]]:
         queries, hits = stats.prefix_cache_queries, stats.prefix_cache_hits
         hit_rate = hits / queries if queries else 0
@@ -96,6 +106,7 @@ class EngineCollector(Collector):
             ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", stats.kv_cache_usage),
             ("vllm:gpu_cache_usage_perc", "Older name of vllm:kv_cache_usage_perc.", stats.kv_cache_usage),
             ("vllm:prefix_cache_hit_rate", "Share of queried tokens found in the cache.", hit_rate),
+            ("vllm:engine_healthy", "1 if a request sent now would be answered.", int(self._engine.is_ready)),
             ("octavo:engine_ready", "1 if a request sent now would be answered.", int(self._engine.is_ready)),
             ("octavo:open_streams", "Responses that are being streamed.", self._pump.num_open),
             ("octavo:open_connections", "Connections that are open.", self._connections.num_open),
@@ -124,6 +135,11 @@ class EngineCollector(Collector):
                 "octavo:requests_quarantined",
                 "Requests refused or ended because they had killed executors.",
                 stats.num_quarantined,
+            ),
+            (
+                "octavo:numerics_losses",
+                "Executors given up because no row of a step came to numbers.",
+                stats.num_numerics_losses,
             ),
             ("octavo:streams_shed", "Streams cut because their client did not read.", self._pump.num_shed),
         )
@@ -154,7 +170,7 @@ class EngineCollector(Collector):
             ),
             (
                 "octavo:requests_shed",
-                "Requests refused before their body was read, because of too many requests, bytes or too long a wait.",
+                "Requests refused before their body was read: too many requests or bytes, too long a wait, no memory.",
                 "bound",
                 self._read_num_refused(),
             ),

@@ -9,6 +9,7 @@ from ..messages.ids import RequestId
 from ..messages.request import ChatPrompt, PromptReady, TextDelta
 from ..messages.sampling import SamplingParams
 from .config import EngineConfig
+from .generation_config import RequestDefaults
 from .stats import EngineStats
 
 EngineEvent = PromptReady | TextDelta
@@ -24,6 +25,7 @@ class EngineLike(Protocol):
     vocab_size: int
     created: int  # unix seconds
     num_blocks: int
+    request_defaults: RequestDefaults
 
     @property
     def is_ready(self) -> bool:

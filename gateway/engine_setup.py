@@ -17,6 +17,7 @@ from ..messages.errors import InvalidConfigError, InvalidRequestError
 from ..messages.processes import ExecutorLoaded
 from ..messages.system import StartProcess
 from .config import EngineConfig
+from .generation_config import FILE_NAME, named_file
 from .graph import ModelFacts
 
 if TYPE_CHECKING:
@@ -164,14 +165,16 @@ def journal_file(folder: str | None, engine_name: str = "engine") -> str | None:
 _LOADING = threading.Lock()
 
 
-def load(tokenizer_folder: Path, config: EngineConfig, executor: ExecutorThread) -> tuple[HFTokenizer, Device]:
+def load(
+    folder: Path, tokenizer_folder: Path, config: EngineConfig, executor: ExecutorThread
+) -> tuple[HFTokenizer, Device]:
     """Load tokenizer and model, one after the other and one engine at a time.
 
     Both import parts of `transformers` as they need them, and those imports fail now and then when two threads make
     them at once ("partially initialized module", for its circular imports).
     """
     with _LOADING:
-        return _load_tokenizer(tokenizer_folder, config), executor.load()
+        return _load_tokenizer(folder, tokenizer_folder, config), executor.load()
 
 
 def tokenizer_folder_of(config: EngineConfig, folder: Path) -> Path:
@@ -186,10 +189,22 @@ def tokenizer_folder_of(config: EngineConfig, folder: Path) -> Path:
 def load_tokenizer_of(config: EngineConfig, folder: Path) -> HFTokenizer:
     """Load the tokenizer of the model in `folder`, or the other one that is asked for. Blocks."""
     with _LOADING:
-        return _load_tokenizer(tokenizer_folder_of(config, folder), config)
+        return _load_tokenizer(folder, tokenizer_folder_of(config, folder), config)
 
 
-def _load_tokenizer(folder: Path, config: EngineConfig) -> HFTokenizer:
+def _load_tokenizer(folder: Path, tokenizer_folder: Path, config: EngineConfig) -> HFTokenizer:
     from ..actors.tokenizer.hf_tokenizer import load_tokenizer
 
-    return load_tokenizer(folder, chat_template=config.chat_template, trust_remote_code=config.trust_remote_code)
+    return load_tokenizer(
+        tokenizer_folder,
+        chat_template=config.chat_template,
+        trust_remote_code=config.trust_remote_code,
+        generation_config=_end_tokens_file(folder, config),
+    )
+
+
+def _end_tokens_file(folder: Path, config: EngineConfig) -> Path | None:
+    """Which file names the tokens that end an answer: the model's, whoever made its tokenizer; None: there is none."""
+    is_of_model = config.generation_config in ("auto", "vllm")
+    path = folder / FILE_NAME if is_of_model else named_file(config.generation_config)
+    return path if path.is_file() else None

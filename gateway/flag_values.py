@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import json
 import re
 from fractions import Fraction
+from typing import Any
 
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([kKmMgG]?)([iI]?)[bB]?$")
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#@\s]+")
@@ -30,6 +32,17 @@ def positive(text: str) -> int:
     value = number(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is too small: at least 1")
+    return value
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object, of whatever its fields are."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"temperature": 0.6}}')
     return value
 
 

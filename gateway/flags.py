@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .accelerator import resolve_device
-from .flag_values import number, positive, seconds
+from .flag_values import json_object, number, positive, seconds
 from .performance_mode import fill_in
 
 
@@ -56,6 +56,21 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint brings")
     group.add_argument("--offline", action="store_true", help="never contact the hub (HF_HUB_OFFLINE works too)")
     group.add_argument("--chat-template", help="jinja file or text, if not the tokenizer's own")
+    group.add_argument(
+        "--generation-config",
+        default="auto",
+        metavar="auto|vllm|PATH",
+        help="where requests that name none take temperature, top_k, top_p, min_p, repetition_penalty and max_tokens "
+        "from: the checkpoint's generation_config.json, nowhere, or such a file or its folder (whose max_new_tokens "
+        "bounds every answer)",
+    )
+    group.add_argument(
+        "--override-generation-config",
+        metavar="JSON",
+        type=json_object,
+        default={},
+        help="values that win over the file's, such as '{\"temperature\": 0.6}'; max_new_tokens bounds every answer",
+    )
 
 
 def _add_device_flags(parser: argparse.ArgumentParser) -> None:
@@ -230,6 +245,8 @@ ENGINE_FIELDS = (
     "performance_mode",
     "cuda_graph_sizes",
     "load_format",
+    "generation_config",
+    "override_generation_config",
 )
 
 

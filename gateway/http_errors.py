@@ -10,6 +10,7 @@ from aiohttp import web
 from ..messages.errors import (
     EngineClosedError,
     InvalidRequestError,
+    ModelNumericsError,
     OctavoError,
     QueueFullError,
     RequestQuarantinedError,
@@ -44,6 +45,7 @@ _PUBLIC_TEXT_OF_CODE: Final = {
     "engine_oom": "there is not enough memory for this request: send a shorter one, or try again later",
     "executor_lost": "the model is not available at the moment: try again later",
     "engine_closed": "the server is shutting down: try again later",
+    "model_numerics": "the model computed values for this request that are no numbers; others are not affected",
     "request_quarantined": "the model's process failed each time at this request; it is refused for ten minutes",
 }
 
@@ -112,7 +114,7 @@ def from_ended(ended: RequestEnded | None) -> ApiError:
         return from_code("request_failed", "")
     # A refusal always comes from the request itself unless its code says otherwise.
     code = ended.error_code or ("invalid_request" if ended.reason == "refused" else "request_failed")
-    if code == RequestQuarantinedError.code and ended.reason == "error":
+    if code in (RequestQuarantinedError.code, ModelNumericsError.code) and ended.reason == "error":
         return ApiError(500, _PUBLIC_TEXT_OF_CODE[code], code=code)
     return from_code(code, ended.error, ended.error_param or None)
 

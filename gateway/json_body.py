@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 import difflib
 import re
-from typing import Generic, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, Generic, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from .http_errors import ApiError, bad_request
+from .id_lists import IdList, decode_in_pieces, is_long_id_list
+from .json_shape import members, refuse_too_much
 from .protocol import HARMLESS, Unsupported
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 
-_TOP_LEVEL = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_NAME_BEFORE_VALUE = re.compile(rb'[ \t\r\n]*([{,])[ \t\r\n]*("(?:[^"\\]|\\.)*")[ \t\r\n]*:[ \t\r\n]*', re.DOTALL)
+LONG_BODY_BYTES: Final = 256 * 1024
+_ID_LISTS: Final = ("prompt", "tokens")
+
 _PATH = re.compile(r" - at `(?:key in )?\$\.?(.*)`$", re.DOTALL)
 _MISSING_FIELD = re.compile(r"Object missing required field `(\w+)`")
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
@@ -39,7 +44,7 @@ class BodyDecoder(Generic[_T]):
         Raises:
             ApiError: 408, 413, 415, or 400 with the field that is wrong.
         """
-        return self.decode(await read_bytes(request, max_bytes=max_bytes, timeout_s=timeout_s))
+        return await self.decode_in_turns(await read_bytes(request, max_bytes=max_bytes, timeout_s=timeout_s))
 
     def decode(self, body: bytes) -> _T:
         """Decode a JSON document.
@@ -47,11 +52,56 @@ class BodyDecoder(Generic[_T]):
         Raises:
             ApiError: 400; `param` is the field's dotted path.
         """
+        refuse_too_much(body)
+        decoded = self._decode(body)
+        self._members(body)
+        return decoded
+
+    async def decode_in_turns(self, body: bytes) -> _T:
+        """As `decode`, but others have a turn now and then while a long body is decoded."""
+        if len(body) < LONG_BODY_BYTES:
+            return self.decode(body)
+        refuse_too_much(body)
+        await asyncio.sleep(0)
+        spans = self._members(body)
+        await asyncio.sleep(0)
+        for name in _ID_LISTS:
+            start, end = spans.get(name, (0, 0))
+            if name in self._names and is_long_id_list(body[start:end]):
+                decoded = self._decode(b"%b[]%b" % (body[:start], body[end:]))  # all but these, which may be refused
+                setattr(decoded, name, await self._ids(name, body[start:end]))
+                return decoded
+        return self._decode(body)
+
+    async def _ids(self, name: str, raw: bytes) -> IdList:
+        ids: IdList = []
         try:
+            for _ in decode_in_pieces(raw, ids):
+                await asyncio.sleep(0)
+        except msgspec.ValidationError as error:
+            message = str(error).partition(" - at `")[0]
+            raise bad_request(f"{name}: {message}", name) from None
+        return ids
+
+    def _members(self, body: bytes) -> dict[str, tuple[int, int]]:
+        with self._refusing():
             if not body.isascii():
                 # Strings that are skipped over are not looked at by the decoder.
                 body.decode()
+            return members(body)
+
+    def _decode(self, body: bytes) -> _T:
+        with self._refusing():
             decoded = self._decoder.decode(body)
+        if isinstance(decoded, Unsupported):
+            _refuse_unsupported(decoded)
+        return decoded
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """What a decoder has to say, as it is said to clients."""
+        try:
+            yield
         except UnicodeDecodeError:
             raise bad_request("the body is not valid UTF-8", code="invalid_json") from None
         except RecursionError:
@@ -60,10 +110,6 @@ class BodyDecoder(Generic[_T]):
             raise self._refusal(str(error)) from None
         except msgspec.DecodeError as error:
             raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
-        _refuse_repeated_names(body)
-        if isinstance(decoded, Unsupported):
-            _refuse_unsupported(decoded)
-        return decoded
 
     def _refusal(self, message: str) -> ApiError:
         found = _PATH.search(message)
@@ -134,27 +180,6 @@ def _too_long(max_bytes: int) -> ApiError:
     return ApiError(
         413, f"the body is longer than {max_bytes} bytes", code="body_too_large", headers={"Connection": "close"}
     )
-
-
-def _refuse_repeated_names(body: bytes) -> None:
-    """Refuse an object that names a field twice: which of the two is meant is anybody's guess.
-
-    The decoder keeps one value for each name; if these, in order, with their names between, make up the whole body,
-    then none was repeated.
-    """
-    position = 0
-    for name, value in _TOP_LEVEL.decode(body).items():
-        found = _NAME_BEFORE_VALUE.match(body, position)
-        raw = bytes(value)
-        if found is None or not body.startswith(raw, found.end()) or _decode_name(found.group(2)) != name:
-            raise bad_request("the body names a field twice", code="invalid_json")
-        position = found.end() + len(raw)
-    if body[position:].strip(b" \t\r\n") not in (b"}", b"{}"):
-        raise bad_request("the body names a field twice", code="invalid_json")
-
-
-def _decode_name(name: bytes) -> str:
-    return name[1:-1].decode() if b"\\" not in name else msgspec.json.decode(name, type=str)
 
 
 def _refuse_unsupported(request: Unsupported) -> None:

@@ -61,23 +61,24 @@ class LLM:
 
         Args:
             prompts: one prompt or many: text, token ids, or conversations.
-            params: for all of them, or one for each.
+            params: for all of them, or one for each; None is `get_default_sampling_params()`.
             use_tqdm: show a progress bar.
 
         Raises:
             OctavoError: a request was refused or failed; those that were running are cancelled.
             TypeError: these are no prompts, or no parameters.
         """
-        if self._engine is None:
-            raise EngineClosedError("this LLM is closed: make another one")
+        engine = self._running
         many = _as_list(prompts)
-        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(many)
+        each = (
+            list(params) if isinstance(params, Sequence) else [params or self.get_default_sampling_params()] * len(many)
+        )
         if len(each) != len(many):
             raise ValueError(f"{len(many)} prompts but {len(each)} sampling parameters: give one, or as many")
         for one in each:
             if not isinstance(one, SamplingParams):
                 raise TypeError(f"params are SamplingParams(...) or a list of them; got {type(one).__name__}")
-        return self._run(self._generate_all(self._engine, many, each, use_tqdm)) if many else []
+        return self._run(self._generate_all(engine, many, each, use_tqdm)) if many else []
 
     def chat(
         self,
@@ -86,10 +87,23 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answer one conversation or many: lists of `{"role": ..., "content": ...}`."""
+        """Answer one conversation or many: lists of `{"role": ..., "content": ...}`.
+
+        Without `params` the checkpoint's defaults hold, and an answer may fill the context.
+        """
         many = [conversations] if conversations and isinstance(conversations[0], dict) else conversations
         prompts: list[Prompt] = [Engine.chat_prompt(messages) for messages in many]  # type: ignore[arg-type]  # narrowed above
-        return self.generate(prompts, params or SamplingParams(max_tokens=None), use_tqdm=use_tqdm)
+        return self.generate(prompts, params or self._running.request_defaults.params, use_tqdm=use_tqdm)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint recommends (see `EngineConfig.generation_config`), in place of `SamplingParams()`."""
+        return self._running.default_sampling_params()
+
+    @property
+    def _running(self) -> Engine:
+        if self._engine is None:
+            raise EngineClosedError("this LLM is closed: make another one")
+        return self._engine
 
     def close(self) -> None:
         """Stop the engine and its threads. Safe to call twice."""

@@ -127,7 +127,7 @@ class LocalGraph:
         executor = ExecutorThread(
             executor_config(config, folder), lambda message: runtimes[0].send_from_thread("executor", message)
         )
-        tokenizer, device = await asyncio.to_thread(load, tokenizer_folder, config, executor)
+        tokenizer, device = await asyncio.to_thread(load, folder, tokenizer_folder, config, executor)
         facts = ModelFacts(
             name=name,
             folder=str(folder),
@@ -196,6 +196,9 @@ class LocalGraph:
             actor_restarts=self._edge.restarts,
             num_requeued=scheduler.num_requeued,
             num_quarantined=scheduler.num_quarantined,
+            num_numerics_losses=scheduler.num_numerics_losses,
+            step_sizes=scheduler.step_sizes,
+            step_tokens=scheduler.step_tokens,
         )
 
     def crash_actor(self, actor: str) -> None:

@@ -19,6 +19,7 @@ from prometheus_client import (
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..messages.errors import ModelNumericsError
 from ..messages.request import FinishReason, RequestEnded
 from .engine_metrics import LABELS, EngineCollector
 from .engine_protocol import EngineLike
@@ -45,7 +46,7 @@ METHODS: Final = frozenset({"GET", "HEAD", "POST", "OPTIONS"})
 ERROR_CODES: Final = frozenset(
     {
         *("invalid_request", "context_length_exceeded", "queue_full", "engine_closed", "executor_lost"),
-        *("request_failed", "request_quarantined", "engine_oom"),
+        *("request_failed", "request_quarantined", "engine_oom", "model_numerics"),
     }
 )
 MAX_PLAUSIBLE_S: Final = 7 * 86400.0
@@ -161,6 +162,10 @@ class GatewayMetrics:
         )
         reasons: tuple[FinishReason, ...] = ("stop", "length", "abort", "error", "refused")
         self._success = {reason: success.labels(*self._labels, reason) for reason in reasons}
+        corrupted = Counter(
+            "vllm:corrupted_requests", "Requests for which the model computed NaN.", LABELS, registry=self.registry
+        )
+        self._corrupted = corrupted.labels(*self._labels)
         self._failed = Counter(
             "octavo:requests_failed",
             "Requests refused or failed, by error code.",
@@ -234,6 +239,8 @@ class GatewayMetrics:
         """A request was refused or failed after it was submitted."""
         code = ended.error_code if ended.error_code in ERROR_CODES else "request_failed"
         self._failed.labels(*self._labels, code).inc()
+        if code == ModelNumericsError.code:
+            self._corrupted.inc()
         self._success["refused" if ended.reason == "refused" else "error"].inc()
 
     def refused(self, seconds: float) -> None:

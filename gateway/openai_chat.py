@@ -33,7 +33,7 @@ async def handle_chat_completions(http_request: web.Request) -> web.StreamRespon
     settings = context.settings
     context.refuse_if_not_serving()
     body = await read_bytes(http_request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    request = _DECODER.decode(body)
+    request = await _DECODER.decode_in_turns(body)
     position = last_event(http_request)
     if position is not None:
         return await respond_again(http_request, position, body)
@@ -99,6 +99,7 @@ def _prepare(
             "logprobs": "top_logprobs",
             "max_tokens": "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens",
         },
+        defaults=None if record is None else record.defaults,
     )
     template_kwargs = dict(request.chat_template_kwargs or {})
     if request.reasoning_effort is not None:

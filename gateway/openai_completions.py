@@ -35,7 +35,7 @@ async def handle_completions(http_request: web.Request) -> web.StreamResponse:
     settings = context.settings
     context.refuse_if_not_serving()
     body = await read_bytes(http_request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    request = _DECODER.decode(body)
+    request = await _DECODER.decode_in_turns(body)
     position = last_event(http_request)
     if position is not None:
         return await respond_again(http_request, position, body)
@@ -99,6 +99,7 @@ async def _prepare(
         max_tokens=1 if is_scoring else DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
         logprobs=request.logprobs,
         prompt_logprobs=wants_prompt_logprobs,
+        defaults=None if record is None else record.defaults,
     )
     if request.truncate_prompt_tokens is None:
         refuse_too_many_ids(request.prompt, engine.max_model_len)

@@ -11,6 +11,7 @@ from ..messages.errors import (
     EngineClosedError,
     ExecutorLostError,
     InvalidRequestError,
+    ModelNumericsError,
     OctavoError,
     OutOfMemoryError,
     QueueFullError,
@@ -74,6 +75,8 @@ def error_of(ended: RequestEnded) -> OctavoError:
         return ExecutorLostError(ended.error)
     if ended.error_code == "engine_oom":
         return OutOfMemoryError(ended.error)
+    if ended.error_code == "model_numerics":
+        return ModelNumericsError(ended.error)
     if ended.error_code == "request_quarantined":
         return RequestQuarantinedError(ended.error)
     if ended.error_code == "context_length_exceeded":

@@ -34,7 +34,7 @@ MIN_ENDS: Final = 8
 STATS_AGE_NS: Final = 50_000_000
 MAX_RETRY_AFTER_S: Final = 60
 
-Bound = Literal["requests", "bytes", "wait"]
+Bound = Literal["requests", "bytes", "wait", "memory"]
 
 
 class OverloadLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,15 +72,21 @@ class AdmissionCore:
     Args:
         read_stats: the engine's account; asked at most twenty times a second.
         read_num_ended: sequences that came to their end since the start; asked as often.
+        is_memory_full: at a time in ns, whether the system is about to kill for lack of memory.
 
     Attributes:
         num_admitted, num_refused: requests since the start, the latter by bound.
     """
 
     def __init__(
-        self, limits: OverloadLimits, read_stats: Callable[[], EngineStats], read_num_ended: Callable[[], int]
+        self,
+        limits: OverloadLimits,
+        read_stats: Callable[[], EngineStats],
+        read_num_ended: Callable[[], int],
+        is_memory_full: Callable[[int], bool] = lambda _: False,
     ) -> None:
         self._limits = limits
+        self._is_memory_full = is_memory_full
         self._read_stats = read_stats
         self._read_num_ended = read_num_ended
         self._num_open = 0
@@ -95,7 +101,7 @@ class AdmissionCore:
         self._read_at_ns = -STATS_AGE_NS
         self._next_place_ns = 0
         self.num_admitted = 0
-        self.num_refused: dict[str, int] = {"requests": 0, "bytes": 0, "wait": 0}
+        self.num_refused: dict[str, int] = {"requests": 0, "bytes": 0, "wait": 0, "memory": 0}
 
     @property
     def num_open(self) -> int:
@@ -124,6 +130,8 @@ class AdmissionCore:
             return self._refuse(
                 now_ns, "bytes", f"open requests hold {self._num_bytes} bytes, of at most {limits.max_bytes}"
             )
+        if self._num_open and self._is_memory_full(now_ns):  # alone, it may be what shows that there is room again
+            return self._refuse(now_ns, "memory", "this server's memory is all but used up")
         if limits.max_wait_ns:
             return self._refuse_to_wait(now_ns)
         return None

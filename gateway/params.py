@@ -111,7 +111,8 @@ def _check_lengths(params: SamplingParams, max_model_len: int | None) -> None:
         )
     if max_model_len is None:
         return
-    for name, value in (("max_tokens", params.max_tokens), ("min_tokens", params.min_tokens)):
+    max_tokens = None if params.clip_max_tokens else params.max_tokens
+    for name, value in (("max_tokens", max_tokens), ("min_tokens", params.min_tokens)):
         if value is not None and value >= max_model_len:
             raise InvalidRequestError(
                 f"{name} is {value}, but prompt and output together have room for {max_model_len} tokens: "

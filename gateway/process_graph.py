@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Self
 
 from ..actors.runtime.addresses import EDGE
-from ..actors.runtime.process_title import set_title
+from ..actors.runtime.process_title import restore_title, set_title
 from ..actors.runtime.run_dir import RunDir
 from ..actors.runtime.succession import Succession
 from ..messages.errors import ExecutorLostError
@@ -41,7 +41,7 @@ class ProcessGraph(EdgeGraph):
     ) -> None:
         footing = Footing.of(config, nodes)
         self._run_dir = RunDir()
-        set_title(EDGE)
+        self._title_before = set_title(EDGE)
         try:
             self._supervision = Supervision(
                 config,
@@ -62,6 +62,7 @@ class ProcessGraph(EdgeGraph):
                 self._succession.take()
         except BaseException:
             self._run_dir.remove()
+            restore_title(self._title_before)
             raise
         links = [replica.link for replica in self._supervision.replicas]
         super().__init__(config, self._supervision.port, links)
@@ -158,6 +159,7 @@ class ProcessGraph(EdgeGraph):
             self._succession.release()
             self._succession = None
         self._run_dir.remove()
+        restore_title(self._title_before)
 
     # ---- what the supervision says ----
 

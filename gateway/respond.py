@@ -114,7 +114,8 @@ async def _respond_held(
         # Resolved here rather than by the front end, whose generator begins anew with the next server.
         options = msgspec.structs.replace(options, seeds=streams.new_seeds(len(plan.prompts)))
     record = StreamRecord(
-        plan.response_id, plan.created, plan.kind, body, options.seeds, owner_of(request), time.time_ns()
+        *(plan.response_id, plan.created, plan.kind, body, options.seeds, owner_of(request), time.time_ns()),
+        defaults=context.engine.request_defaults,
     )
     held = streams.hold(record, exchange)
     exchange.stream_to(held.chunks(plan.make_chunks))

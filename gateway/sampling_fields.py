@@ -12,6 +12,7 @@ import msgspec
 from ..messages.errors import InvalidRequestError
 from ..messages.sampling import SamplingParams
 from .engine_protocol import EngineLike
+from .generation_config import RequestDefaults
 from .params import MAX_LOGIT_BIAS, validate_params
 from .protocol import SamplingFields
 from .settings import ServerSettings
@@ -36,17 +37,26 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None,
     asked_as: Mapping[str, str] = MappingProxyType({}),
+    defaults: RequestDefaults | None = None,
 ) -> SamplingParams:
-    """Check a request's sampling fields; `null` takes the default.
+    """Check a request's sampling fields; `null` takes the server's default.
 
     Args:
-        max_tokens, logprobs, prompt_logprobs: these mean different things in completions and in chat.
+        max_tokens, logprobs, prompt_logprobs: these mean different things in completions and in chat; `max_tokens`
+            None is the default.
         asked_as: names that the request has for parameters, where they are others.
+        defaults: in place of the engine's.
 
     Raises:
         InvalidRequestError: names the field.
     """
-    default = _DEFAULTS
+    defaults = defaults or engine.request_defaults
+    default = defaults.params
+    max_tokens, clip_max_tokens = (
+        (default.max_tokens, default.clip_max_tokens) if max_tokens is None else (max_tokens, False)
+    )
+    if defaults.max_tokens_limit is not None and max_tokens is not None:
+        max_tokens = min(max_tokens, defaults.max_tokens_limit)
     stop = request.stop
     params = SamplingParams(
         n=_or(request.n, 1),
@@ -71,6 +81,7 @@ def sampling_params(
         skip_special_tokens=_or(request.skip_special_tokens, True),
         spaces_between_special_tokens=_or(request.spaces_between_special_tokens, True),
         include_stop_str_in_output=bool(request.include_stop_str_in_output),
+        clip_max_tokens=clip_max_tokens,
     )
     try:
         return validate_params(
@@ -138,6 +149,3 @@ def _logit_bias(raw: msgspec.Raw) -> dict[int, float] | None:
 
 def _or(value: _T | None, default: _T) -> _T:
     return default if value is None else value
-
-
-_DEFAULTS = SamplingParams()

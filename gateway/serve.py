@@ -20,6 +20,7 @@ from .accelerator import resolve_device
 from .config import EngineConfig, NodesConfig, make_config
 from .engine import Engine
 from .flags import engine_fields
+from .generation_config import say_request_defaults
 from .performance_mode import described
 from .server import serve_http
 from .server_flags import nodes_fields, server_fields
@@ -64,6 +65,7 @@ async def _serve(config: EngineConfig, arguments: argparse.Namespace, nodes: Nod
         fields["max_connections"] = connections_within_files(fields["max_connections"])
         settings = ServerSettings(served_model_names=names, **fields)
         log.info("server.settings", **described(msgspec.structs.asdict(config), resolve_device(config.device)))
+        say_request_defaults(engine.request_defaults)
         stop, abort = asyncio.Event(), asyncio.Event()
         reporting = asyncio.create_task(report_throughput(engine, arguments.log_interval))
         beside: list[asyncio.Task[None]] = []

@@ -8,21 +8,19 @@ tasks, shared memory, and memory (RSS) beyond a per cent. Exit status 0: nothing
 
 Before the first count every KV block has been written: the system gives a page of the cache its memory only then. At
 both counts this process has given back what its malloc keeps of freed memory: how large the largest step was is chance.
+With `--processes` only the edge can do that; a step of the executor that was larger than all before may count there.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
-import gc
 import random
 import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 import aiohttp
@@ -35,19 +33,14 @@ from ..actors.runtime.logs import configure_logs
 from ..messages.errors import InvalidRequestError
 from ..messages.request import TextDelta
 from ..messages.sampling import SamplingParams
-from .chaos_processes import ServerProcesses, title_of
+from .chaos_processes import ServerProcesses
 from .chaos_workload import Recipe, ask_served_model, make_recipes, read_stream
 from .durations import duration
 from .engine_protocol import EngineEvent, EngineLike
 from .fault_injection import CrashesActors
 from .server import RunningServer, start_http
 from .settings import ServerSettings
-
-MAX_GROWTH: Final = 0.01
-"""Of resident memory, after the warm-up."""
-
-MIN_GROWTH_BYTES: Final = 2 * 1024 * 1024
-"""Less is the allocator's, not ours."""
+from .soak_holdings import Holdings, compare, holdings_when_quiet, keep_one_heap
 
 FAULT_PAUSE_S: Final = 1.0
 """Least time between two faults: each is to be recovered from before the next."""
@@ -55,34 +48,8 @@ FAULT_PAUSE_S: Final = 1.0
 FILL_BLOCKS: Final = 16
 """Of each prompt that fills the KV cache."""
 
-QUIET_S: Final = 30.0
 LOOK_EVERY_S: Final = 0.1
-_SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  # it is counted, nothing is put there
 _CRASHABLE: Final = ("executor", "detokenizer", "tokenizer")
-
-
-class Holdings(msgspec.Struct, frozen=True, kw_only=True):
-    """What this process and its children hold while nothing is going on.
-
-    Attributes:
-        num_live: sequences.
-        kv_usage: share of KV blocks that sequences hold.
-        num_streams: open responses.
-        num_files, num_threads, rss_bytes: by process title; of this process as `edge`, without what is freed but kept.
-        num_tasks: of this process's event loop.
-        num_shared: mappings of shared memory.
-        pids: by process title.
-    """
-
-    num_live: int
-    kv_usage: float
-    num_streams: int
-    num_files: dict[str, int]
-    num_threads: dict[str, int]
-    rss_bytes: dict[str, int]
-    num_tasks: int
-    num_shared: int
-    pids: dict[str, int]
 
 
 class Work(msgspec.Struct):
@@ -148,12 +115,12 @@ async def soak(engine: EngineLike, plan: SoakPlan, *, clients_inside: bool = Fal
         await _half_close(server.port)
         await _disturbed(breaker, server.port, msgspec.structs.replace(plan, for_s=plan.warm_up_s), clients_inside)
         unfilled = await fill_kv_cache(engine, plan.seed)
-        before = await _holdings_when_quiet(engine, server)
+        before = await holdings_when_quiet(engine, server)
         breaker.faults.clear()
         started_s = time.monotonic()
         work = await _disturbed(breaker, server.port, msgspec.structs.replace(plan, seed=plan.seed + 1), clients_inside)
         seconds = time.monotonic() - started_s
-        after = await _holdings_when_quiet(engine, server)
+        after = await holdings_when_quiet(engine, server)
     finally:
         await server.close()
     leaks, growth = compare(before, after)
@@ -228,95 +195,6 @@ async def _disturbed(breaker: _Breaker, port: int, plan: SoakPlan, is_inside: bo
     finally:
         breaking.cancel()
         await asyncio.gather(breaking, return_exceptions=True)
-
-
-def compare(before: Holdings, after: Holdings) -> tuple[list[str], dict[str, float]]:
-    """What grew, in words, and the growth of memory of each process."""
-    leaks = []
-    if after.num_live or after.kv_usage:
-        leaks.append(f"{after.num_live} sequences and {100 * after.kv_usage:.2f} % of the KV blocks are held by nobody")
-    if after.num_streams:
-        leaks.append(f"{after.num_streams} responses are open")
-    if after.num_tasks > before.num_tasks:
-        leaks.append(f"{after.num_tasks} tasks, were {before.num_tasks}")
-    if after.num_shared > before.num_shared:
-        leaks.append(f"{after.num_shared} mappings of shared memory, were {before.num_shared}")
-    for name, ours, theirs in (
-        ("file descriptors", before.num_files, after.num_files),
-        ("threads", before.num_threads, after.num_threads),
-    ):
-        for title, count in theirs.items():
-            if count > ours.get(title, count):
-                leaks.append(f"{title}: {count} {name}, were {ours[title]}")
-    leaks += [f"{title} is gone" for title in before.rss_bytes if title not in after.rss_bytes]
-    leaks += [f"{title} is there, and was not before" for title in after.rss_bytes if title not in before.rss_bytes]
-    growth = {
-        title: size / before.rss_bytes[title] - 1.0
-        for title, size in after.rss_bytes.items()
-        if title in before.rss_bytes
-    }
-    for title, share in growth.items():
-        grown = after.rss_bytes[title] - before.rss_bytes[title]
-        # A replacement has touched other pages than the one before it: that is no growth.
-        is_same = before.pids.get(title) == after.pids.get(title)
-        if is_same and share > MAX_GROWTH and grown > MIN_GROWTH_BYTES:
-            leaks.append(f"{title}: memory grew by {100 * share:.1f} % ({grown / 2**20:.1f} MiB)")
-    return sorted(leaks), growth
-
-
-def give_back_freed_memory() -> None:
-    """Let malloc return to the system what nobody holds; does nothing with another C library than glibc."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
-
-
-async def _holdings_when_quiet(engine: EngineLike, server: RunningServer) -> Holdings:
-    """Count, once what was cancelled is gone (blocks are free within a step, sockets a turn of the loop later)."""
-    ends_s = time.monotonic() + QUIET_S
-    before = _holdings(engine, server)
-    while time.monotonic() < ends_s:
-        await asyncio.sleep(LOOK_EVERY_S)
-        gc.collect()
-        give_back_freed_memory()
-        now = _holdings(engine, server)
-        is_still = msgspec.structs.replace(now, rss_bytes={}) == msgspec.structs.replace(before, rss_bytes={})
-        if is_still and engine.is_ready and not (now.num_live or now.num_streams or now.kv_usage):
-            return now
-        before = now
-    return before
-
-
-def _holdings(engine: EngineLike, server: RunningServer) -> Holdings:
-    own = psutil.Process()
-    family = {"edge": own}
-    for actor in ("nursery", "engine", "executor"):
-        family.update((title_of(process), process) for process in ServerProcesses(own).doing(actor))
-    files: dict[str, int] = {}
-    threads: dict[str, int] = {}
-    rss: dict[str, int] = {}
-    shared = 0
-    for title, process in family.items():
-        try:
-            with process.oneshot():
-                files[title] = process.num_fds()
-                threads[title] = process.num_threads()
-                rss[title] = process.memory_info().rss
-                shared += sum(entry.path.startswith(str(_SHARED_MEMORY)) for entry in process.memory_maps())
-        except psutil.Error:
-            continue  # it has just gone
-    stats = engine.stats()
-    return Holdings(
-        num_live=stats.num_live,
-        kv_usage=stats.kv_cache_usage,
-        num_streams=server.num_open_streams,
-        num_files=files,
-        num_threads=threads,
-        rss_bytes=rss,
-        num_tasks=len(asyncio.all_tasks()),
-        num_shared=shared,
-        pids={title: process.pid for title, process in family.items()},
-    )
 
 
 class _Breaker:
@@ -484,6 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leave_share=options.leave,
         seed=options.seed,
     )
+    keep_one_heap()
     configure_logs("auto")  # to standard error, and without the variables of a traceback's frames
     report = asyncio.run(_soak_model(options.model, plan, in_process=not options.processes))
     if options.json:

@@ -14,6 +14,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         actor_restarts: by actor, as `octavo.gateway.engine_metrics.RESTARTING_ACTORS` names them.
         num_requeued: sequences put back among the waiting because their executor or engine was lost.
         num_quarantined: requests refused or ended because they had killed executors.
+        num_numerics_losses: executors given up because no row of a step came to numbers.
+        step_sizes, step_tokens: steps by their tokens, as `octavo.actors.scheduler.step_sizes` counts, and all tokens.
         messages_dropped: by the ports between processes, by reason (`octavo.gateway.engine_metrics.DROP_REASONS`).
     """
 
@@ -33,3 +35,6 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_requeued: int = 0
     num_quarantined: int = 0
     messages_dropped: dict[str, int] = {}
+    num_numerics_losses: int = 0
+    step_sizes: tuple[int, ...] = ()
+    step_tokens: int = 0

@@ -27,6 +27,7 @@ import msgspec
 import structlog
 
 from ..messages.errors import InvalidConfigError
+from .generation_config import RequestDefaults
 
 log = structlog.get_logger("octavo.stream_journal")
 
@@ -56,6 +57,7 @@ class StreamRecord(msgspec.Struct, frozen=True):
         accepted_at_ns: Unix time.
         num_attempts: how many servers have begun with it since it got further.
         num_events: told to clients when it was last noted to have got further than ever before.
+        defaults: for what the body does not say; None is those of the server that reads it.
     """
 
     response_id: str
@@ -67,6 +69,7 @@ class StreamRecord(msgspec.Struct, frozen=True):
     accepted_at_ns: int = 0
     num_attempts: int = 0
     num_events: int = 0
+    defaults: RequestDefaults | None = None
 
 
 _encode = msgspec.msgpack.Encoder().encode

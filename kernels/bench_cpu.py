@@ -23,7 +23,7 @@ from . import cpu_build, huge_pages
 from .attention_batch import AttentionBatch
 from .gated_activation import silu_and_mul, silu_and_mul_ref
 from .kv_quantization import row_width
-from .linear_dense import linear_dense
+from .linear_dense import linear_dense, linear_dense_quick
 from .linear_quantized import LinearWeight, QuantizedWeight, linear_quantized, quantize
 from .paged_attention import paged_attention, paged_attention_ref, write_kv
 from .rms_norm import rms_norm, rms_norm_ref
@@ -200,23 +200,27 @@ def _products(kernels: ctypes.CDLL, nums_rows: Sequence[int], repeats: int) -> N
     ]
     wide = weights[0].float()
     print(f"linear {out_features}x{in_features}, GFLOP/s of CPU time on one thread, median of {repeats}")
-    print(f"{'rows':>4} {'processor':>10} {'bfloat16':>18} {'torch, float32':>18}")
+    print(f"{'rows':>4} {'processor':>10} {'bfloat16':>18} {'quick':>18} {'torch, float32':>18}")
     for num_rows in nums_rows:
         x = torch.randn(num_rows, in_features).bfloat16()
         x32, flops = x.float(), 2 * num_rows * out_features * in_features
-        rates: tuple[list[float], list[float], list[float]] = ([], [], [])
+        rates: tuple[list[float], ...] = ([], [], [], [])
         for _ in range(repeats):
             started = time.thread_time_ns()
             kernels.octavo_multiply_adds(rounds)
             multiplied = time.thread_time_ns()
             for weight in weights:
                 linear_dense(x, weight)
-            ours = time.thread_time_ns()
+            exact = time.thread_time_ns()
+            for weight in weights:
+                linear_dense_quick(x, weight)
+            quick = time.thread_time_ns()
             F.linear(x32, wide)
             theirs = time.thread_time_ns()
             rates[0].append(rounds * flops_a_round / (multiplied - started))
-            rates[1].append(len(weights) * flops / (ours - multiplied))
-            rates[2].append(flops / (theirs - ours))
+            rates[1].append(len(weights) * flops / (exact - multiplied))
+            rates[2].append(len(weights) * flops / (quick - exact))
+            rates[3].append(flops / (theirs - quick))
         most, *others = (statistics.median(some) for some in rates)
         print(
             f"{num_rows:>4} {most:>10.1f}" + "".join(f"{rate:>10.1f} ({rate / most:5.2f})" for rate in others),
@@ -251,7 +255,7 @@ def _weights(nums_rows: list[int], repeats: int) -> None:
                     if isinstance(weight, QuantizedWeight):
                         linear_quantized(inputs[weight.in_features], weight, quick=True)
                     elif isinstance(weight, torch.Tensor):
-                        linear_dense(inputs[weight.shape[1]], weight)
+                        linear_dense_quick(inputs[weight.shape[1]], weight)
                 times[kind].append(time.thread_time_ns() - started)
         taken = {kind: statistics.median(some) / 1e6 for kind, some in times.items()}
         row = "".join(f"{ms:10.1f} ({taken['bfloat16'] / ms:4.2f}x)" for ms in taken.values())

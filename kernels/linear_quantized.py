@@ -220,15 +220,17 @@ def linear_quantized(x: torch.Tensor, weight: QuantizedWeight, *, quick: bool = 
 
     Args:
         x: `[num_tokens, in_features]`, float32, bfloat16 or float16.
-        quick: rows of bfloat16 or float16 may be rounded to whole numbers of 16 bits with a power of two for each 32
-            inputs, which moves an input by at most 2^-15 of the largest among them, and 32 of bfloat16 within a factor
-            of 2^7 not at all; a row with one that is not finite becomes NaN. On AVX2 (with AVX-512 for up to 8 rows)
-            that is up to twice as fast at one row, and a third faster at 32.
+        quick: rows of bfloat16 or float16 may be rounded to whole numbers with a scale for each 32 inputs; a row with
+            one that is not finite becomes NaN. Beside codes of 8 bits they have 16 and the scale is a power of two,
+            which moves an input by at most 2^-15 of the largest among the 32, and bfloat16 within a factor of 2^7 not
+            at all. Beside codes of 4 bits they have 8, as in llama.cpp, which moves an input by at most 1/254 of the
+            largest; 4 bits move a weight by up to 1/16. On AVX2 (with AVX-512 for few rows) that is up to twice as
+            fast.
 
     Returns:
         `[num_tokens, out_features]` of the dtype of `x`. From the C kernel each element is bitwise the same, whatever
-        else is in the batch and however many threads there are; with `quick`, among batches of up to 8 rows, and among
-        larger ones.
+        else is in the batch and however many threads there are; with `quick`, among batches of up to 8 rows (4 with 4
+        bits, or groups that are no multiple of 32), and among larger ones.
 
     Raises:
         ValueError: sizes that do not fit each other.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,21 @@ from .paged_attention import CACHE_CODES, write_kv
 from .rms_norm import rms_norm_ref
 
 _MAX_HEAD_DIM = 1024  # as in csrc/fused.c
+
+
+class _Tensors(NamedTuple):
+    """The tensors of `rotary_and_write`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cos_sin: torch.Tensor
+    positions: torch.Tensor
+    k_cache: torch.Tensor | None
+    v_cache: torch.Tensor | None
+    slot_mapping: torch.Tensor | None
+    q_weight: torch.Tensor | None
+    k_weight: torch.Tensor | None
 
 
 def rotary_ref(x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -79,31 +95,18 @@ def rotary_and_write(  # noqa: PLR0917 - inputs, table, cache: as in write_kv
         IndexError: a position outside `cos_sin` or a slot outside the cache. Nothing has been written then. Not on a
             GPU, where such a position takes the table's nearest row, and such a slot is skipped.
     """
+    tensors = _Tensors(q, k, v, cos_sin, positions, k_cache, v_cache, slot_mapping, q_weight, k_weight)
     if q.device.type == "cuda":
         from .gpu import rotary as gpu
 
-        if gpu.can(q, k, v, cos_sin, positions, k_cache, v_cache, slot_mapping, q_weight, k_weight):
-            gpu.rotary_and_write(
-                *(q, k, v, cos_sin, positions, k_cache, v_cache, slot_mapping),
-                q_weight=q_weight,
-                k_weight=k_weight,
-                eps=eps,
-            )
+        if gpu.can(*tensors):
+            gpu.rotary_and_write(*tensors[:8], q_weight=q_weight, k_weight=k_weight, eps=eps)
             return
-    kernels = None
-    if _c_can(q, k, v, cos_sin, positions, k_cache, v_cache, slot_mapping, q_weight, k_weight):
-        kernels = _kernels()
+    kernels = _kernels() if _c_can(tensors) else None
     if kernels is None:
-        rotary_and_write_ref(
-            *(q, k, v, cos_sin, positions, k_cache, v_cache, slot_mapping),
-            q_weight=q_weight,
-            k_weight=k_weight,
-            eps=eps,
-        )
+        rotary_and_write_ref(*tensors[:8], q_weight=q_weight, k_weight=k_weight, eps=eps)
         return
-    arguments = _c_arguments(
-        *(q, k, v, cos_sin, positions, k_cache, v_cache, slot_mapping, q_weight, k_weight), eps=eps
-    )
+    arguments = _c_arguments(tensors, eps)
     status = kernels.octavo_rotary(arguments)
     if status == 1:
         raise IndexError(f"a position is outside cos_sin's {cos_sin.shape[0]} rows: lower max_model_len, or extend it")
@@ -111,18 +114,8 @@ def rotary_and_write(  # noqa: PLR0917 - inputs, table, cache: as in write_kv
         raise IndexError("a slot of slot_mapping is outside the cache")
 
 
-def _c_can(  # noqa: PLR0917 - inputs, table, cache: as in write_kv
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor | None,
-    v_cache: torch.Tensor | None,
-    slot_mapping: torch.Tensor | None,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-) -> bool:
+def _c_can(tensors: _Tensors) -> bool:
+    q, k, v, cos_sin, positions, k_cache, v_cache, slot_mapping, q_weight, k_weight = tensors
     dtype = q.dtype
     if q.device.type != "cpu" or dtype not in cpu_build.DTYPE_CODES or q.shape[2] > _MAX_HEAD_DIM:
         return False
@@ -162,20 +155,8 @@ class _RotaryArgs(ctypes.Structure):
     )
 
 
-def _c_arguments(  # noqa: PLR0917 - inputs, table, cache: as in write_kv
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor | None,
-    v_cache: torch.Tensor | None,
-    slot_mapping: torch.Tensor | None,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    *,
-    eps: float,
-) -> _RotaryArgs:
+def _c_arguments(tensors: _Tensors, eps: float) -> _RotaryArgs:
+    q, k, v, cos_sin, positions, k_cache, v_cache, slot_mapping, q_weight, k_weight = tensors
     weight = q_weight if q_weight is not None else k_weight
     return _RotaryArgs(
         q.data_ptr(),

@@ -132,6 +132,12 @@ class OutOfMemoryError(OctavoError):
     code = "engine_oom"
 
 
+class ModelNumericsError(RequestFailedError):
+    """The model computed logits for this request that are no numbers (NaN or infinity); others are not affected."""
+
+    code = "model_numerics"
+
+
 class ExecutorLostError(OctavoError):
     """The executor died and could not be restarted."""
 

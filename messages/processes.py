@@ -115,6 +115,9 @@ class EngineReport(Message, frozen=True):
     num_requeued: int = 0
     num_quarantined: int = 0
     step_age_ns: int = 0
+    num_numerics_losses: int = 0
+    step_sizes: tuple[int, ...] = ()
+    step_tokens: int = 0
 
 
 class EngineUp(Message, frozen=True):

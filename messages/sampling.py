@@ -31,6 +31,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         prompt_logprobs: the same for the prompt's tokens.
         seed: None draws one at the edge; the recipe always holds a number.
         skip_special_tokens, spaces_between_special_tokens, include_stop_str_in_output: how text is made.
+        clip_max_tokens: where `max_tokens` is more than the context leaves, take what it leaves; else that is refused.
     """
 
     n: int = 1
@@ -56,3 +57,4 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    clip_max_tokens: bool = False

@@ -95,6 +95,7 @@ class StepExecuted(Message, frozen=True):
         prompt_logprobs: `(request_id, first_position, entries)` for rows that computed prompt tokens and asked.
         failed: `(request_id, message)`: rows that could not be computed or sampled; they end with `error`.
         execute_ns: time the executor spent on the step.
+        nonfinite: those among `failed` for which the model computed NaN, infinity, or no finite logit at all.
     """
 
     epoch: Epoch
@@ -106,6 +107,7 @@ class StepExecuted(Message, frozen=True):
     prompt_logprobs: tuple[tuple[RequestId, int, tuple[TokenLogprobs, ...]], ...] = ()
     failed: tuple[tuple[RequestId, str], ...] = ()
     execute_ns: int = 0
+    nonfinite: tuple[RequestId, ...] = ()
 
 
 class PlanDue(Message, frozen=True):

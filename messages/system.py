@@ -18,7 +18,8 @@ class ExecutorLost(Message, frozen=True):
     Attributes:
         epoch: the next epoch, which the replacement serves.
         why: for logs.
-        is_innocent: nothing that the executor computed can have caused it: it was stopped from outside.
+        is_innocent: no request is to be held to be the cause: the executor was stopped from outside, or it computed
+            what are no numbers, which is seen row by row.
         is_out_of_memory: what it was to compute at once was too much.
     """
 
@@ -39,11 +40,14 @@ class ExecutorFailed(Message, frozen=True):
         epoch: the incarnation that failed.
         why: type and text of the exception.
         is_out_of_memory: it says that the device, or the host, has no memory left.
+        is_numerics: no row of a step came to numbers, so what it holds (weights, a device's context) is suspect: it is
+            not to go on as it is.
     """
 
     epoch: Epoch
     why: str
     is_out_of_memory: bool = False
+    is_numerics: bool = False
 
 
 class StartExecutor(Message, frozen=True):

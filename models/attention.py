@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -26,13 +26,27 @@ def take_gain(reader: WeightReader, name: str, width: int) -> torch.Tensor:
     return reader.take(name, width)
 
 
+class LayerSizes(Protocol):
+    """What is the same for all of a model's layers; `eps` is that of every norm."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def eps(self) -> float: ...
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionSettings:
     """What tells one layer's attention from another's.
 
     Attributes:
-        eps: of the norms of queries and keys.
-        scale: on the dot products.
+        scale: on the dot products; None: one over the root of `head_dim`.
         qkv_bias, o_bias: which projections add a bias.
         qk_norm: queries and keys are normalised, head by head, before they turn.
         uses_rope: queries and keys turn.
@@ -42,12 +56,8 @@ class AttentionSettings:
         take_gain: how the norms' factors are read.
     """
 
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    eps: float
-    scale: float
+    sizes: LayerSizes
+    scale: float | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
@@ -67,38 +77,40 @@ class Attention:
     """
 
     def __init__(self, reader: WeightReader, prefix: str, settings: AttentionSettings, group: ParallelGroup) -> None:
-        s = settings
-        share = share_heads(group, s.num_heads, s.num_kv_heads, s.head_dim)
-        q_width, kv_width = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+        s, sizes = settings, settings.sizes
+        hidden, num_heads, head_dim = sizes.hidden_size, sizes.num_heads, sizes.head_dim
+        share = share_heads(group, num_heads, sizes.num_kv_heads, head_dim)
+        q_width, kv_width = num_heads * head_dim, sizes.num_kv_heads * head_dim
         qkv = [f"{prefix}.{name}_proj" for name in "qkv"]
         widths, rows = (q_width, kv_width, kv_width), (share.q, share.kv, share.kv)
 
-        self.group, self.eps, self.scale = group, s.eps, s.scale
+        self.group, self.eps = group, sizes.eps
+        self.scale = head_dim**-0.5 if s.scale is None else s.scale
         self.window, self.softcap, self.uses_rope = s.window, s.softcap, s.uses_rope
-        self.num_heads, self.num_kv_heads, self.head_dim = share.num_heads, share.num_kv_heads, s.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = share.num_heads, share.num_kv_heads, head_dim
         self.widths = [part.stop - part.start for part in rows]
         self.linear = linear_for(reader.dtype, reader.device)
         self.batch_invariant = False
 
         self.qkv = reader.take_fused_linear(
-            (f"{name}.weight" for name in qkv), [(width, s.hidden_size) for width in widths], rows=rows
+            (f"{name}.weight" for name in qkv), [(width, hidden) for width in widths], rows=rows
         )
         self.qkv_bias = (
             reader.take_fused((f"{name}.bias" for name in qkv), [(width,) for width in widths], rows=rows)
             if s.qkv_bias
             else None
         )
-        self.q_norm = s.take_gain(reader, f"{prefix}.q_norm.weight", s.head_dim) if s.qk_norm else None
-        self.k_norm = s.take_gain(reader, f"{prefix}.k_norm.weight", s.head_dim) if s.qk_norm else None
-        first = share.q.start // s.head_dim
+        self.q_norm = s.take_gain(reader, f"{prefix}.q_norm.weight", head_dim) if s.qk_norm else None
+        self.k_norm = s.take_gain(reader, f"{prefix}.k_norm.weight", head_dim) if s.qk_norm else None
+        first = share.q.start // head_dim
         # The kernels read them in float32.
         self.sinks = (
-            reader.take(f"{prefix}.sinks", s.num_heads, rows=slice(first, first + share.num_heads)).float()
+            reader.take(f"{prefix}.sinks", num_heads, rows=slice(first, first + share.num_heads)).float()
             if s.has_sinks
             else None
         )
-        self.o = reader.take_linear(f"{prefix}.o_proj.weight", s.hidden_size, q_width, columns=share.q)
-        o_bias = reader.take(f"{prefix}.o_proj.bias", s.hidden_size) if s.o_bias else None
+        self.o = reader.take_linear(f"{prefix}.o_proj.weight", hidden, q_width, columns=share.q)
+        o_bias = reader.take(f"{prefix}.o_proj.bias", hidden) if s.o_bias else None
         self.o_bias = o_bias if group.tp_rank == 0 else None  # of the sum, it is part once
 
     def for_stack(self, cos_sin: torch.Tensor) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from ..kernels.attention_batch import AttentionBatch
 from ..kernels.decoder_stack import DecoderStack, StackLayer, decoder_stack
 from ..kernels.rms_norm import rms_norm
-from .attention import Attention, TakeGain, take_gain
+from .attention import Attention, LayerSizes, TakeGain, take_gain
 from .interface import KVCache, KVCacheSpec
 from .layers import linear_for
 from .mixture import MixtureOfExperts, stack_on_device
@@ -28,19 +28,9 @@ from .vocabulary import Vocabulary
 from .weights import WeightReader
 
 
-class DecoderSettings(Protocol):
+class DecoderSettings(LayerSizes, Protocol):
     """What a family's settings have in common; `windows` has an entry for each layer, 0 for none."""
 
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def eps(self) -> float: ...
     @property
     def windows(self) -> tuple[int, ...]: ...
 

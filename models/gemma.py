@@ -100,11 +100,7 @@ class GemmaLayer:
             reader,
             f"{prefix}.self_attn",
             AttentionSettings(
-                hidden_size=hidden,
-                num_heads=s.num_heads,
-                num_kv_heads=s.num_kv_heads,
-                head_dim=s.head_dim,
-                eps=s.eps,
+                s,
                 scale=s.scale,
                 qkv_bias=s.attention_bias,
                 o_bias=s.attention_bias,

@@ -11,18 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from ..kernels.attention_batch import AttentionBatch
 from ..kernels.clamped_swiglu import ClampedSwiGLU
-from ..kernels.rms_norm import rms_norm
 from .attention import Attention, AttentionSettings
 from .decoder import Decoder
 from .errors import UnsupportedModelError
-from .interface import KVCache
 from .layers import head_shape, layer_windows
 from .mixture import STACKED_NAMES, MixtureOfExperts, MixtureSettings
-from .parallel import ParallelGroup
+from .pre_norm_layer import PreNormLayer
 from .weights import WeightReader
 
 
@@ -83,46 +78,6 @@ def read_settings(config: Any) -> GptOssSettings:
     )
 
 
-class GptOssLayer:
-    """Attention with sinks and a mixture of experts, each behind a norm and added to the residual stream."""
-
-    def __init__(
-        self, reader: WeightReader, prefix: str, settings: GptOssSettings, index: int, group: ParallelGroup
-    ) -> None:
-        s, hidden = settings, settings.hidden_size
-        self.eps = s.eps
-        self.input_norm = reader.take(f"{prefix}.input_layernorm.weight", hidden)
-        self.attention = Attention(
-            reader,
-            f"{prefix}.self_attn",
-            AttentionSettings(
-                hidden_size=hidden,
-                num_heads=s.num_heads,
-                num_kv_heads=s.num_kv_heads,
-                head_dim=s.head_dim,
-                eps=s.eps,
-                scale=s.head_dim**-0.5,
-                qkv_bias=s.attention_bias,
-                o_bias=s.attention_bias,
-                window=s.windows[index],
-                has_sinks=True,
-            ),
-            group,
-        )
-        self.post_attention_norm = reader.take(f"{prefix}.post_attention_layernorm.weight", hidden)
-        self.mlp = MixtureOfExperts(reader, prefix, hidden, s.mixture, s.act, group)
-
-    def forward(
-        self, x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: KVCache
-    ) -> None:
-        """Add this layer's two contributions to the residual stream `x` `[num_tokens, hidden_size]`, in place."""
-        x.add_(self.attention.forward(rms_norm(x, self.input_norm, self.eps), cos_sin, positions, batch, cache))
-        x.add_(self.mlp.forward(rms_norm(x, self.post_attention_norm, self.eps)))
-
-    def for_stack(self, cos_sin: torch.Tensor) -> None:
-        """See `DecoderLayer`: experts are none of what a stack computes."""
-
-
 class GptOssForCausalLM(Decoder):
     """A `CausalLM` of GPT-OSS, whose experts are floating or in MXFP4 and become floats as they are read.
 
@@ -132,8 +87,14 @@ class GptOssForCausalLM(Decoder):
     def read_settings(self, config: Any) -> GptOssSettings:
         return read_settings(config)
 
-    def read_layer(self, reader: WeightReader, prefix: str, settings: GptOssSettings, index: int) -> GptOssLayer:
-        return GptOssLayer(reader, prefix, settings, index, self.group)
+    def read_layer(self, reader: WeightReader, prefix: str, settings: GptOssSettings, index: int) -> PreNormLayer:
+        s = settings
+        attention_settings = AttentionSettings(
+            s, qkv_bias=s.attention_bias, o_bias=s.attention_bias, window=s.windows[index], has_sinks=True
+        )
+        attention = Attention(reader, f"{prefix}.self_attn", attention_settings, self.group)
+        mlp = MixtureOfExperts(reader, prefix, s.hidden_size, s.mixture, s.act, self.group)
+        return PreNormLayer(reader, prefix, s, attention, mlp)
 
     def divided(self, settings: GptOssSettings) -> tuple[Mapping[str, int], int]:
         s = settings

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..kernels import linear_dense as dense_kernels
 from ..kernels import linear_deterministic as deterministic_kernels
 from ..kernels.gated_activation import GatedActivation, gelu_tanh_and_mul, silu_and_mul
-from ..kernels.linear_dense import linear_dense
+from ..kernels.linear_dense import linear_dense, linear_dense_quick
 from ..kernels.linear_quantized import LinearWeight, linear_quantized
 from .errors import UnsupportedModelError
 
@@ -49,9 +49,11 @@ class Linear:
         return linear_dense if has_few else self.dense
 
     def is_in_c(self, num_rows: int) -> bool:
-        """Whether so many rows are multiplied by the C kernel of `linear_dense` and `linear_deterministic`."""
-        kernels = (dense_kernels.linear_dense, deterministic_kernels.linear_deterministic)
-        return self._for(num_rows, is_same=True) in kernels
+        """Whether so many rows are multiplied by the C kernels of `linear_dense` and `linear_deterministic`."""
+        return self._for(num_rows, is_same=True) in (
+            *(dense_kernels.linear_dense, dense_kernels.linear_dense_quick),
+            deterministic_kernels.linear_deterministic,
+        )
 
 
 def _gated_by(act: Callable[[torch.Tensor], torch.Tensor]) -> GatedActivation:
@@ -101,7 +103,7 @@ def linear_for(dtype: torch.dtype, device: torch.device) -> Linear:
     if device.type == "cuda":
         return Linear(linear_dense, quick=True)
     if not cpu_multiplies_in(dtype) or (dtype is torch.float32 and not _torch_has_avx512()):
-        return Linear(linear_dense, quick=True)
+        return Linear(linear_dense_quick, quick=True)
     # Few rows wait for memory alone, and ours reads it faster; for more torch has better instructions.
     return Linear(F.linear, quick=True, few_rows=_ROWS_BOUND_BY_MEMORY)
 

@@ -10,20 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from ..kernels.attention_batch import AttentionBatch
-from ..kernels.decoder_stack import StackLayer
 from ..kernels.gated_activation import GatedActivation
-from ..kernels.rms_norm import rms_norm
 from .attention import Attention, AttentionSettings
 from .decoder import Decoder
 from .errors import UnsupportedModelError
-from .interface import KVCache
 from .layers import gated_activation, head_shape, layer_windows
 from .mixture import MixtureOfExperts, MixtureSettings
 from .mlp import DENSE_NAMES, GatedMLP
-from .parallel import ParallelGroup
+from .pre_norm_layer import PreNormLayer
 from .weights import WeightReader
 
 
@@ -136,70 +130,29 @@ def read_settings(config: Any) -> LlamaSettings:
     )
 
 
-class LlamaLayer:
-    """Attention and gated MLP or mixture of them, each behind a norm and added to the residual stream."""
-
-    def __init__(
-        self, reader: WeightReader, prefix: str, settings: LlamaSettings, index: int, group: ParallelGroup
-    ) -> None:
-        s, hidden = settings, settings.hidden_size
-        self.eps = s.eps
-        self.input_norm = reader.take(f"{prefix}.input_layernorm.weight", hidden)
-        self.attention = Attention(
-            reader,
-            f"{prefix}.self_attn",
-            AttentionSettings(
-                hidden_size=hidden,
-                num_heads=s.num_heads,
-                num_kv_heads=s.num_kv_heads,
-                head_dim=s.head_dim,
-                eps=s.eps,
-                scale=s.head_dim**-0.5,
-                qkv_bias=s.qkv_bias,
-                o_bias=s.o_bias,
-                qk_norm=s.qk_norm,
-                uses_rope=s.uses_rope[index],
-                window=s.windows[index],
-            ),
-            group,
-        )
-        self.post_attention_norm = reader.take(f"{prefix}.post_attention_layernorm.weight", hidden)
-        self.mlp: GatedMLP | MixtureOfExperts
-        if s.mixture is not None and s.mixture.layers[index]:
-            self.mlp = MixtureOfExperts(reader, prefix, hidden, s.mixture, s.act, group)
-        else:
-            self.mlp = GatedMLP(
-                reader, f"{prefix}.mlp", hidden, s.intermediate_size, s.act, group, with_bias=s.mlp_bias
-            )
-
-    def forward(
-        self, x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: KVCache
-    ) -> None:
-        """Add this layer's two contributions to the residual stream `x` `[num_tokens, hidden_size]`, in place."""
-        x.add_(self.attention.forward(rms_norm(x, self.input_norm, self.eps), cos_sin, positions, batch, cache))
-        x.add_(self.mlp.forward(rms_norm(x, self.post_attention_norm, self.eps)))
-
-    def for_stack(self, cos_sin: torch.Tensor) -> StackLayer | None:
-        """See `DecoderLayer`."""
-        if not isinstance(self.mlp, GatedMLP):
-            return None
-        return StackLayer(
-            before_attention=self.input_norm,
-            before_mlp=self.post_attention_norm,
-            eps=self.eps,
-            **self.attention.for_stack(cos_sin),
-            **self.mlp.for_stack(),
-        )
-
-
 class LlamaForCausalLM(Decoder):
     """A `CausalLM` of the Llama-like families; see `Decoder`."""
 
     def read_settings(self, config: Any) -> LlamaSettings:
         return read_settings(config)
 
-    def read_layer(self, reader: WeightReader, prefix: str, settings: LlamaSettings, index: int) -> LlamaLayer:
-        return LlamaLayer(reader, prefix, settings, index, self.group)
+    def read_layer(self, reader: WeightReader, prefix: str, settings: LlamaSettings, index: int) -> PreNormLayer:
+        s, hidden, group = settings, settings.hidden_size, self.group
+        attention_settings = AttentionSettings(
+            s,
+            qkv_bias=s.qkv_bias,
+            o_bias=s.o_bias,
+            qk_norm=s.qk_norm,
+            uses_rope=s.uses_rope[index],
+            window=s.windows[index],
+        )
+        attention = Attention(reader, f"{prefix}.self_attn", attention_settings, group)
+        mlp: GatedMLP | MixtureOfExperts
+        if s.mixture is not None and s.mixture.layers[index]:
+            mlp = MixtureOfExperts(reader, prefix, hidden, s.mixture, s.act, group)
+        else:
+            mlp = GatedMLP(reader, f"{prefix}.mlp", hidden, s.intermediate_size, s.act, group, with_bias=s.mlp_bias)
+        return PreNormLayer(reader, prefix, s, attention, mlp)
 
     def divided(self, settings: LlamaSettings) -> tuple[Mapping[str, int], int]:
         s, mixture = settings, settings.mixture

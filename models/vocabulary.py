@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..kernels.embedding import embed
 from ..kernels.linear_quantized import LinearWeight
 from .layers import Linear
 from .parallel import ParallelGroup
@@ -59,6 +60,9 @@ class Vocabulary:
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`[num_tokens]` ids to `[num_tokens, hidden_size]`, on the first stage."""
         assert self.embedding is not None, "the first stage has the embedding"
+        if input_ids.is_cuda:  # one launch, which gives zeros for other members' tokens
+            x = embed(input_ids - self._first if self._group.tp_size > 1 else input_ids, self.embedding).to(self._dtype)
+            return self._group.all_reduce(x) if self._group.tp_size > 1 else x
         if self._group.tp_size == 1:
             return F.embedding(input_ids, self.embedding).to(self._dtype)
         local = input_ids - self._first

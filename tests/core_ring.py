@@ -348,6 +348,9 @@ class CoreRing:
         self.check()
         stats = self.scheduler.stats()
         assert (stats.num_running, stats.num_waiting, stats.num_steps_in_flight) == (0, 0, 0)
+        sizes = [sum(plan.num_tokens) for plan in self.plans if plan.request_ids]
+        assert stats.step_tokens == sum(sizes) and sum(stats.step_sizes) == len(sizes)
+        assert stats.step_sizes[0] == sizes.count(1) and stats.step_sizes[3] == sum(5 <= size <= 8 for size in sizes)
         assert stats.credit == self.config.num_blocks
         assert self.allocator.stats().num_held == 0
         assert not self.executor.rows

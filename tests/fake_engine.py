@@ -10,6 +10,7 @@ import msgspec
 
 from octavo.gateway.config import EngineConfig
 from octavo.gateway.engine_protocol import Sink
+from octavo.gateway.generation_config import RequestDefaults
 from octavo.gateway.stats import EngineStats
 from octavo.messages.errors import EngineClosedError, InvalidRequestError, QueueFullError
 from octavo.messages.ids import RequestId
@@ -64,6 +65,7 @@ class FakeEngine:
         self.vocab_size = 260
         self.created = 1_700_000_000
         self.num_blocks = 64
+        self.request_defaults = RequestDefaults()
         self.special_token_ids = frozenset({BOS, EOS})
         self.is_ready = True
         self.is_broken = False

@@ -84,7 +84,7 @@ class Client:
     async def raw(self, data: bytes) -> bytes:
         """Send bytes, return what comes until the server closes."""
         reader, writer = await self.connect(data)
-        answer = await asyncio.wait_for(reader.read(), 30)
+        answer = await asyncio.wait_for(reader.read(), 180)
         writer.close()
         return answer
 
@@ -109,7 +109,7 @@ async def serving(engine: EngineLike | None = None, **settings: Any) -> AsyncIte
     """A running server; everything is closed at the end, whatever happened."""
     server = await start_http(engine or FakeEngine(), ServerSettings(**{"log_requests": False, **settings}), port=0)
     try:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=180)) as session:
             yield Client(server, session)
     finally:
         await server.close()

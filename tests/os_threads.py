@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 _TASKS = Path("/proc/self/task")
-_PATIENCE_S = 30.0
+_PATIENCE_S = 60.0
 
 CAN_LOOK = _TASKS.exists()
 
@@ -17,7 +17,7 @@ def running_threads() -> set[int]:
 
 
 def wait_until_gone(threads: set[int]) -> None:
-    """One that has ended is listed for a moment more. Returns after half a minute at the latest."""
+    """One that has ended is listed for a moment more. Returns after a minute at the latest."""
     deadline = time.monotonic() + _PATIENCE_S
     while threads & running_threads() and time.monotonic() < deadline:
         time.sleep(0.001)

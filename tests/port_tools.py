@@ -17,7 +17,7 @@ from octavo.messages.base import Message
 from octavo.messages.ids import RequestId
 from octavo.messages.request import CancelRequest
 
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 
 
 def cancel(number: int) -> CancelRequest:

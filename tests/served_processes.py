@@ -8,14 +8,15 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
+from process_family import title
 
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0  # of each wait, on a busy machine; alone none takes 10
 
 
 class Served:
@@ -30,6 +31,7 @@ class Served:
         command = [sys.executable, "-m", "octavo", "serve", str(model), "--port", "0", "--log-format", "json"]
         command += ["--served-model-name", "tiny"]
         common = ["--dtype", "float32", "--num-threads", "1", "--num-gpu-blocks-override", "2048", "--block-size", "4"]
+        common += ["--drain-timeout", f"{PATIENCE_S:g}"]  # a busy machine's streams take their time
         self.popen = subprocess.Popen(  # ours
             [*command, *common, *flags], cwd=model, stdout=self._log, stderr=subprocess.STDOUT
         )
@@ -61,12 +63,13 @@ class Served:
         """All of its processes but the first."""
         return self.process.children(recursive=True) if self.process.is_running() else []
 
-    def child(self, name: str) -> psutil.Process:
+    def child(self, name: str, other_than: int = 0) -> psutil.Process:
         """The process with that name; waits until there is one."""
         found: list[psutil.Process] = []
 
         def is_there() -> bool:
-            found[:] = [process for process in self.family() if title(process) == f"octavo: {name}"]
+            family = [process for process in self.family() if process.pid != other_than]
+            found[:] = [process for process in family if title(process) == f"octavo: {name}"]
             return bool(found)
 
         wait_until(is_there)
@@ -74,19 +77,18 @@ class Served:
 
     def serving_edge(self, name: str, other_than: int = 0) -> psutil.Process:
         """A further edge that accepts connections."""
-        wait_until(lambda: self.child(name).pid != other_than and listens(self.child(name)))
-        return self.child(name)
+        found: list[psutil.Process] = []
+
+        def is_there() -> bool:
+            found[:] = [self.child(name, other_than)]
+            return listens(found[0])
+
+        wait_until(is_there)
+        return found[0]
 
     def end(self) -> int:
         """Wait for its exit code."""
         return self.popen.wait(timeout=PATIENCE_S)
-
-
-def title(process: psutil.Process) -> str:
-    try:
-        return process.cmdline()[0] if process.status() != psutil.STATUS_ZOMBIE else ""
-    except (psutil.NoSuchProcess, IndexError):
-        return ""
 
 
 def listens(process: psutil.Process) -> bool:
@@ -104,20 +106,20 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 class Client:
-    """A stream of its own connection.
+    """A stream of its own connection. What it receives is looked at when somebody asks: on a busy machine a client that
+    did more would be slower than the server, and everything long on its way when a test takes it for begun.
 
     Attributes:
         local_port: of the connection.
-        text: so far.
-        finish_reason: once it has ended well; `error` once it has ended otherwise: the error's code, or `reset`.
+        error: once it has ended otherwise than well: the error's code, or `reset`.
     """
 
     def __init__(self, index: int, max_tokens: int) -> None:
         self.index = index
         self.max_tokens = max_tokens
         self.local_port = 0
-        self.text = ""
-        self.finish_reason = self.error = ""
+        self.error = ""
+        self._received: list[bytes] = []
 
     async def run(self, url: str) -> Client:
         body = {
@@ -141,41 +143,73 @@ class Client:
                 # Without a connection all of it is here already: this process was slow. `streams` says so.
                 if (connection := response.connection) is not None and connection.transport is not None:
                     self.local_port = connection.transport.get_extra_info("sockname")[1]
-                async for line in response.content:
-                    self._take(line.decode().strip())
+                async for piece in response.content.iter_any():
+                    self._received.append(piece)
         except aiohttp.ClientError:
             self.error = "reset"
+        for event in self._events():
+            if "error" in event:
+                self.error = event["error"]["code"]
         return self
 
-    def _take(self, line: str) -> None:
-        if not line.startswith("data: {"):
-            return
-        event: dict[str, Any] = json.loads(line.removeprefix("data: "))
-        if "error" in event:
-            self.error = event["error"]["code"]
-            return
-        for choice in event["choices"]:
-            self.text += choice["text"]
-            self.finish_reason = choice["finish_reason"] or self.finish_reason
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything has come; the headers leave with the first event."""
+        return bool(self._received or self.error)
 
-    def is_served_by(self, process: psutil.Process) -> bool:
-        return any(one.raddr and one.raddr.port == self.local_port for one in process.net_connections("tcp"))
+    @property
+    def text(self) -> str:
+        """So far."""
+        return "".join(choice["text"] for event in self._events() for choice in event.get("choices", []))
+
+    @property
+    def finish_reason(self) -> str:
+        """Once it has ended well."""
+        reasons = [choice["finish_reason"] for event in self._events() for choice in event.get("choices", [])]
+        return next((str(reason) for reason in reasons if reason), "")
+
+    def _events(self) -> list[dict[str, Any]]:
+        lines = b"".join(self._received).decode(errors="ignore").split("\n")[:-1]  # the last is not whole
+        return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+
+
+def of_edge(clients: list[Client], edge: psutil.Process) -> list[Client]:
+    """Those whose connection is an edge's."""
+    ports = {one.raddr.port for one in edge.net_connections("tcp") if one.raddr}
+    return [client for client in clients if client.local_port in ports]
 
 
 async def streams(
-    url: str, num_streams: int, max_tokens: int, then: Callable[[list[Client]], None] = lambda clients: None
+    url: str,
+    num_streams: int,
+    max_tokens: int,
+    then: Callable[[list[Client]], None] = lambda clients: None,
+    *,
+    edges: Sequence[psutil.Process] = (),
 ) -> list[Client]:
-    """Run streams beside each other, and do something once each of them has begun."""
-    clients = [Client(index, max_tokens) for index in range(num_streams)]
-    tasks = [asyncio.create_task(client.run(url)) for client in clients]
+    """Run streams beside each other, and do something once each of them has begun.
+
+    With `edges`, each of those serves some of them then: the system deals connections out by chance, and now and then
+    gives one edge none of them, so they are begun anew until it does; and if some were over before all had begun, which
+    a machine that is busy enough brings about.
+    """
     async with asyncio.timeout(PATIENCE_S):
-        while not all(client.text or client.error for client in clients):
+        while True:
+            clients = [Client(index, max_tokens) for index in range(num_streams)]
+            tasks = [asyncio.create_task(client.run(url)) for client in clients]
+            while not all(client.has_begun for client in clients):
+                for task in tasks:
+                    if task.done():
+                        task.result()  # raises what went wrong, which nobody would hear of otherwise
+                await asyncio.sleep(0.005)
+            errors = {client.error for client in clients}
+            assert errors == {""}, f"some ended with an error before all had begun: {errors}"
+            are_dealt_out = all(of_edge(clients, edge) for edge in edges)
+            if are_dealt_out and not any(task.done() for task in tasks):
+                break
             for task in tasks:
-                if task.done():
-                    task.result()  # raises what went wrong, which nobody would hear of otherwise
-            await asyncio.sleep(0.005)
-        ends = [(client.finish_reason, client.error) for client in clients]
-        assert not any(map(any, ends)), f"some were over before all had begun: {ends}"
+                task.cancel()
+            await asyncio.wait(tasks)
         then(clients)
         await asyncio.gather(*tasks)
     return clients

@@ -128,7 +128,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def await_death(pidfds: list[int], timeout_s: float = 30.0) -> None:
+def await_death(pidfds: list[int], timeout_s: float = 120.0) -> None:
     """Wait until every process is dead.
 
     Raises:

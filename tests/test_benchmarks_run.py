@@ -12,6 +12,7 @@ SMALLEST = {
     "octavo.actors.runtime.bench_nursery": ("--num-forks", "1", "json"),
     "octavo.actors.runtime.bench_port": ("--rows", "4", "--hops", "20", "--steps", "20", "--step-ms", "1"),
     "octavo.gateway.bench_control_plane": ("--steps", "20"),
+    "octavo.gateway.bench_json": ("--megabytes", "0.5", "--repeats", "1"),
     "octavo.gateway.bench_journal": (
         *("--at-once", "2", "--rounds", "1", "--input-len", "8"),
         *("--output-len", "4"),

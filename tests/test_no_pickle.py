@@ -84,3 +84,22 @@ def test_no_module_unpickles_evaluates_or_executes_what_it_reads(path: Path) -> 
 )
 def test_the_scan_finds_what_it_is_for(source: str) -> None:
     assert findings(source)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_hi_125_processes_share_no_memory_that_a_dying_one_could_leave_half_written(path: Path) -> None:
+    """Every message goes through a socket, with a checksum; so there is no ring whose header could be damaged."""
+    imported = {
+        name
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [f"{node.module}.{alias.name}" for alias in node.names]
+            if isinstance(node, ast.ImportFrom) and node.level == 0
+            else []
+        )
+    }
+    rings = ("shared_memory", "sharedctypes")
+    shared = (*(f"multiprocessing.{ring}" for ring in rings), "posix_ipc", "torch.multiprocessing", "_posixshmem")
+    assert not [name for name in imported if any(name == bad or name.startswith(f"{bad}.") for bad in shared)]

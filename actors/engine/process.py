@@ -305,5 +305,8 @@ class EngineProcess:
             num_executor_losses=scheduler.num_executor_losses,
             num_requeued=scheduler.num_requeued + scheduler.num_resumed,
             num_quarantined=scheduler.num_quarantined,
+            num_numerics_losses=scheduler.num_numerics_losses,
+            step_sizes=scheduler.step_sizes,
+            step_tokens=scheduler.step_tokens,
             step_age_ns=now_ns - self._last_step[1],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -29,13 +30,32 @@ PromptLogprobs = tuple[RequestId, int, tuple[TokenLogprobs, ...]]
 def load_runner(config: ExecutorConfig, group: ParallelGroup | None = None) -> StepRunner | GpuRunner:
     """Load the model, or one rank's part, allocate the KV cache and warm up. Blocks.
 
-    On a GPU steps are launched ahead, but for the stages of a pipeline, which hand activations on step by step.
+    On a GPU steps are launched ahead, but for the stages of a pipeline, which hand activations on step by step; and its
+    kernels are compiled on all cores while the model is loaded (`gpu.compile_ahead`).
 
     Raises:
         ModelNotFoundError: there is no such checkpoint.
         UnsupportedModelError: the checkpoint cannot be served; the message names what is missing.
         KVCacheTooSmallError: the asked-for context does not fit.
     """
+    is_alone = group is None or group.world_size == 1  # what a rank launches follows from its place among the others
+    if config.device == "cpu" or not is_alone or not torch.cuda.is_available():
+        return _load_runner(config, group)
+    from .gpu.compile_ahead import CompileAhead  # triton need not be there without a GPU
+    from .gpu.fake_cuda import GpuFacts
+
+    ahead = CompileAhead.begin(config, GpuFacts.of(torch.device("cuda", torch.cuda.current_device())))
+    try:
+        runner = _load_runner(config, group, before_warm_up=ahead.finish)
+    finally:
+        ahead.cancel()
+    ahead.note()
+    return runner
+
+
+def _load_runner(
+    config: ExecutorConfig, group: ParallelGroup | None, *, before_warm_up: Callable[[], object] = lambda: None
+) -> StepRunner | GpuRunner:
     try:
         device = Device(config, group)
     except ModelNotFoundError as error:
@@ -43,6 +63,7 @@ def load_runner(config: ExecutorConfig, group: ParallelGroup | None = None) -> S
     except ModelLoadError as error:
         raise errors.UnsupportedModelError(str(error)) from error
     say_memory(device)
+    before_warm_up()
     runner: StepRunner | GpuRunner
     if device.model.device.type != "cpu" and device.group.pp_size == 1:
         runner = GpuRunner(
@@ -155,6 +176,7 @@ class StepRunner:
             prompt_logprobs=prompt_entries,
             failed=tuple(sampled.failed),
             execute_ns=time.monotonic_ns() - started_ns,
+            nonfinite=tuple(sampled.nonfinite),
         )
 
     def warm_up(self) -> None:

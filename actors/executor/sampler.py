@@ -11,7 +11,7 @@ A row's token is a function of its logits, its parameters, its tokens so far, an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,7 +21,7 @@ from ...messages.request import TokenLogprobs
 from ...messages.sampling import SamplingParams
 from .sampling_batch import BatchBuilder, SamplingBatch
 from .sampling_state import BadWords, Filtering, SamplingState, draw_ahead
-from .token_choice import choose, count, why_failed
+from .token_choice import choose, count, why_failed, why_no_numbers
 from .token_logprobs import token_logprobs
 
 
@@ -34,12 +34,14 @@ class SampledTokens:
         stopped: rows whose token is an end or stop token, with `min_tokens` reached.
         logprobs: for the rows that asked.
         failed: `(request_id, message)` for rows from which no token could be chosen; their state has not changed.
+        nonfinite: those of them whose logits are no numbers.
     """
 
     token_ids: list[int]
     stopped: list[RequestId]
     logprobs: list[tuple[RequestId, TokenLogprobs]]
     failed: list[tuple[RequestId, str]]
+    nonfinite: list[RequestId] = field(default_factory=list)
 
 
 class Sampler:
@@ -66,7 +68,7 @@ class Sampler:
         self,
         request_id: RequestId,
         params: SamplingParams,
-        token_ids: list[int],
+        token_ids: Sequence[int],
         num_prompt_tokens: int,
         eos_token_ids: tuple[int, ...],
     ) -> None:
@@ -103,7 +105,7 @@ class Sampler:
             seed=seed - 2**64 if seed >= 2**63 else seed,
         )
         if params.bad_words_token_ids:
-            request.bad_words = BadWords(params.bad_words_token_ids, token_ids)
+            request.bad_words = BadWords(params.bad_words_token_ids, list(token_ids))
         if params.repetition_penalty != 1.0:
             request.seen = self._histogram(request_id, token_ids) > 0
         if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
@@ -157,11 +159,14 @@ class Sampler:
         """Append tokens to the requests' states and report."""
         stopped: list[RequestId] = []
         failed: list[tuple[RequestId, str]] = []
+        nonfinite: list[RequestId] = []
         for row, (request_id, request, token_id) in enumerate(
             zip(batch.request_ids, batch.requests, token_ids, strict=True)
         ):
             if token_id < 0:
                 failed.append((request_id, why_failed(logits[row], request)))
+                if why_no_numbers(logits[row]):
+                    nonfinite.append(request_id)
                 continue
             request.num_output_tokens += 1
             if request.bad_words is not None:
@@ -181,7 +186,7 @@ class Sampler:
                 num_tops,
             )
             logprobs = [(batch.request_ids[row], entry) for row, entry in zip(asked, entries, strict=True)]
-        return SampledTokens(token_ids, stopped, logprobs, failed)
+        return SampledTokens(token_ids, stopped, logprobs, failed, nonfinite)
 
     def _num_top(self, asked: int | None) -> int:
         return self._vocab_size if asked == -1 else min(asked or 0, self._vocab_size)
@@ -204,9 +209,9 @@ class Sampler:
             return "none"
         return "narrow" if has_top_k and params.top_k <= sampling.MAX_NARROW_TOP_K else "wide"
 
-    def _histogram(self, request_id: RequestId, token_ids: list[int]) -> torch.Tensor:
+    def _histogram(self, request_id: RequestId, token_ids: Sequence[int]) -> torch.Tensor:
         """Count each token: `[V]` float32, exact up to 2**24."""
-        ids = torch.tensor(token_ids, dtype=torch.int64)
+        ids = torch.tensor(list(token_ids), dtype=torch.int64)
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self._vocab_size):
             wrong = next(i for i in token_ids if not 0 <= i < self._vocab_size)
             raise ValueError(self._outside(f"a token of request {request_id}", wrong))

@@ -74,15 +74,20 @@ def count(processing: Processing, chosen: torch.Tensor) -> None:
             table[places, tokens[places]] += 1.0
 
 
-def why_failed(row: torch.Tensor, request: SamplingState) -> str:
-    """Say why no token could be chosen from a row of raw logits."""
+def why_no_numbers(row: torch.Tensor) -> str:
+    """Say what makes a row of raw logits useless, whatever is asked of it; empty if nothing does."""
     if bool(row.isnan().any()):
         return "the model computed NaN logits for this request"
     if bool((row == math.inf).any()):
         return "the model computed infinite logits for this request"
     if not bool(row.isfinite().any()):
         return "the model computed no finite logit for this request"
-    return (
+    return ""
+
+
+def why_failed(row: torch.Tensor, request: SamplingState) -> str:
+    """Say why no token could be chosen from a row of raw logits."""
+    return why_no_numbers(row) or (
         f"allowed_token_ids, bad_words and min_tokens together exclude every token at output position "
         f"{request.num_output_tokens}: relax one of them"
     )

@@ -365,7 +365,8 @@ class JournalCore:
             is_oldest = executed.epoch == self._epoch and self._steps and self._steps[0] == executed.step_id
             why = "".join([message.why for message in decisions if isinstance(message, ExecutorFailed)])
             if is_oldest and why:
-                self._records.append(ExecutedFaulty(why))
+                is_numerics = any(isinstance(message, ExecutorFailed) and message.is_numerics for message in decisions)
+                self._records.append(ExecutedFaulty(why, executed.nonfinite if is_numerics else ()))
             else:
                 self._records.append(ExecutedLate(executed.epoch, executed.step_id, request_ids))
             return
@@ -382,6 +383,7 @@ class JournalCore:
                 executed.stopped,
                 executed.failed,
                 executed.execute_ns,
+                executed.nonfinite,
             )
         )
 
@@ -406,7 +408,7 @@ class JournalCore:
         if lost.epoch > self._epoch:
             self._epoch = lost.epoch
             self._steps.clear()
-        self._records.append(Lost(lost.epoch, lost.why))
+        self._records.append(Lost(lost.epoch, lost.why, lost.is_innocent, lost.is_out_of_memory))
 
     def _on_drain(self, _: Drain) -> None:
         self._records.append(DRAIN)

@@ -96,6 +96,7 @@ class Executed(_Record, frozen=True, tag=2):
     stopped: tuple[RequestId, ...]
     failed: tuple[tuple[RequestId, str], ...]
     execute_ns: int
+    nonfinite: tuple[RequestId, ...] = ()
 
 
 class ExecutedLate(_Record, frozen=True, tag=3):
@@ -123,6 +124,8 @@ class Lost(_Record, frozen=True, tag=6):
 
     epoch: Epoch
     why: str
+    is_innocent: bool = False
+    is_out_of_memory: bool = False
 
 
 class SchedulerTakes(_Record, frozen=True, tag=7):
@@ -166,13 +169,15 @@ class Ended(_Record, frozen=True, tag=12):
 
 
 class ExecutedFaulty(_Record, frozen=True, tag=13):
-    """The scheduler hears `StepExecuted` of the oldest step in flight, and refuses it: it cannot be.
+    """The scheduler hears `StepExecuted` of the oldest step in flight, and refuses it.
 
     Attributes:
-        why: what was wrong; all that is kept of it.
+        why: what was wrong; all that is kept of it if it cannot be.
+        nonfinite: rows that came to no numbers, if that is what was wrong.
     """
 
     why: str
+    nonfinite: tuple[RequestId, ...] = ()
 
 
 HeardRecord = (

@@ -160,9 +160,15 @@ class KVAllocatorCore:
         """Append new blocks to block tables; return which."""
         requests = self._requests
         taken = self._pool.take(sum([num_blocks for _, num_blocks in grow]))
-        appended = []
+        appended: list[tuple[RequestId, tuple[BlockId, ...]]] = []
         at = 0
         for request_id, num_blocks in grow:
+            if num_blocks == 1:  # as nearly every row that decodes
+                block_id = taken[at]
+                at += 1
+                requests[request_id].block_table.append(block_id)
+                appended.append((request_id, (block_id,)))
+                continue
             block_ids = taken[at : at + num_blocks]
             at += num_blocks
             requests[request_id].block_table += block_ids

@@ -32,6 +32,7 @@ from .envelope import (
 from .incoming_link import IncomingLink
 from .port_limits import PortLimits
 from .port_record import PortRecord
+from .strangers import Strangers
 from .wire import Decoder, MalformedMessageError
 
 Allowed = Mapping[str, Collection[type[Message]]]
@@ -74,6 +75,7 @@ class Door:
         record: PortRecord,
     ) -> None:
         self.router: zmq.Socket[bytes] | None = None
+        self.strangers: Strangers | None = None
         self.has_more = False  # the last reading stopped at its bound: no edge will announce the rest
         self.held_back: dict[str, IncomingLink] = {}  # by name: whose grant waits for its rate
         self._name = name
@@ -227,6 +229,8 @@ class Door:
                 except zmq.ZMQError:  # an ipc connection: the directory's mode speaks for it
                     key = ""
             self._on_hello(router, routing_id, key, head, frame.bytes)
+            if self.strangers is not None and routing_id in self._by_routing_id:
+                self.strangers.welcome(int(frame.get(zmq.SRCFD)))
             return
         self._count("foreign")
         if head.kind == DATA:  # a connection that was made again: ask for the hello
@@ -253,6 +257,16 @@ class Door:
                 self._refuse(router, routing_id, "revoked", f"the key of {link.name} was withdrawn")
                 return
             self._refuse(router, routing_id, "stale", f"{link.name} {link.incarnation} was replaced")
+
+    def shut_strangers(self) -> None:
+        """Shut the oldest connections that have not introduced themselves, if there are too many.
+
+        Not before everything that has come is read: their hello may be among it.
+        """
+        if self.strangers is None or self.has_more or len(self.strangers) <= self._limits.max_strangers:
+            return
+        for _ in range(self.strangers.shut_oldest()):
+            self._count("stranger", "", f"more than {self._limits.max_strangers} connections without a hello")
 
     # Hello
 

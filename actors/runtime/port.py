@@ -32,6 +32,7 @@ from .port_limits import PortLimits
 from .port_record import LinkEvent, PortRecord
 from .schema import schema_hash
 from .socket_options import set_options
+from .strangers import Strangers
 from .wire import Encoder
 from .zap import ZapHandler
 
@@ -135,6 +136,7 @@ class Port:
             set_options(router, self._limits)
             router.set(zmq.ROUTER_MANDATORY, 1)  # no ROUTER_HANDOVER: nobody takes another's place
             router.set(zmq.BACKLOG, self._limits.backlog)
+            self._door.strangers = Strangers(router, self._limits.max_strangers)
         # Options are those of the endpoints that are bound from here on.
         router.set(zmq.CURVE_SERVER, 0)
         if self._keys is not None and endpoint.startswith("tcp://"):
@@ -150,6 +152,7 @@ class Port:
                 self._bound_path.chmod(0o600)
         except BaseException as error:
             if self._door.router is None:
+                self._close_strangers()
                 router.close(0)
             if scheme == "ipc":
                 self._bound_path = None
@@ -160,6 +163,9 @@ class Port:
         if self._door.router is None:
             self._door.router = router
             self._watch(router, None)
+            assert self._door.strangers is not None
+            self._watch(self._door.strangers.monitor, self._door.strangers.read)
+            self._door.strangers.read()  # a descriptor tells of what comes after the first look only
         last = router.get(zmq.LAST_ENDPOINT)
         assert isinstance(last, bytes)
         return last.rstrip(b"\0").decode()
@@ -247,6 +253,9 @@ class Port:
         """Close every socket at once; what was not delivered is dropped."""
         for peer in list(self._outgoing):
             self.disconnect(peer)
+        if self._door.strangers is not None:
+            self._unwatch(self._door.strangers.monitor)
+        self._close_strangers()
         for socket in (self._door.router, self._zap.socket if self._zap else None):
             if socket is not None and not socket.closed:
                 self._unwatch(socket)
@@ -257,6 +266,11 @@ class Port:
         if not self._context.closed:
             self._context.destroy(linger=0)
         self._epoll.close()
+
+    def _close_strangers(self) -> None:
+        if self._door.strangers is not None:
+            self._door.strangers.close()
+            self._door.strangers = None
 
     # Sending
 
@@ -348,6 +362,7 @@ class Port:
         self._door.read(self._door.router, messages, max_messages, now_ns)
         if self._door.held_back:
             self._door.grant_held_back(now_ns)
+        self._door.shut_strangers()
         return messages
 
     def check_keys(self) -> None:

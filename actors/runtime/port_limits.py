@@ -17,6 +17,7 @@ class PortLimits(msgspec.Struct, frozen=True):
         max_messages_per_s, max_bytes_per_s: of a peer, sustained; the receiver holds back its grant beyond.
         burst_s: how many seconds' worth may come at once.
         max_peers: links that a port serves.
+        max_strangers: connections held that have not said hello; beyond, the oldest are shut.
         heartbeat_ms, heartbeat_timeout_ms: how often ZeroMQ pings a connection, and how long it waits for anything.
         handshake_ms: a connection that has not introduced itself by then is dropped.
         backlog: connections that wait to be accepted.
@@ -32,6 +33,7 @@ class PortLimits(msgspec.Struct, frozen=True):
     max_bytes_per_s: int = 512 << 20
     burst_s: float = 1.0
     max_peers: int = 256
+    max_strangers: int = 64
     heartbeat_ms: int = 1000
     heartbeat_timeout_ms: int = 4000
     handshake_ms: int = 3000

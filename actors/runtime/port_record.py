@@ -22,6 +22,7 @@ COUNTERS = (
     "stale_incarnation",
     "repeated",
     "gap",
+    "stranger",  # connections shut, as too many had not said hello
     "foreign",  # of a connection that did not say hello
     "overrun",  # beyond the window that was granted
     "held_back",  # grants held back because a peer sends too fast

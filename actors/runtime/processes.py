@@ -41,7 +41,7 @@ from .pidfd import open_pidfd, signal_pidfd
 
 log = structlog.get_logger()
 
-_STATUS_GRACE_S = 0.25
+_STATUS_GRACE_S = 2.0
 """How long an exit waits for its status: the pidfd tells of the exit, the nursery a little later of its status."""
 _BURIAL_S = 5.0
 """How long a process that was sent SIGKILL is waited for; one that takes longer hangs in the kernel, or a driver."""

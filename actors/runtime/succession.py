@@ -6,11 +6,17 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from .pidfd import open_pidfd, signal_pidfd
+from .process_state import is_stopped
+from .process_title import has_title
+
 _NAME = "supervisor"
+_PID_BYTES = 20
 
 
 class Succession:
@@ -36,6 +42,7 @@ class Succession:
             BlockingIOError: somebody holds it.
         """
         fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._sign()
 
     def await_turn(self, loop: asyncio.AbstractEventLoop, on_turn: Callable[[], None]) -> None:
         """Call `on_turn` on the loop once everybody who held the lock before is dead; from then on this process does.
@@ -45,10 +52,43 @@ class Succession:
 
         def wait() -> None:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
+            self._sign()
             with contextlib.suppress(RuntimeError):  # the loop is closed: this process is about to end, too
                 loop.call_soon_threadsafe(on_turn)
 
         threading.Thread(target=wait, daemon=True, name="succession").start()
+
+    @property
+    def holder(self) -> int:
+        """Pid of the process that got the lock last; 0 before anybody did."""
+        return int(os.pread(self._fd, _PID_BYTES, 0) or b"0")
+
+    def is_holder_stopped(self) -> bool:
+        """Whether who holds the lock is stopped by a signal."""
+        return is_stopped(self.holder)
+
+    def end_holder(self) -> bool:
+        """Kill who holds the lock, if it is stopped: then it never acts again, and the next one has its turn.
+
+        Returns:
+            Whether it was; else it has gone on, or is dead, or this system cannot tell for certain who it is.
+        """
+        pid = self.holder
+        pidfd = open_pidfd(pid) if pid and pid != os.getpid() else -1
+        if pidfd < 0:
+            return False
+        try:
+            # The descriptor means one process for ever. It is the holder if the holder's pid is still the one that
+            # stands there, and no stranger that was given the pid of a dead one.
+            if self.holder != pid or not has_title(pid) or not is_stopped(pid):
+                return False
+            signal_pidfd(pidfd, signal.SIGKILL)
+        finally:
+            os.close(pidfd)
+        return True
+
+    def _sign(self) -> None:
+        os.pwrite(self._fd, f"{os.getpid():<{_PID_BYTES}}".encode(), 0)
 
     def release(self) -> None:
         """Let the next one have it."""

@@ -67,6 +67,7 @@ def advance(state: SchedulerState, num_steps: int, token_of: Callable[[RequestId
     first_step_id = StepId(state.next_step_id)
     state.next_step_id += num_steps
     state.num_steps += num_steps
+    state.step_sizes.count(len(request_ids), num_steps)
     state.last_executed_step_id += num_steps
     state.num_generation_tokens += num_steps * len(request_ids)
     for i in range(max(0, num_steps - len(state.in_flight)), num_steps):

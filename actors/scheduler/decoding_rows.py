@@ -40,23 +40,32 @@ class DecodingRows:
 
     def add(self, sequence: Sequence) -> None:
         """Take in a request whose known tokens are all computed."""
-        at = bisect_left(self.rows, sequence.key, key=_by_key)
-        self.rows = [*self.rows[:at], sequence, *self.rows[at:]]
+        at = self._place_of(sequence)
+        self.rows, self.token_arrays = self.rows.copy(), self.token_arrays.copy()
+        self.rows.insert(at, sequence)
+        self.token_arrays.insert(at, sequence.tokens)
         self.request_ids = (*self.request_ids[:at], sequence.request_id, *self.request_ids[at:])
-        self.token_arrays = [*self.token_arrays[:at], sequence.tokens, *self.token_arrays[at:]]
         self._first_end_clock = None
         sequence.decode_base = sequence.num_computed - self.clock
         self.schedule(sequence, self.clock + 1)
 
     def remove(self, sequence: Sequence) -> None:
         """Let a request go, and bring its `num_computed` up to date."""
-        at = self.rows.index(sequence)
-        self.rows = self.rows[:at] + self.rows[at + 1 :]
-        self.request_ids = self.request_ids[:at] + self.request_ids[at + 1 :]
-        self.token_arrays = self.token_arrays[:at] + self.token_arrays[at + 1 :]
+        self.rows, self.request_ids, self.token_arrays = self.without([sequence])
         self._first_end_clock = None
         sequence.num_computed = self.num_computed(sequence)
         sequence.due_clock = NOT_DECODING
+
+    def without(self, left_out: list[Sequence]) -> tuple[list[Sequence], tuple[RequestId, ...], list[array[int]]]:
+        """Return `rows`, `request_ids` and `token_arrays` without a few of the rows."""
+        rows, request_ids, token_arrays = self.rows.copy(), self.request_ids, self.token_arrays.copy()
+        for at in sorted([self._place_of(sequence) for sequence in left_out], reverse=True):
+            del rows[at], token_arrays[at]
+            request_ids = request_ids[:at] + request_ids[at + 1 :]
+        return rows, request_ids, token_arrays
+
+    def _place_of(self, sequence: Sequence) -> int:
+        return bisect_left(self.rows, sequence.key, key=_by_key)
 
     def clear(self) -> None:
         """Let all requests go; their `num_computed` means nothing any more."""
@@ -92,8 +101,10 @@ class DecodingRows:
 
     def schedule(self, sequence: Sequence, earliest: int) -> None:
         """Note the step at which a row needs a block or samples its last token; not before the clock is `earliest`."""
-        last = min(sequence.num_slots, sequence.max_total - 2)  # computed up to here, it needs no look
-        due_clock = max(last + 1 - sequence.decode_base, earliest)
+        last = sequence.num_slots  # computed up to here, it needs no look
+        last = min(last, sequence.max_total - 2)
+        due_clock = last + 1 - sequence.decode_base
+        due_clock = max(due_clock, earliest)
         sequence.due_clock = due_clock
         self._calendar[due_clock].append(sequence)
 

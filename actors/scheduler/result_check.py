@@ -40,7 +40,7 @@ def find_fault(step: StepInFlight, executed: StepExecuted, vocab_size: int) -> s
             return fault
     if executed.execute_ns < 0:
         return f"it took {executed.execute_ns} ns"
-    if executed.stopped or executed.failed or executed.logprobs or executed.prompt_logprobs:
+    if executed.stopped or executed.failed or executed.logprobs or executed.prompt_logprobs or executed.nonfinite:
         return _find_wrong_remark(step, executed, vocab_size)
     return ""
 
@@ -63,13 +63,15 @@ def _find_wrong_remark(step: StepInFlight, executed: StepExecuted, vocab_size: i
     for request_id in chain(executed.stopped, (request_id for request_id, _ in executed.logprobs)):
         if request_id not in sampled:
             return f"a remark on request {request_id}, which sampled nothing"
-    if executed.failed or executed.prompt_logprobs:
+    if executed.failed or executed.prompt_logprobs or executed.nonfinite:
         rows: dict[RequestId, Sequence] = {
             sequence.request_id: sequence for sequence in chain(step.sampling, step.computing)
         }
         for request_id, _ in executed.failed:
             if request_id not in rows:
                 return f"request {request_id} failed, which is not in the step"
+        if executed.nonfinite and not {request_id for request_id, _ in executed.failed}.issuperset(executed.nonfinite):
+            return "logits that are no numbers of a request that did not fail"
         for request_id, first_position, entries in executed.prompt_logprobs:
             if request_id not in rows:
                 return f"log-probabilities of the prompt of request {request_id}, which is not in the step"

@@ -12,10 +12,12 @@ from ...messages.system import ExecutorFailed
 from .config import SchedulerConfig
 from .deadlines import Deadlines
 from .decoding_rows import DecodingRows
+from .numerics_watch import NumericsWatch
 from .quarantine import Quarantine
 from .sequence import Sequence, State
 from .stats import SchedulerStats
 from .step_in_flight import StepInFlight
+from .step_sizes import StepSizes
 from .waiting_queue import WaitingQueue
 
 SchedulerOutbox = PlanStep | MatchPrefix | ReleaseMatch | ResetBlocks | StepExecuted | RequestEnded | ExecutorFailed
@@ -62,6 +64,7 @@ class SchedulerState:
         self.last_sampled_ids: tuple[RequestId, ...] = ()  # in the newest step executed since a loss
         self.trusted_ids: frozenset[RequestId] = frozenset()  # that sampled together since the limit was lowered
         self.quarantine = quarantine
+        self.numerics = NumericsWatch()
         self.horizon = 0  # laps known to be pure decode, since the last message
 
         self.credit = config.num_blocks
@@ -70,6 +73,7 @@ class SchedulerState:
         self.num_releases_owed = 0  # sent, `BlocksFreed` not seen
 
         self.num_steps = 0
+        self.step_sizes = StepSizes()
         self.num_preemptions = 0
         self.num_ended = 0
         self.num_refused = 0
@@ -83,6 +87,7 @@ class SchedulerState:
         self.num_requeued = 0
         self.num_resumed = 0
         self.num_quarantined = 0
+        self.num_numerics_losses = 0
 
     def num_computed(self, sequence: Sequence) -> int:
         """Return how many tokens of a request are computed by steps that were sent."""
@@ -184,6 +189,9 @@ class SchedulerState:
             num_requeued=self.num_requeued,
             num_resumed=self.num_resumed,
             num_quarantined=self.num_quarantined,
+            num_numerics_losses=self.num_numerics_losses,
+            step_sizes=tuple(self.step_sizes.counts),
+            step_tokens=self.step_sizes.num_tokens,
         )
 
     def check(self) -> None:

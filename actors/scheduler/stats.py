@@ -26,6 +26,8 @@ class SchedulerStats(msgspec.Struct, frozen=True):
         num_requeued: requests sent back to the queue by losses, each time counted.
         num_resumed: requests that an earlier engine had accepted, submitted again.
         num_quarantined: requests found to kill the executor.
+        num_numerics_losses: executors given up because no row of a step came to numbers.
+        step_sizes, step_tokens: planned steps that compute anything, by `step_sizes.BOUNDS`, and their tokens.
     """
 
     num_running: int
@@ -48,3 +50,6 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     num_requeued: int = 0
     num_resumed: int = 0
     num_quarantined: int = 0
+    num_numerics_losses: int = 0
+    step_sizes: tuple[int, ...] = ()
+    step_tokens: int = 0

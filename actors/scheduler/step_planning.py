@@ -53,12 +53,16 @@ def _has_room(state: SchedulerState) -> bool:
 def _plan_step(state: SchedulerState) -> bool:
     """Plan one step; False if there is nothing to do or to release."""
     grow: _Grow = []
+    num_prompt_tokens = state.num_prompt_tokens
     step = _plan_decoding(state, grow)
     plan = _plan_prompts(state, step, grow) if state.prompts else _make_plan(state, step, grow)
     if not plan.request_ids and not plan.release:
         return False
     state.next_step_id += 1
     state.num_steps += 1
+    if plan.request_ids:
+        num_decoding = len(plan.request_ids) - len(plan.computed_prompt_tokens)
+        state.step_sizes.count(num_decoding + state.num_prompt_tokens - num_prompt_tokens)
     state.num_releases_owed += len(state.releases)
     state.releases = []
     state.in_flight.append(step)
@@ -85,11 +89,17 @@ def _plan_decoding(state: SchedulerState, grow: _Grow) -> StepInFlight:
     finishing: list[Sequence] = []
     idle: list[Sequence] = []
     next_clock = decoding.clock + 1
+    block_size = state.block_size
     for sequence in decoding.pop_due(next_clock):
         if sequence.due_clock != next_clock or (beyond and sequence in beyond):
             continue  # preempted by one before it, or not in this step
         num_computed = sequence.decode_base + next_clock
-        if num_computed >= sequence.max_total - 1:  # computing so many samples the last token
+        if sequence.num_slots < num_computed < sequence.max_total - 1 and state.credit > 0:
+            # As below for nearly all of them, without the calls: every row is due once a block.
+            state.credit -= 1
+            sequence.num_slots += block_size
+            grow.append((sequence.request_id, 1))
+        elif num_computed >= sequence.max_total - 1:  # computing so many samples the last token
             is_row = num_computed == sequence.max_total - 1 and _has_slot(state, sequence, num_computed, grow)
             (finishing if is_row else idle).append(sequence)
         elif not _has_slot(state, sequence, num_computed, grow):
@@ -121,11 +131,10 @@ def _leave_out(state: SchedulerState, idle: list[Sequence], step_id: StepId) -> 
     decoding = state.decoding
     left_out = [sequence for sequence in idle if sequence.is_decoding]  # not preempted meanwhile
     left_out += decoding.rows[state.config.max_num_batched_tokens :]
-    rows = [sequence for sequence in decoding.rows if sequence not in left_out]
+    step = StepInFlight(step_id, *decoding.without(left_out))
     for sequence in left_out:
         decoding.sit_out(sequence)
-    request_ids = tuple([sequence.request_id for sequence in rows])
-    return StepInFlight(step_id, rows, request_ids, [sequence.tokens for sequence in rows])
+    return step
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------
@@ -165,8 +174,8 @@ def _plan_prompts(state: SchedulerState, step: StepInFlight, grow: _Grow) -> Pla
     late_sampling = rows.one_sampling + rows.chunk_sampling
     if late_sampling:
         step.sampling = step.sampling + late_sampling
-        step.sampling_ids = tuple([sequence.request_id for sequence in step.sampling])
-        step.token_arrays = [sequence.tokens for sequence in step.sampling]
+        step.sampling_ids += tuple([sequence.request_id for sequence in late_sampling])
+        step.token_arrays = step.token_arrays + [sequence.tokens for sequence in late_sampling]
         _move_to_decoding(state)
     return PlanStep(
         epoch=state.epoch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 
-from ...messages.errors import RequestFailedError
+from ...messages.errors import ModelNumericsError, RequestFailedError
 from ...messages.step import StepExecuted
 from ...messages.system import ExecutorFailed
 from .ending import end
@@ -17,7 +17,8 @@ def take_results(state: SchedulerState, executed: StepExecuted) -> None:
     """Give requests the tokens that they sampled, pass the results on, and end those that are done.
 
     Results that are late or told again are dropped. Those that cannot be (malformed, or the ones before are missing)
-    are dropped too, and the executor is told of as failed: once an epoch, and it is not listened to any more.
+    are dropped too, and the executor is told of as failed: once an epoch, and it is not listened to any more. So are
+    those in which no row came to numbers, but only once (`NumericsWatch`).
     """
     in_flight = state.in_flight
     if (
@@ -37,6 +38,13 @@ def take_results(state: SchedulerState, executed: StepExecuted) -> None:
         state.num_faulty_results += 1
         state.faulty_epoch = state.epoch
         state.out.append(ExecutorFailed(state.epoch, f"the results of a step make no sense: {fault}"))
+        return
+    if (executed.nonfinite or state.numerics.is_alarmed) and state.numerics.hear(executed, state.sequences):
+        # Nobody has heard of this step: after the loss it is done again.
+        state.num_numerics_losses += 1
+        state.faulty_epoch = state.epoch
+        why = f"no row of a step came to numbers: {executed.failed[0][1]}"
+        state.out.append(ExecutorFailed(state.epoch, why, is_numerics=True))
         return
     # Before whatever is concluded from it.
     state.out.append(executed)
@@ -59,7 +67,14 @@ def take_results(state: SchedulerState, executed: StepExecuted) -> None:
     for request_id, error in executed.failed:
         failed = state.sequences.get(request_id)
         if failed is not None:
-            end(state, failed, "error", code=RequestFailedError.code, error=error)
+            is_numerics = request_id in executed.nonfinite
+            end(
+                state,
+                failed,
+                "error",
+                code=ModelNumericsError.code if is_numerics else RequestFailedError.code,
+                error=error,
+            )
     for finished in step.finishing:
         if finished.state is not State.ENDED:
             end(state, finished, "length")

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-from typing import Literal
-
-import msgspec
-
 from ...messages.base import Message
 from ...messages.ids import Epoch
 from ...messages.system import (
@@ -27,8 +22,10 @@ from ...messages.system import (
     SupervisorGaveUp,
     Tick,
 )
-from .config import START_ORDER, TICK_NS, ChildConfig, ChildKind
+from .child import Child
+from .config import START_ORDER, TICK_NS, ChildKind
 from .config import SupervisorConfig as SupervisorConfig  # noqa: PLC0414, others import it from here
+from .restart_budget import RestartBudget
 from .step_times import StepTimes
 
 SupervisorInbox = (
@@ -49,70 +46,11 @@ SupervisorOutbox = (
 _RESEND_NS = 500_000_000
 """Between two `StartExecutor`s to an executor that still names an older epoch."""
 
+_PATIENCE_WITH_ALL = 3
+"""So many times as long may children be silent if all of them are."""
+
 _HALT_GAP_NS = 3 * TICK_NS
 """Between two `ProcessHalted`s about the same halt, at most."""
-
-
-class RestartBudget:
-    """Restarts of one kind of child, of which so many within a period are a repair, and one more is a defect.
-
-    Source: Erlang/OTP design principles, supervisor behaviour, maximum restart intensity.
-    """
-
-    def __init__(self, max_restarts: int, period_ns: int) -> None:
-        self._max_restarts = max_restarts
-        self._period_ns = period_ns
-        self._restarts_ns: deque[int] = deque()
-        self.num_restarts = 0
-
-    def take(self, now_ns: int, *, is_proven: bool = False) -> bool:
-        """Take one restart, if there is one left; what had proved itself may be restarted if anything may."""
-        if is_proven and self._max_restarts:
-            self.num_restarts += 1
-            return True
-        while self._restarts_ns and now_ns - self._restarts_ns[0] > self._period_ns:
-            self._restarts_ns.popleft()
-        if len(self._restarts_ns) >= self._max_restarts:
-            return False
-        self._restarts_ns.append(now_ns)
-        self.num_restarts += 1
-        return True
-
-
-class _Child(msgspec.Struct):
-    """A child and what is known of its latest incarnation.
-
-    Attributes:
-        incarnation: before the first start 0, or the last that a supervisor before this one may have used.
-        state: `absent` between an exit and the next start, `killed` and `stopping` until the exit that was asked for.
-        start_at_ns: when an absent child is started; -1 for never.
-        since_ns: of the latest start.
-        heard_ns: of the latest beat, or of readiness; -1 for never.
-        ready_ns: since when it has been ready; -1 if it is not.
-        progress, excused_ns: the latest progress, and for how long this process stood still since.
-        halted_ns, halt_seen_ns: since when it has been stopped by a signal, and when that was seen last; -1 for never.
-        epoch: that it was started with.
-        why: the latest loss, for those who must hear of it once the next incarnation is ready.
-    """
-
-    config: ChildConfig
-    incarnation: int = 0
-    state: Literal["absent", "starting", "ready", "killed", "stopping"] = "absent"
-    start_at_ns: int = 0
-    since_ns: int = 0
-    heard_ns: int = -1
-    ready_ns: int = -1
-    progress: int = 0
-    excused_ns: int = 0
-    halted_ns: int = -1
-    halt_seen_ns: int = -1
-    epoch: Epoch = Epoch(0)
-    why: str = ""
-
-    @property
-    def is_running(self) -> bool:
-        """Alive, and nobody has told it to end."""
-        return self.state in ("starting", "ready")
 
 
 class SupervisorCore:
@@ -146,15 +84,15 @@ class SupervisorCore:
             for kind in START_ORDER
         }
         self._children = {
-            child.name: _Child(child, config.num_before)
+            child.name: Child(child, config.num_before)
             for kind in START_ORDER
             for child in config.children
             if child.kind == kind
         }
         self._ranks = [child for child in self._children.values() if child.config.kind == "executor"]
         self._engine = next((child for child in self._children.values() if child.config.kind == "engine"), None)
-        self._num_unready: dict[str, int] = {}  # losses since the last time that it was ready, by `_streak_of`
-        self._refused_since_ns: dict[str, int] = {}  # since when the system has had no room for it, by `_streak_of`
+        self._num_unready: dict[str, int] = {}  # losses since the last time that it was ready, by `Child.streak`
+        self._refused_since_ns: dict[str, int] = {}  # since when the system has had no room for it, by `Child.streak`
         self._edges_given_up = False
         self._step_times = StepTimes(config.first_step_ns)
         self._executor_told_ns = 0
@@ -268,11 +206,12 @@ class SupervisorCore:
             return
         # One that cannot even begin an epoch needs more than a new epoch; and in a group, the peers of the one that
         # raised wait for it in a collective.
-        is_hopeless = not self._is_ready or len(self._ranks) > 1
+        is_hopeless = not self._is_ready or len(self._ranks) > 1 or message.is_numerics
         self._lose_executor(
             message.why,
             now_ns,
             is_hard=bool(self._ranks) and is_hopeless,
+            is_innocent=message.is_numerics,
             is_out_of_memory=message.is_out_of_memory,
         )
 
@@ -338,13 +277,14 @@ class SupervisorCore:
         child.state = "absent"
         if message.was_refused:
             # No restart that failed, and no defect of the child: what counts is how long there has been no room.
-            self._refused_since_ns.setdefault(_streak_of(child), now_ns)
+            self._refused_since_ns.setdefault(child.streak, now_ns)
         elif was_running:
-            self._refused_since_ns.pop(_streak_of(child), None)
+            self._refused_since_ns.pop(child.streak, None)
         if was_running:
             self._lose(child, f"{child.config.name} {message.why}", now_ns)
 
     def _find_hung(self, now_ns: int) -> None:
+        patience = _PATIENCE_WITH_ALL if self._are_all_silent(now_ns) else 1
         for child in self._children.values():
             if not child.is_running:
                 continue
@@ -359,7 +299,7 @@ class SupervisorCore:
                     self._lose(child, f"{child.config.name} was not ready within {seconds:.0f} s", now_ns)
                     continue
             else:
-                limit_ns = self._config.max_silence_ns
+                limit_ns = patience * self._config.max_silence_ns
             if silence_ns > limit_ns and child.config.kind != "nursery":  # which has no beats
                 self._lose(child, f"{child.config.name} hangs: no beat for {silence_ns / 1e9:.1f} s", now_ns)
         # Alive, told of its epoch, and never ready for it: of no use either.
@@ -372,6 +312,15 @@ class SupervisorCore:
             and now_ns - self._executor_told_ns > self._config.max_silence_at_start_ns
         ):
             self._lose(self._ranks[0], f"the executor did not begin epoch {self._epoch}", now_ns)
+
+    def _are_all_silent(self, now_ns: int) -> bool:
+        """Whether several children have fallen silent together: rather a host with no time for anybody."""
+        heard_ns = [
+            child.heard_ns
+            for child in self._children.values()
+            if child.state == "ready" and child.config.kind != "nursery"
+        ]
+        return len(heard_ns) > 1 and now_ns - max(heard_ns) > self._config.max_silence_ns // 2
 
     def _excuse_stall(self, now_ns: int) -> None:
         """Count no silence against the children while this process did not listen."""
@@ -398,7 +347,7 @@ class SupervisorCore:
 
     # ---- what follows ----
 
-    def _lose(self, child: _Child, why: str, now_ns: int, *, is_innocent: bool = False) -> None:
+    def _lose(self, child: Child, why: str, now_ns: int, *, is_innocent: bool = False) -> None:
         """A running child is dead, or as good as that."""
         if self._gave_up_because or self._is_stopping:
             return
@@ -442,23 +391,23 @@ class SupervisorCore:
             self._tell_executor(now_ns)
         self._out.append(ExecutorLost(self._epoch, why, is_innocent, is_out_of_memory))
 
-    def _may_restart(self, children: list[_Child], now_ns: int) -> bool:
+    def _may_restart(self, children: list[Child], now_ns: int) -> bool:
         """Whether children of one kind, who share their fate, may be started again; counts it."""
-        refused_since_ns = self._refused_since_ns.get(_streak_of(children[0]), -1) if children else -1
+        refused_since_ns = self._refused_since_ns.get(children[0].streak, -1) if children else -1
         if refused_since_ns >= 0:
             return now_ns - refused_since_ns <= self._config.max_start_ns
         is_proven = bool(children) and all(self._is_proven(child, now_ns) for child in children)
         kind = children[0].config.kind if children else "executor"
         return self._budgets[kind].take(now_ns, is_proven=is_proven)
 
-    def _is_proven(self, child: _Child, now_ns: int) -> bool:
+    def _is_proven(self, child: Child, now_ns: int) -> bool:
         """Whether this incarnation was of use for a while: its death is an accident, and no loop of restarts."""
         return child.ready_ns >= 0 and child.progress > 0 and now_ns - child.ready_ns >= self._config.proven_ns
 
     def _raise_epoch(self) -> None:
         self._epoch = Epoch(self._epoch + 1)
 
-    def _end(self, child: _Child, why: str) -> None:
+    def _end(self, child: Child, why: str) -> None:
         """See to it that a child ends, if it has not."""
         if child.is_running:
             child.state = "killed"
@@ -479,16 +428,16 @@ class SupervisorCore:
                 self._end(child, "the supervisor gave up")
         self._out.append(SupervisorGaveUp(kind, why))
 
-    def _note_ready(self, child: _Child, now_ns: int) -> None:
+    def _note_ready(self, child: Child, now_ns: int) -> None:
         if child.state == "starting":
             child.state = "ready"
             child.heard_ns = child.ready_ns = now_ns
-            self._num_unready.pop(_streak_of(child), None)
-            self._refused_since_ns.pop(_streak_of(child), None)
+            self._num_unready.pop(child.streak, None)
+            self._refused_since_ns.pop(child.streak, None)
 
-    def _schedule(self, children: list[_Child], now_ns: int) -> None:
+    def _schedule(self, children: list[Child], now_ns: int) -> None:
         """Have children started once they are gone: at once the first time, later each time that it was of no use."""
-        streak = _streak_of(children[0])
+        streak = children[0].streak
         num_unready = self._num_unready.get(streak, 0)
         self._num_unready[streak] = num_unready + 1
         backoff_ns = self._config.backoff_ns[min(num_unready, len(self._config.backoff_ns) - 1)]
@@ -514,11 +463,6 @@ class SupervisorCore:
         self._executor_told_ns = now_ns
         self._out.append(StartExecutor(self._epoch, self._engine.incarnation if self._engine is not None else 0))
 
-    def _current(self, name: str, incarnation: int) -> _Child | None:
+    def _current(self, name: str, incarnation: int) -> Child | None:
         child = self._children.get(name)
         return child if child is not None and child.incarnation == incarnation else None
-
-
-def _streak_of(child: _Child) -> str:
-    """Whose failures in a row are counted together: the ranks of the group are."""
-    return "executor" if child.config.kind == "executor" else child.config.name

@@ -46,6 +46,8 @@ class TokenizerCore:
         self._config = config
         self._codec = codec
         self._max_model_len = config.max_model_len
+        # A checkpoint's files may name any; what the model cannot sample would not be there to be masked.
+        self._eos_token_ids = tuple(token_id for token_id in codec.eos_token_ids if token_id < config.vocab_size)
 
     def handle(self, message: TokenizerInbox, now_ns: int) -> list[TokenizerOutbox]:
         """Answer one prompt; `now_ns` is not needed here."""
@@ -60,14 +62,18 @@ class TokenizerCore:
             raise InvalidRequestError(f"n={params.n} takes as many request ids, got {message.request_ids}", param="n")
         self._check_params(params)
         token_ids = self._truncate(self._prompt_token_ids(message), message)
-        max_tokens = self._max_tokens(len(token_ids), params.max_tokens)
+        max_tokens = self._max_tokens(len(token_ids), params)
         first_id = message.request_ids[0]
         seed = _fallback_seed(first_id) if params.seed is None else params.seed
         params = msgspec.structs.replace(
-            params, max_tokens=max_tokens, seed=seed, bad_words_token_ids=self._bad_words_token_ids(params)
+            params,
+            max_tokens=max_tokens,
+            seed=seed,
+            bad_words_token_ids=self._bad_words_token_ids(params),
+            clip_max_tokens=False,  # it is done
         )
         prompt = _int32_bytes(token_ids)
-        eos_token_ids = () if params.ignore_eos else self._codec.eos_token_ids
+        eos_token_ids = () if params.ignore_eos else self._eos_token_ids
         self._check_some_token_is_left(params, eos_token_ids)
         ready = PromptReady(message.request_ids, tuple(token_ids), params)
         return [
@@ -123,19 +129,22 @@ class TokenizerCore:
             )
         if keep == -1:
             # Room stays for the answer, else what was cut to fit would be refused as too long.
-            keep = max(1, self._max_model_len - max(1, message.params.max_tokens or 1))
+            params = message.params
+            num_output = 1 if params.clip_max_tokens else max(1, params.max_tokens or 1)
+            keep = max(1, self._max_model_len - num_output)
         return token_ids[-keep:] if keep else token_ids
 
-    def _max_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+    def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """`max_tokens`, or all that the context leaves.
 
         Raises:
             ContextLengthExceededError: prompt and output asked for do not fit.
         """
+        max_tokens = params.max_tokens
         room = self._max_model_len - num_prompt_tokens
         if room < 1:
             raise ContextLengthExceededError.of_prompt(num_prompt_tokens, self._max_model_len)
-        if max_tokens is None:
+        if max_tokens is None or (params.clip_max_tokens and max_tokens > room):
             return room
         if max_tokens > room:
             raise ContextLengthExceededError(

@@ -25,6 +25,7 @@ from .token_bytes import OTHER, DecoderKind, LeadingSpace, classify_decoder
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 _FEW_TOKENS = 1024
+_MAX_TOKEN_IDS = 2**31 - 1
 
 _T = TypeVar("_T")
 
@@ -221,14 +222,14 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnsupportedModelError(f"{path} is not a JSON object: {error}; download the checkpoint again") from error
 
 
 def _token_ids(value: object) -> list[int]:
     """`eos_token_id` of a config: absent, a number, or a list of them."""
     values = value if isinstance(value, list) else [value]
-    return [token_id for token_id in values if isinstance(token_id, int)]
+    return [token_id for token_id in values if type(token_id) is int and 0 <= token_id < _MAX_TOKEN_IDS]
 
 
 def _read_template(chat_template: str) -> str:
@@ -264,7 +265,7 @@ def _set_template(tokenizer: Any, chat_template: str | None) -> None:
     _compile_template(tokenizer, given=chat_template is not None)
 
 
-def _load_gguf(path: Path, chat_template: str | None) -> HFTokenizer:
+def _load_gguf(path: Path, chat_template: str | None, eos_token_ids: list[int]) -> HFTokenizer:
     files = read_gguf_tokenizer(path)
     try:
         backend = Tokenizer.from_str(msgspec.json.encode(files.tokenizer_json).decode())
@@ -275,7 +276,7 @@ def _load_gguf(path: Path, chat_template: str | None) -> HFTokenizer:
         ) from error
     tokenizer = PlainTokenizer(backend, files.special_tokens, [], files.chat_template)
     _set_template(tokenizer, chat_template)
-    return HFTokenizer(tokenizer, eos_token_ids=files.eos_token_ids, model_vocab_size=files.vocab_size)
+    return HFTokenizer(tokenizer, eos_token_ids=eos_token_ids or files.eos_token_ids, model_vocab_size=files.vocab_size)
 
 
 def _load(folder: Path, trust_remote_code: bool) -> Any:
@@ -293,13 +294,20 @@ def _load(folder: Path, trust_remote_code: bool) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
-def load_tokenizer(folder: Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> HFTokenizer:
+def load_tokenizer(
+    folder: Path,
+    *,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    generation_config: Path | None = None,
+) -> HFTokenizer:
     """Load the tokenizer of a checkpoint in Hugging Face layout or of a GGUF file; reaches for nothing outside it.
 
     Args:
         folder: with tokenizer.json, or what `transformers` needs for a slow tokenizer; or a GGUF file.
         chat_template: path of a jinja file, or the template itself, in place of the checkpoint's own.
         trust_remote_code: run a tokenizer class that the checkpoint brings.
+        generation_config: file that names end tokens; None is the one in `folder`.
 
     Raises:
         ModelNotFoundError: there is no such folder.
@@ -307,7 +315,8 @@ def load_tokenizer(folder: Path, *, chat_template: str | None = None, trust_remo
         InvalidRequestError: the chat template is not there, or is not valid jinja.
     """
     if is_gguf(folder):
-        return _load_gguf(folder, chat_template)
+        stated = {} if generation_config is None else _read_json(generation_config)
+        return _load_gguf(folder, chat_template, _token_ids(stated.get("eos_token_id")))
     if not folder.is_dir():
         raise ModelNotFoundError(f"{folder} is not a folder: give the checkpoint's folder or a hub name")
     try:
@@ -320,7 +329,7 @@ def load_tokenizer(folder: Path, *, chat_template: str | None = None, trust_remo
     _set_template(tokenizer, chat_template)
     config = _read_json(folder / "config.json")
     text_config = config.get("text_config") or config
-    eos_token_ids = _token_ids(_read_json(folder / "generation_config.json").get("eos_token_id"))
+    eos_token_ids = _token_ids(_read_json(generation_config or folder / "generation_config.json").get("eos_token_id"))
     if not eos_token_ids:  # as `transformers.generate` does: config.json counts only where the other is silent
         eos_token_ids = _token_ids(config.get("eos_token_id")) or _token_ids(text_config.get("eos_token_id"))
     vocab_size = text_config.get("vocab_size")

@@ -83,8 +83,8 @@ static int multiply(const product *p, const step *s, const void *x, char *out, c
             TRY_MEMORY(octavo_linear_quantized(x, s->dtype, p->weights[i], to, s->num_tokens, s->num_threads,
                                                s->may_be_quick));
         else
-            TRY_MEMORY(octavo_linear(x, p->weights[i], to, s->num_tokens, p->in_features, columns, s->dtype, p->kinds[i],
-                                     s->num_threads));
+            TRY_MEMORY((s->may_be_quick ? octavo_linear_quick : octavo_linear)(
+                x, p->weights[i], to, s->num_tokens, p->in_features, columns, s->dtype, p->kinds[i], s->num_threads));
         for (int64_t row = 0; row < s->num_tokens && !is_whole; row++)
             memcpy(out + (row * width + from) * size, part + row * columns * size, columns * size);
         from += columns;

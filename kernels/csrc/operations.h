@@ -52,6 +52,10 @@ void octavo_gated_activation(const void *gate_up, int64_t stride, void *out, int
 int octavo_linear(const void *x, const void *w, void *out, int64_t num_rows, int64_t in_features, int64_t out_features,
                   int dtype, int w_dtype, int num_threads);
 
+/* The same, of bfloat16 in whole numbers where that is quicker: see linear_whole.c. */
+int octavo_linear_quick(const void *x, const void *w, void *out, int64_t num_rows, int64_t in_features,
+                        int64_t out_features, int dtype, int w_dtype, int num_threads);
+
 struct quantized_weight; /* `weight` of quantized.c */
 /* 0, or -1 when out of memory. */
 int octavo_linear_quantized(const void *x, int x_dtype, const struct quantized_weight *from, void *out, int64_t num_rows,

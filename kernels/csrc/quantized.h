@@ -112,13 +112,14 @@ INLINE int64_t tile_start(int64_t tile, int64_t num_rows, int64_t num_tiles) {
 int octavo_linear_whole(const void *x, int dtype, const quantized *w, void *out, int64_t num_rows, int64_t in_features,
                         int num_threads);
 
-#define FEW_ROWS 8 /* whose codes octavo_linear_whole unpacks in registers */
+#define FEW_ROWS 8 /* at most, whose codes octavo_linear_whole unpacks in registers: see most_few */
+/* Rows up to which that is quicker than a panel. */
+INLINE int64_t most_few(const quantized *w) { return w->bits == 8 && w->group_size % 32 == 0 ? FEW_ROWS : FEW_ROWS / 2; }
+
 /* Whether octavo_linear_whole can do it, and is quicker: for many rows floats have wider vectors with AVX-512. */
 INLINE int whole_is_quick(const quantized *w, int64_t num_rows) {
-#if defined(__AVX2__) && VL == 8
-    return w->group_size % (num_rows <= FEW_ROWS ? 32 : SEGMENT) == 0;
-#elif defined(__AVX2__)
-    return w->group_size % 32 == 0 && num_rows <= FEW_ROWS;
+#if defined(__AVX2__)
+    return VL == 8 || (w->group_size % 32 == 0 && num_rows <= most_few(w));
 #else
     (void)w;
     (void)num_rows;

@@ -1,15 +1,17 @@
 /* Weights of 4 or 8 bits times x in whole numbers: the quick way of quantized.c, for x of 16-bit floats.
  *
- * x is rounded to whole numbers of 16 bits with a power of two for each X_BLOCK inputs, and multiplied by codes exactly:
- * one instruction for 16 products, where floats take two. Sums over X_BLOCK inputs, or SEGMENT where groups are as small,
- * become floats, and are multiplied by both scales.
+ * x is rounded to whole numbers with a scale for each X_BLOCK inputs, and multiplied by codes exactly. Beside codes of 8
+ * bits it has 16 and its scale is a power of two: one instruction for 16 products, where floats take two. Beside codes of
+ * 4 bits, whose own rounding is a hundred times coarser, it has 8: one for 32, and sums of 16 bits hold those of a whole
+ * X_BLOCK. Sums over X_BLOCK inputs, or SEGMENT where groups are as small, become floats, and are multiplied by both scales.
  *
  * A few rows wait for memory and for codes to be unpacked, which is done in registers; the lanes of a vector are inputs.
  * For more rows codes are unpacked once, into a panel in the L1 cache, by which all tiles are multiplied. There lanes are
- * columns, so that products of a whole segment become one float, and pairs of inputs lie beside each other:
+ * columns, so that products of a whole segment become one float, and as many inputs as a word of 32 bits holds lie beside
+ * each other, pairs of 16 bits, or four of 8 bits:
  *
- *   x, int16 [in / PANEL_K][tiles][PANEL_K / 2][rows of the tile][2]
- *   w, int16 [PANEL_K / 2][PANEL_COLS][2]
+ *   x [in / PANEL_K][tiles][words of PANEL_K][rows of the tile]
+ *   w [words of PANEL_K][PANEL_COLS]
  *
  * An output's bits depend on its own row and column, and on whether there are a few rows or many.
  */
@@ -17,7 +19,7 @@
 #include "work_queue.h"
 
 #ifdef __AVX2__
-#define X_BLOCK 32 /* inputs of x that share a power of two */
+#define X_BLOCK 32 /* inputs of x that share a scale */
 #define COLS 4 /* at most, multiplied at once, for a few rows */
 #define FEW_TILE 4 /* rows, likewise */
 #define FEW_COLS 960 /* columns that a thread takes at once: long streams in the order of memory */
@@ -31,8 +33,9 @@
 
 /* Rows in whole numbers: x = integers * scale. */
 typedef struct {
-    int16_t *integers; /* as above; of a few rows [rows, padded_in] */
-    float *scale;      /* [rows, padded_in / X_BLOCK], powers of two */
+    int16_t *integers; /* as above; of a few rows [rows, padded_in]; int8_t beside codes of 4 bits */
+    float *scale;      /* [rows, padded_in / X_BLOCK] */
+    int32_t *zero;     /* the same: the sum of whole numbers times the zero of plain codes of 4 bits */
     float *sum;        /* [rows, sums_stride] of x: inputs' [k, k + block_of(x)) from k / SEGMENT on, as in `factors` */
     int64_t num_rows, num_tiles, padded_in, sums_stride;
     int few, bits;
@@ -41,43 +44,69 @@ typedef struct {
 /* Inputs whose factors are taken at once. */
 INLINE int64_t block_of(const whole *x) { return x->few ? BLOCK_K : PANEL_K; }
 
-/* X_BLOCK numbers to whole ones below 2^15 times the scale that is returned; NaN where one is not finite. */
-INLINE float round_block(int16_t *integers, const float *x) {
-    float largest = 0.0f, up;
-    int finite = 1;
-    for (int j = 0; j < X_BLOCK; j++) largest = __builtin_fabsf(x[j]) > largest ? __builtin_fabsf(x[j]) : largest;
-    for (int j = 0; j < X_BLOCK; j++) finite &= __builtin_fabsf(x[j]) <= 3.4e38f;
-    uint32_t bits;
-    memcpy(&bits, &largest, sizeof bits);
-    int64_t up_by = 14 - ((int64_t)(bits >> 23) - 127); /* largest * 2^up_by is from 2^14 to 2^15 */
-    up_by = min64(up_by, 126);
-    uint32_t up_bits = (uint32_t)(up_by + 127) << 23;
-    memcpy(&up, &up_bits, sizeof up);
+/* X_BLOCK numbers to whole ones times the scale that is returned; NaN where one is not finite. With 16 bits they are
+ * below 2^15 and the scale is a power of two; with 8 bits the largest becomes 127. */
+INLINE float round_block(int16_t *integers, const float *x, int bits) {
+    float largest = 0.0f, up, scale, most[8];
+    __m256 all = _mm256_setzero_ps(), outside = all, sign = _mm256_set1_ps(-0.0f);
+    for (int j = 0; j < X_BLOCK; j += 8) {
+        __m256 magnitude = _mm256_andnot_ps(sign, _mm256_loadu_ps(x + j));
+        all = _mm256_max_ps(all, magnitude);
+        outside = _mm256_or_ps(outside, _mm256_cmp_ps(magnitude, _mm256_set1_ps(3.4e38f), _CMP_NLE_UQ));
+    }
+    int finite = !_mm256_movemask_ps(outside);
+    _mm256_storeu_ps(most, all);
+    for (int j = 0; j < 8; j++) largest = most[j] > largest ? most[j] : largest;
+    if (bits == 8) {
+        largest = largest < 0x1p-119f ? 0x1p-119f : largest; /* neither number below may leave the normal ones */
+        up = 127.0f / largest;
+        scale = largest / 127.0f;
+    } else {
+        uint32_t word;
+        memcpy(&word, &largest, sizeof word);
+        int64_t up_by = 14 - ((int64_t)(word >> 23) - 127); /* largest * 2^up_by is from 2^14 to 2^15 */
+        up_by = min64(up_by, 126);
+        uint32_t up_word = (uint32_t)(up_by + 127) << 23;
+        memcpy(&up, &up_word, sizeof up);
+        scale = 1.0f / up;
+    }
     for (int j = 0; j < X_BLOCK; j++) {
         float shifted = x[j] * up + 12582912.0f; /* 1.5 * 2^23: rounds, and leaves the number in the low bits */
         uint32_t low;
         memcpy(&low, &shifted, sizeof low);
-        integers[j] = finite ? (int16_t)(low & 0xffff) : 0;
+        integers[j] = (int16_t)(low & 0xffff);
     }
-    return finite ? 1.0f / up : __builtin_nanf("");
+    if (!finite) memset(integers, 0, X_BLOCK * sizeof *integers);
+    return finite ? scale : __builtin_nanf("");
 }
 
 /* Input of the pair that stands at inputs j and j + 1. Of four codes of 8 bits in a word the even and the odd ones are pairs,
  * which a mask and a shift take out. */
-INLINE int first_of_pair(int j, int bits) { return bits == 8 ? j / 4 * 4 + j % 4 / 2 : j; }
+INLINE int first_of_pair(int j) { return j / 4 * 4 + j % 4 / 2; }
 
 /* Where X_BLOCK inputs from i on of row `first` + `r` go, the first rows of whose tile is `first`. */
 INLINE void put_block(const whole *to, const int16_t *integers, int64_t first, int64_t r, int64_t height, int64_t i) {
-    if (to->few) {
+    if (to->few && to->bits == 8) {
         memcpy(to->integers + (first + r) * to->padded_in + i, integers, X_BLOCK * sizeof *integers);
         return;
     }
+    if (to->few) { /* as `order_nibbles` leaves codes: four of one half of PAD inputs, then of the other */
+        int8_t *block = (int8_t *)to->integers + (first + r) * to->padded_in + i / PAD * PAD;
+        for (int j = 0; j < X_BLOCK; j++)
+            block[j / 16 * X_BLOCK + j / 4 % 4 * 8 + i % PAD / X_BLOCK * 4 + j % 4] = (int8_t)integers[j];
+        return;
+    }
     int64_t k = i / PANEL_K * PANEL_K, dim = min64(PANEL_K, to->padded_in - k);
+    if (to->bits == 4) {
+        int8_t *tile = (int8_t *)to->integers + k * to->num_rows + first * dim;
+        for (int j = 0; j < X_BLOCK; j++) tile[((i - k + j) / 4 * height + r) * 4 + j % 4] = (int8_t)integers[j];
+        return;
+    }
     int16_t *tile = to->integers + k * to->num_rows + first * dim;
     for (int j = 0; j < X_BLOCK; j += 2) {
         int16_t *pair = tile + (i - k + j) * height + 2 * r;
-        pair[0] = integers[first_of_pair(j, to->bits)];
-        pair[1] = integers[first_of_pair(j, to->bits) + (to->bits == 8 ? 2 : 1)];
+        pair[0] = integers[first_of_pair(j)];
+        pair[1] = integers[first_of_pair(j) + 2];
     }
 }
 
@@ -92,14 +121,17 @@ INLINE void round_row(const whole *to, int64_t first, int64_t r, int64_t height,
         float x[X_BLOCK];
         for (int64_t j = 0; j < X_BLOCK; j += VL)
             store(x, j, i + j < size ? load_upto(from, (first + r) * size + i + j, size - i - j, dtype) : (vf){0}, F32);
-        float scale = round_block(integers, x);
+        float scale = round_block(integers, x, to->bits == 4 ? 8 : 16);
         put_block(to, integers, first, r, height, i);
         scales[i / X_BLOCK] = scale;
+        int32_t all = 0;
         for (int64_t j = 0; j < X_BLOCK; j += SEGMENT) {
             int32_t sum = 0;
             for (int n = 0; n < SEGMENT; n++) sum += integers[j + n];
-            sums[i / block * block / SEGMENT + ((i % block + j) >> shift)] += (float)sum * scale; /* below 2^19: exact */
+            sums[i / block * block / SEGMENT + ((i % block + j) >> shift)] += (float)sum * scale;
+            all += sum;
         }
+        to->zero[(first + r) * (to->padded_in / X_BLOCK) + i / X_BLOCK] = 8 * all;
     }
 }
 
@@ -120,97 +152,242 @@ INLINE __m256i multiply_add(__m256i sum, __m256i a, __m256i b) {
 #endif
 }
 
-/* Codes of inputs 32 * half .. of PAD, which lie in `words` for 4 bits. */
-INLINE void codes_of_half(__m256i code[2], __m256i words, const uint8_t *from, int half, int bits) {
-    const __m256i low = _mm256_set1_epi16(15);
-    if (bits == 8) {
-        code[0] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(from + 32 * half)));
-        code[1] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(from + 32 * half + 16)));
+/* Eight factors as floats, or each of four twice. */
+INLINE v8 load_eight(const void *base, int64_t element, int dtype, int twice) {
+    v8 x;
+    if (dtype == F32) {
+        const float *from = (const float *)base + element;
+        x = twice ? (v8)_mm256_castps128_ps256(_mm_loadu_ps(from)) : (v8)_mm256_loadu_ps(from);
     } else {
-        code[0] = _mm256_and_si256(half ? _mm256_srli_epi16(words, 8) : words, low);
-        code[1] = half ? _mm256_srli_epi16(words, 12) : _mm256_and_si256(_mm256_srli_epi16(words, 4), low);
+        const __m128i *from = (const __m128i *)((const uint16_t *)base + element);
+        __m128i half = twice ? _mm_loadl_epi64(from) : _mm_loadu_si128(from);
+        x = (v8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+#ifdef __F16C__
+        if (dtype == F16) x = (v8)_mm256_cvtph_ps(half);
+#endif
     }
+    return twice ? __builtin_shufflevector(x, x, 0, 0, 1, 1, 2, 2, 3, 3) : x;
+}
+
+#ifdef __F16C__
+#define HAS_HALVES 1
+#else
+#define HAS_HALVES 0
+#endif
+#define MAX_SEGMENTS (BLOCK_K / SEGMENT)
+
+/* What sums of rows [row, row + rows) of x times weight rows col, col + apart, .. begin with. */
+typedef struct {
+    float scale[FEW_TILE * COLS][MAX_SEGMENTS]; /* of x's whole numbers times codes: [row * num_cols + column][segment] */
+    v8 sums[FEW_TILE * COLS]; /* what offsets add, in lanes; and what is left of it */
+    float extra[FEW_TILE * COLS];
+} products;
+
+typedef struct {
+    int64_t row, col, last_col, apart, k, size;
+    int rows, num_cols;
+} tile;
+
+enum { NO_OFFSETS, PLAIN_ZEROS, ZEROS, OFFSETS };
+
+/* Where a vector's lanes are segments with factors of their own, or pairs of them: as `--quantization` and GGUF files have
+ * them. */
+INLINE void direct_scales(products *to, const whole *x, const quantized *w, const tile *t, int twice, int segment,
+                          int scale_dtype, int kind) {
+    int64_t x_stride = w->padded_in / X_BLOCK, num = t->size / segment, num_groups = w->num_groups;
+    for (int r = 0; r < t->rows; r++) {
+        const float *x_scales = x->scale + (t->row + r) * x_stride + t->k / X_BLOCK;
+        const float *x_sums = x->sum + (t->row + r) * x->sums_stride + t->k / SEGMENT;
+        for (int c = 0; c < t->num_cols; c++) {
+            int64_t first = min64(t->col + c * t->apart, t->last_col) * num_groups + (t->k / segment >> twice);
+            float *scale = to->scale[r * t->num_cols + c];
+            v8 sum = {0};
+            __builtin_prefetch(at(w->scales, first + 4 * num_groups, scale_dtype));
+            for (int64_t n = 0; n < num; n += 8) {
+                v8 scales = load_eight(w->scales, first + (n >> twice), scale_dtype, twice), offsets, x_scale;
+                if (segment == X_BLOCK) {
+                    x_scale = *(const v8_mem *)(x_scales + n);
+                } else {
+                    v4 four = *(const v4_mem *)(x_scales + n / 2);
+                    x_scale = __builtin_shufflevector(four, four, 0, 0, 1, 1, 2, 2, 3, 3);
+                }
+                *(v8_mem *)(scale + n) = scales * x_scale;
+                if (kind == NO_OFFSETS) continue;
+                if (kind == PLAIN_ZEROS) offsets = scales * -8.0f;
+                if (kind == OFFSETS) offsets = load_eight(w->offsets, first + n, w->offset_dtype, 0);
+                if (kind == ZEROS) {
+                    __m128i zeros = _mm_loadu_si128((const __m128i *)(w->zeros + first + n));
+                    offsets = -scales * (v8)_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(zeros));
+                }
+                sum = fma8(offsets, *(const v8_mem *)(x_sums + n), sum);
+            }
+            to->sums[r * t->num_cols + c] = sum;
+        }
+    }
+}
+
+/* Any other factors. */
+INLINE void other_scales(products *to, const whole *x, const quantized *w, const tile *t, int bits, int segment) {
+    int64_t x_stride = w->padded_in / X_BLOCK, num = t->size / segment, num_groups = ((t->size - 1) >> w->shift) + 1;
+    int spread = w->shift - (segment == X_BLOCK ? 5 : 4); /* a segment's factors stand at n >> spread */
+    __m256i lane = _mm256_srl_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm_cvtsi32_si128(spread));
+    for (int c = 0; c < t->num_cols; c++) {
+        factors f;
+        load_factors(&f, w, min64(t->col + c * t->apart, t->last_col), t->k, t->size, 8);
+        for (int r = 0; r < t->rows; r++) {
+            int i = r * t->num_cols + c;
+            const float *x_scales = x->scale + (t->row + r) * x_stride + t->k / X_BLOCK;
+            const float *x_sums = x->sum + (t->row + r) * x->sums_stride + t->k / SEGMENT;
+            int64_t n = 0, g = 0;
+            for (; n + 8 <= num && segment == X_BLOCK; n += 8) {
+                __m256 scales = _mm256_permutevar8x32_ps(_mm256_loadu_ps(f.scale + (n >> spread)), lane);
+                *(v8_mem *)(to->scale[i] + n) = (v8)scales * *(const v8_mem *)(x_scales + n);
+            }
+            for (; n < num; n++) to->scale[i][n] = f.scale[n >> spread] * x_scales[n * segment / X_BLOCK];
+            to->sums[i] = (v8){0};
+            to->extra[i] = 0.0f;
+            if (bits == 8 && !w->zeros && !w->offsets) continue;
+            for (; g + 8 <= num_groups; g += 8)
+                to->sums[i] = fma8(*(const v8_mem *)(f.offset + g), *(const v8_mem *)(x_sums + g), to->sums[i]);
+            for (; g < num_groups; g++) to->extra[i] += f.offset[g] * x_sums[g];
+        }
+    }
+}
+
+INLINE void find_scales(products *to, const whole *x, const quantized *w, const tile *t, int bits, int segment) {
+    int has_offsets = w->zeros || w->offsets, has_halves = w->scale_dtype == F16 || (w->offsets && w->offset_dtype == F16);
+    int twice = segment == X_BLOCK && bits == 8 && w->group_size == 2 * X_BLOCK && !has_offsets;
+    int64_t group = segment << twice;
+    int is_direct = t->size / segment % 8 == 0 && w->group_size == group && t->k + t->size <= w->num_groups * group;
+    if (!is_direct || (has_halves && !HAS_HALVES)) {
+        other_scales(to, x, w, t, bits, segment);
+        return;
+    }
+    memset(to->extra, 0, sizeof to->extra);
+#define DIRECT(dtype, kind) \
+    if (w->scale_dtype == dtype) direct_scales(to, x, w, t, kind == NO_OFFSETS && twice, segment, dtype, kind)
+#define EACH_DTYPE(kind) DIRECT(F32, kind); DIRECT(BF16, kind); DIRECT(F16, kind)
+    if (w->offsets) {
+        EACH_DTYPE(OFFSETS);
+    } else if (w->zeros) {
+        EACH_DTYPE(ZEROS);
+    } else if (bits == 4) {
+        EACH_DTYPE(PLAIN_ZEROS);
+    } else {
+        EACH_DTYPE(NO_OFFSETS);
+    }
+}
+
+/* Not inlined: they are called in many places, which would have fewer registers. */
+#define FIND_SCALES(bits, segment) \
+    static __attribute__((noinline)) void find_scales_##bits##_##segment(products *to, const whole *x, \
+                                                                         const quantized *w, const tile *t) { \
+        find_scales(to, x, w, t, bits, segment); \
+    }
+FIND_SCALES(4, 32)
+FIND_SCALES(8, 32)
+FIND_SCALES(8, 16)
+
+/* Bytes of a block of 4-bit codes such that each word of 32 bits has codes of one half of its inputs. */
+INLINE __m256i order_nibbles(__m256i words) {
+    const __m256i order = _mm256_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10,
+                                           12, 14, 9, 11, 13, 15);
+    return _mm256_shuffle_epi8(words, order);
+}
+
+/* acc += x . w over PAD inputs of 4 bits; two scales. */
+INLINE v8 add_nibbles(v8 acc, __m256i low, __m256i high, const int8_t *x, const float *scale) {
+    __m256i a = _mm256_maddubs_epi16(low, _mm256_loadu_si256((const __m256i *)x));
+    __m256i b = _mm256_maddubs_epi16(high, _mm256_loadu_si256((const __m256i *)(x + X_BLOCK)));
+    __m256i sum = _mm256_madd_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi16(1)); /* of 8 products below 15 * 127 */
+    double both;
+    memcpy(&both, scale, sizeof both);
+    return fma8((v8)_mm256_cvtepi32_ps(sum), (v8)_mm256_set1_pd(both), acc);
 }
 
 /* sums[r * FEW_COLS + c * apart] += x[row + r] . w[col + c * apart] over size inputs; of columns from col on there are
  * `cols`. */
 INLINE void dot_whole(float *sums, const whole *x, int64_t row, const quantized *w, int64_t col, int64_t cols,
-                      int64_t apart, int64_t k, int64_t size, int bits, int rows, int num_cols) {
-    float scale[FEW_TILE * COLS][BLOCK_K / X_BLOCK]; /* of x's whole numbers times the weight's codes */
+                      int64_t apart, int64_t k, int64_t size, int bits, int segment, int rows, int num_cols) {
+    products p;
+    tile t = {row, col, col + cols - 1, apart, k, size, rows, num_cols};
     v8 acc[FEW_TILE * COLS] = {{0}};
     const uint8_t *codes[COLS];
-    int64_t num_blocks = w->padded_in / X_BLOCK, n_groups = ((size - 1) >> w->shift) + 1;
     const int16_t *integers = x->integers + row * w->padded_in + k;
-    int has_offsets = bits == 4 || w->zeros || w->offsets, spread = w->shift - 5;
-    __m256i lane = _mm256_srl_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm_cvtsi32_si128(spread));
-    float extra[FEW_TILE * COLS] = {0};
-    int64_t group = k / w->group_size, plain_group = bits == 4 ? X_BLOCK : 2 * X_BLOCK; /* as `--quantization` makes weights */
-    int is_plain = !w->zeros && !w->offsets && w->scale_dtype == BF16 && w->group_size == plain_group &&
-                   size % (8 * X_BLOCK) == 0 && (k + size) / plain_group <= w->num_groups;
+    const int8_t *bytes = (const int8_t *)x->integers + row * w->padded_in + k;
+    int64_t plain_group = bits == 4 ? X_BLOCK : 2 * X_BLOCK, first_group = k / plain_group;
+    int is_plain = segment == X_BLOCK && !w->zeros && !w->offsets && w->scale_dtype == BF16 &&
+                   w->group_size == plain_group && size % (8 * X_BLOCK) == 0 &&
+                   first_group + size / plain_group <= w->num_groups;
+    if (!is_plain) {
+        if (bits == 4) find_scales_4_32(&p, x, w, &t);
+        if (bits == 8 && segment == X_BLOCK) find_scales_8_32(&p, x, w, &t);
+        if (bits == 8 && segment != X_BLOCK) find_scales_8_16(&p, x, w, &t);
+        UNROLL for (int i = 0; i < rows * num_cols; i++) acc[i] = p.sums[i];
+    }
     UNROLL for (int c = 0; c < num_cols; c++) {
-        factors f;
-        int64_t out = col + min64(c * apart, cols - 1);
+        int64_t out = min64(col + c * apart, t.last_col);
         codes[c] = w->codes + out * w->row_bytes + k * bits / 8;
-        __builtin_prefetch(at(w->scales, (out + 4) * w->num_groups + group, w->scale_dtype));
-        if (is_plain) { /* what load_factors would make of it, in registers */
-            const uint16_t *from = (const uint16_t *)w->scales + out * w->num_groups + k / plain_group;
-            for (int64_t n = 0; n < size / X_BLOCK; n += 8) {
-                __m128i some = bits == 4 ? _mm_loadu_si128((const __m128i *)(from + n))
-                                         : _mm_loadl_epi64((const __m128i *)(from + n / 2));
-                v8 scales = (v8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(some), 16);
-                if (bits == 8) scales = __builtin_shufflevector(scales, scales, 0, 0, 1, 1, 2, 2, 3, 3);
-                UNROLL for (int r = 0; r < rows; r++) {
-                    const float *x_scale = x->scale + (row + r) * num_blocks + k / X_BLOCK;
-                    const float *group_sum = x->sum + (row + r) * x->sums_stride + k / SEGMENT;
-                    *(v8_mem *)(scale[r * num_cols + c] + n) = scales * *(const v8_mem *)(x_scale + n);
-                    if (bits == 4)
-                        acc[r * num_cols + c] =
-                            fma8(scales * -8.0f, *(const v8_mem *)(group_sum + n), acc[r * num_cols + c]);
-                }
+        if (!is_plain) continue;
+        /* As `--quantization` makes weights, the same in registers of this function. */
+        const uint16_t *from = (const uint16_t *)w->scales + out * w->num_groups + first_group;
+        __builtin_prefetch(from + 4 * w->num_groups);
+        for (int64_t n = 0; n < size / X_BLOCK; n += 8) {
+            v8 scales = load_eight(from, bits == 4 ? n : n / 2, BF16, bits == 8);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const float *x_scale = x->scale + (row + r) * (w->padded_in / X_BLOCK) + k / X_BLOCK;
+                const float *x_sum = x->sum + (row + r) * x->sums_stride + k / SEGMENT;
+                v8 *to = acc + r * num_cols + c;
+                *(v8_mem *)(p.scale[r * num_cols + c] + n) = scales * *(const v8_mem *)(x_scale + n);
+                if (bits == 4) *to = fma8(scales * -8.0f, *(const v8_mem *)(x_sum + n), *to);
             }
-            continue;
-        }
-        load_factors(&f, w, out, k, size, 8);
-        UNROLL for (int r = 0; r < rows; r++) {
-            const float *x_scale = x->scale + (row + r) * num_blocks + k / X_BLOCK;
-            int64_t n = 0, end = size / X_BLOCK;
-            for (; n + 8 <= end; n += 8) {
-                __m256 scales = _mm256_loadu_ps(f.scale + (n >> spread));
-                v8 product = (v8)_mm256_permutevar8x32_ps(scales, lane) * *(const v8_mem *)(x_scale + n);
-                *(v8_mem *)(scale[r * num_cols + c] + n) = product;
-            }
-            for (; n < end; n++) scale[r * num_cols + c][n] = f.scale[n >> spread] * x_scale[n];
-            if (!has_offsets) continue;
-            const float *group_sum = x->sum + (row + r) * x->sums_stride + k / SEGMENT;
-            int64_t g = 0;
-            for (; g + 8 <= n_groups; g += 8)
-                acc[r * num_cols + c] =
-                    fma8(*(const v8_mem *)(f.offset + g), *(const v8_mem *)(group_sum + g), acc[r * num_cols + c]);
-            for (; g < n_groups; g++) extra[r * num_cols + c] += f.offset[g] * group_sum[g];
         }
     }
     for (int64_t i = 0, byte = 0; i < size; i += PAD, byte += PAD * bits / 8) {
-        __m256i words[COLS];
-        UNROLL for (int c = 0; c < num_cols; c++) {
-            __builtin_prefetch(codes[c] + byte + AHEAD);
-            if (bits == 4) words[c] = _mm256_loadu_si256((const __m256i *)(codes[c] + byte));
+        UNROLL for (int c = 0; c < num_cols; c++) __builtin_prefetch(codes[c] + byte + AHEAD);
+        if (bits == 4) {
+            const __m256i nibble = _mm256_set1_epi8(15);
+            UNROLL for (int c = 0; c < num_cols; c++) {
+                __m256i words = order_nibbles(_mm256_loadu_si256((const __m256i *)(codes[c] + byte)));
+                __m256i low = _mm256_and_si256(words, nibble);
+                __m256i high = _mm256_and_si256(_mm256_srli_epi16(words, 4), nibble);
+                UNROLL for (int r = 0; r < rows; r++)
+                    acc[r * num_cols + c] = add_nibbles(acc[r * num_cols + c], low, high, bytes + r * w->padded_in + i,
+                                                        p.scale[r * num_cols + c] + i / X_BLOCK);
+            }
+            continue;
         }
         UNROLL for (int half = 0; half < 2; half++) {
-            const __m256i *a = (const __m256i *)(integers + i + half * X_BLOCK);
-            __m256i a0 = _mm256_loadu_si256(a), a1 = _mm256_loadu_si256(a + 1);
-            if (rows == 1) { /* the same for all columns */
-                KEEP(a0);
-                KEEP(a1);
+            __m256i code[COLS][2];
+            UNROLL for (int c = 0; c < num_cols && rows > 1; c++) {
+                const __m128i *from = (const __m128i *)(codes[c] + byte + X_BLOCK * half);
+                code[c][0] = _mm256_cvtepi8_epi16(_mm_loadu_si128(from));
+                code[c][1] = _mm256_cvtepi8_epi16(_mm_loadu_si128(from + 1));
+                KEEP(code[c][0]);
+                KEEP(code[c][1]);
             }
-            UNROLL for (int c = 0; c < num_cols; c++) {
-                __m256i code[2];
-                codes_of_half(code, words[c], codes[c] + byte, half, bits);
-                UNROLL for (int r = 0; r < rows; r++) {
-                    const __m256i *b = (const __m256i *)(integers + r * w->padded_in + i + half * X_BLOCK);
-                    __m256i sum = _mm256_madd_epi16(code[0], r ? _mm256_loadu_si256(b) : a0);
-                    sum = multiply_add(sum, code[1], r ? _mm256_loadu_si256(b + 1) : a1);
-                    v8 factor = splat8(scale[r * num_cols + c][i / X_BLOCK + half]);
-                    acc[r * num_cols + c] = fma8((v8)_mm256_cvtepi32_ps(sum), factor, acc[r * num_cols + c]);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const __m256i *a = (const __m256i *)(integers + r * w->padded_in + i + half * X_BLOCK);
+                __m256i a0 = _mm256_loadu_si256(a), a1 = _mm256_loadu_si256(a + 1);
+                if (num_cols > 1) {
+                    KEEP(a0);
+                    KEEP(a1);
+                }
+                UNROLL for (int c = 0; c < num_cols; c++) {
+                    v8 *to = acc + r * num_cols + c;
+                    const float *by = p.scale[r * num_cols + c] + (i + half * X_BLOCK) / segment;
+                    if (rows == 1) { /* each is used once: no register holds it for longer */
+                        const __m128i *from = (const __m128i *)(codes[c] + byte + X_BLOCK * half);
+                        code[c][0] = _mm256_cvtepi8_epi16(_mm_loadu_si128(from));
+                        code[c][1] = _mm256_cvtepi8_epi16(_mm_loadu_si128(from + 1));
+                    }
+                    if (segment == X_BLOCK) {
+                        __m256i sum = multiply_add(_mm256_madd_epi16(code[c][0], a0), code[c][1], a1);
+                        *to = fma8((v8)_mm256_cvtepi32_ps(sum), splat8(by[0]), *to);
+                    } else {
+                        *to = fma8((v8)_mm256_cvtepi32_ps(_mm256_madd_epi16(code[c][0], a0)), splat8(by[0]), *to);
+                        *to = fma8((v8)_mm256_cvtepi32_ps(_mm256_madd_epi16(code[c][1], a1)), splat8(by[1]), *to);
+                    }
                 }
             }
         }
@@ -222,15 +399,16 @@ INLINE void dot_whole(float *sums, const whole *x, int64_t row, const quantized 
     }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int c = 0; c < num_cols; c++)
-            sums[r * FEW_COLS + c * apart] += result[r * num_cols + c] + extra[r * num_cols + c];
+            sums[r * FEW_COLS + c * apart] += result[r * num_cols + c] + (is_plain ? 0.0f : p.extra[r * num_cols + c]);
 }
 
 /* out[all rows, col ..] of a few rows, for at most FEW_COLS. Columns that are multiplied at once stand far apart: so each
  * is one of a few streams in the order of memory, which is what the processor's prefetcher follows. */
-INLINE void few_rows(const whole *x, const quantized *w, float *sums, int64_t col, int64_t num_cols, int bits) {
+INLINE void few_rows(const whole *x, const quantized *w, float *sums, int64_t col, int64_t num_cols, int bits,
+                     int segment) {
     int64_t num_rows = x->num_rows;
     memset(sums, 0, num_rows * FEW_COLS * sizeof *sums);
-    int64_t step = num_rows == 1 ? COLS : num_rows == 2 ? 2 : 1, apart = (num_cols + step - 1) / step;
+    int64_t step = num_rows == 1 ? COLS : num_rows == 2 || bits == 8 ? 2 : 1, apart = (num_cols + step - 1) / step;
     int64_t tiles = (num_rows + FEW_TILE - 1) / FEW_TILE;
     for (int64_t c = 0; c < apart; c++)
         for (int64_t k = 0; k < w->padded_in; k += BLOCK_K) /* as the codes lie in memory */
@@ -238,25 +416,28 @@ INLINE void few_rows(const whole *x, const quantized *w, float *sums, int64_t co
                 int64_t size = min64(BLOCK_K, w->padded_in - k), row = num_rows * t / tiles;
                 float *to = sums + row * FEW_COLS + c;
                 int64_t rows = num_rows * (t + 1) / tiles - row, cols = num_cols - c;
-                if (step == COLS) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 1, COLS);
-                if (step == 2) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 2, 2);
-                if (step == 1 && rows == 2) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 2, 1);
-                if (step == 1 && rows == 3) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 3, 1);
-                if (step == 1 && rows == 4) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, 4, 1);
+                if (step == COLS) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, segment, 1, COLS);
+                if (step == 2 && rows == 2) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, segment, 2, 2);
+                if (step == 2 && rows == 3) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, segment, 3, 2);
+                if (step == 2 && rows == 4) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, segment, 4, 2);
+                if (step == 1 && rows == 2) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, segment, 2, 1);
+                if (step == 1 && rows == 3) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, segment, 3, 1);
+                if (step == 1 && rows == 4) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, segment, 4, 1);
             }
 }
 
-static void few_rows_4(const whole *x, const quantized *w, float *sums, int64_t col, int64_t num_cols) {
-    few_rows(x, w, sums, col, num_cols, 4);
-}
-
-static void few_rows_8(const whole *x, const quantized *w, float *sums, int64_t col, int64_t num_cols) {
-    few_rows(x, w, sums, col, num_cols, 8);
-}
+typedef void few(const whole *, const quantized *, float *, int64_t, int64_t);
+#define FEW(bits, segment) \
+    static void few_##bits##_##segment(const whole *x, const quantized *w, float *sums, int64_t col, int64_t num_cols) { \
+        few_rows(x, w, sums, col, num_cols, bits, segment); \
+    }
+FEW(4, 32)
+FEW(8, 32)
+FEW(8, 16)
 
 /* PANEL_COLS columns of at most PANEL_K inputs, unpacked, and what comes out of it. */
 typedef struct {
-    int32_t codes[PANEL_K / 2 * PANEL_COLS]; /* pairs of int16 */
+    int32_t codes[PANEL_K / 2 * PANEL_COLS]; /* pairs of int16, or four of uint8 */
     float scale[PANEL_K / SEGMENT][PANEL_COLS], offset[PANEL_K / SEGMENT][PANEL_COLS]; /* in the order of `factors` */
     float sums[MAX_ROWS * PANEL_COLS];
 } panel;
@@ -280,22 +461,32 @@ INLINE void transpose(v8 v[8]) {
     }
 }
 
-/* to[PANEL_COLS * pair]: pairs of PAD inputs of 8 rows of codes, less `zero` for 4 bits. */
-INLINE void unpack(int32_t *to, const uint8_t *const from[8], int bits, int zero) {
-    __m256i low = _mm256_set1_epi16(bits == 4 ? 15 : 255), less = _mm256_set1_epi16((int16_t)(bits == 4 ? zero : 128));
-    for (int half = 0; half < bits / 4; half++) {
+/* to[PANEL_COLS * pair]: pairs of PAD inputs of 8 rows of codes of 8 bits. */
+INLINE void unpack_bytes(int32_t *to, const uint8_t *const from[8]) {
+    for (int half = 0; half < 2; half++) {
         v8 words[8];
         UNROLL for (int c = 0; c < 8; c++) words[c] = *(const v8_mem *)(from[c] + 32 * half);
         transpose(words);
         UNROLL for (int j = 0; j < 8; j++) {
-            __m256i word = (__m256i)words[j];
-            if (bits == 8) word = _mm256_xor_si256(word, _mm256_set1_epi8(-128)); /* from 0 to 255, until `less` */
-            UNROLL for (int s = 0; s < 16 / bits; s++) {
-                __m256i codes = _mm256_and_si256(_mm256_srli_epi16(word, bits * s), low);
-                int pair = bits == 4 ? 8 * s + j : 16 * half + 2 * j + s;
-                *(__m256i *)(to + pair * PANEL_COLS) = _mm256_sub_epi16(codes, less);
+            __m256i word = _mm256_xor_si256((__m256i)words[j], _mm256_set1_epi8(-128)); /* from 0 to 255, until 128 less */
+            UNROLL for (int s = 0; s < 2; s++) {
+                __m256i codes = _mm256_and_si256(_mm256_srli_epi16(word, 8 * s), _mm256_set1_epi16(255));
+                *(__m256i *)(to + (16 * half + 2 * j + s) * PANEL_COLS) = _mm256_sub_epi16(codes, _mm256_set1_epi16(128));
             }
         }
+    }
+}
+
+/* to[PANEL_COLS * n]: the n-th four of PAD inputs of 8 rows of codes of 4 bits. */
+INLINE void unpack_nibbles(int32_t *to, const uint8_t *const from[8]) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    v8 words[8];
+    UNROLL for (int c = 0; c < 8; c++) words[c] = (v8)order_nibbles(_mm256_loadu_si256((const __m256i *)from[c]));
+    transpose(words);
+    UNROLL for (int j = 0; j < 8; j++) {
+        int32_t *four = to + (j % 2 * 8 + j / 2) * PANEL_COLS;
+        *(__m256i *)four = _mm256_and_si256((__m256i)words[j], nibble);
+        *(__m256i *)(four + 4 * PANEL_COLS) = _mm256_and_si256(_mm256_srli_epi16((__m256i)words[j], 4), nibble);
     }
 }
 
@@ -312,7 +503,10 @@ INLINE void fill_panel(panel *p, const quantized *w, int64_t col, int64_t num_co
             load_factors(&f[i], w, row, k, size, 8);
         }
         for (int64_t i = 0; i < size; i += PAD) {
-            unpack(p->codes + i / 2 * PANEL_COLS + c, from, bits, has_offsets ? 0 : 8);
+            if (bits == 4)
+                unpack_nibbles(p->codes + i / 4 * PANEL_COLS + c, from);
+            else
+                unpack_bytes(p->codes + i / 2 * PANEL_COLS + c, from);
             UNROLL for (int j = 0; j < 8; j++) from[j] += PAD * bits / 8;
         }
         for (int64_t n = 0; n < num_factors; n += 8) {
@@ -328,6 +522,12 @@ INLINE void fill_panel(panel *p, const quantized *w, int64_t col, int64_t num_co
     }
 }
 
+/* sum += code * x of four, as two of 16 bits. */
+INLINE void add_fours(__m256i *sum, __m256i code, __m256i x) {
+    __m256i product;
+    __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(*sum), "=&x"(product) : "x"(code), "x"(x));
+}
+
 /* sum += a * b of pairs. GCC left alone makes many products before it adds them, and moves them to memory. */
 INLINE void add_products(__m256i *sum, __m256i a, __m256i b) {
     __m256i product;
@@ -336,28 +536,39 @@ INLINE void add_products(__m256i *sum, __m256i a, __m256i b) {
 
 /* sums[r] += x[r] . w, for PANEL_COLS columns and inputs [k, k + size); x and the scales of its segments are a tile's. */
 INLINE void multiply_tile(float *sums, const panel *p, const whole *x, int64_t row, int64_t k, int64_t size, int shift,
-                          int has_offsets, int rows, int segment) {
-    const int32_t *pairs = (const int32_t *)(x->integers + k * x->num_rows + row * size);
+                          int has_offsets, int bits, int segment, int rows) {
+    int in_word = bits == 4 ? 4 : 2;
+    const int32_t *words = bits == 4 ? (const int32_t *)((const int8_t *)x->integers + k * x->num_rows + row * size)
+                                     : (const int32_t *)(x->integers + k * x->num_rows + row * size);
     for (int64_t i = 0; i < size; i += segment) {
         __m256i acc[TILE][2] = {{{0}}};
-        const __m256i *w = (const __m256i *)(p->codes + i / 2 * PANEL_COLS);
-        const int32_t *a = pairs + i / 2 * rows;
-        UNROLL for (int j = 0; j < segment / 2; j++, w += 2, a += rows) {
+        const __m256i *w = (const __m256i *)(p->codes + i / in_word * PANEL_COLS);
+        const int32_t *a = words + i / in_word * rows;
+        UNROLL for (int j = 0; j < segment / in_word; j++, w += 2, a += rows) {
             __m256i b0 = w[0], b1 = w[1];
             KEEP(b0);
             KEEP(b1);
             UNROLL for (int r = 0; r < rows; r++) {
                 __m256i both = _mm256_set1_epi32(a[r]);
-                add_products(&acc[r][0], both, b0);
-                add_products(&acc[r][1], both, b1);
+                if (bits == 4) {
+                    add_fours(&acc[r][0], b0, both);
+                    add_fours(&acc[r][1], b1, both);
+                } else {
+                    add_products(&acc[r][0], both, b0);
+                    add_products(&acc[r][1], both, b1);
+                }
             }
         }
         const float *scale = p->scale[i >> shift];
         UNROLL for (int r = 0; r < rows; r++) {
-            v8 x_scale = splat8(x->scale[(row + r) * (x->padded_in / X_BLOCK) + (k + i) / X_BLOCK]);
+            int64_t block = (row + r) * (x->padded_in / X_BLOCK) + (k + i) / X_BLOCK;
+            v8 x_scale = splat8(x->scale[block]);
             UNROLL for (int h = 0; h < 2; h++) {
                 v8_mem *to = (v8_mem *)(sums + r * PANEL_COLS + 8 * h);
-                *to = fma8((v8)_mm256_cvtepi32_ps(acc[r][h]) * x_scale, *(const v8_mem *)(scale + 8 * h), *to);
+                __m256i sum = acc[r][h];
+                if (bits == 4) sum = _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); /* of 8 times 2 products below 15 * 127 */
+                if (bits == 4 && !has_offsets) sum = _mm256_sub_epi32(sum, _mm256_set1_epi32(x->zero[block]));
+                *to = fma8((v8)_mm256_cvtepi32_ps(sum) * x_scale, *(const v8_mem *)(scale + 8 * h), *to);
             }
         }
     }
@@ -389,9 +600,9 @@ INLINE void multiply_panel(panel *p, const whole *x, const quantized *w, int64_t
             for (share++; asked < lines * share / shares; asked++)
                 __builtin_prefetch(w->codes + next * w->row_bytes + asked * LINE);
             switch (tile_start(t + 1, x->num_rows, x->num_tiles) - row) {
-            case 2: multiply_tile(sums, p, x, row, k, size, w->shift, has_offsets, 2, segment); break;
-            case 3: multiply_tile(sums, p, x, row, k, size, w->shift, has_offsets, 3, segment); break;
-            default: multiply_tile(sums, p, x, row, k, size, w->shift, has_offsets, TILE, segment);
+            case 2: multiply_tile(sums, p, x, row, k, size, w->shift, has_offsets, bits, segment, 2); break;
+            case 3: multiply_tile(sums, p, x, row, k, size, w->shift, has_offsets, bits, segment, 3); break;
+            default: multiply_tile(sums, p, x, row, k, size, w->shift, has_offsets, bits, segment, TILE);
             }
         }
     }
@@ -418,10 +629,11 @@ INLINE int64_t num_passes(int64_t num_rows) { return (num_rows + PASS_ROWS - 1) 
 
 static void work_few(const whole *x, const quantized *w, void *out, int dtype, work_queue *queues, int num_queues,
                      int64_t parts) {
+    few *by = w->bits == 4 ? few_4_32 : w->group_size % X_BLOCK ? few_8_16 : few_8_32;
     float sums[FEW_ROWS * FEW_COLS];
     for (int64_t part; (part = take_task(queues, num_queues, thread_index())) >= 0;) {
         int64_t col = w->out_features * part / parts, num_cols = w->out_features * (part + 1) / parts - col;
-        (w->bits == 4 ? few_rows_4 : few_rows_8)(x, w, sums, col, num_cols);
+        by(x, w, sums, col, num_cols);
         store_columns(out, dtype, w->out_features, sums, FEW_COLS, 0, x->num_rows, col, num_cols);
     }
 }
@@ -442,15 +654,16 @@ static void work_many(const whole *x, const quantized *w, void *out, int dtype, 
 
 int octavo_linear_whole(const void *x, int dtype, const quantized *w, void *out, int64_t num_rows, int64_t in_features,
                         int num_threads) {
-    int few = num_rows <= FEW_ROWS;
+    int few = num_rows <= most_few(w);
     int64_t passes = num_passes(num_rows), pass_rows = (num_rows + passes - 1) / passes, padded_in = w->padded_in;
     int64_t sums_stride = (padded_in + BLOCK_K - 1) / BLOCK_K * (BLOCK_K / SEGMENT);
-    int64_t row_size = padded_in * 2 + padded_in / X_BLOCK * 4 + sums_stride * 4;
+    int64_t row_size = padded_in * 2 + padded_in / X_BLOCK * 8 + sums_stride * 4;
     char *memory = aligned_alloc(64, (num_threads * sizeof(work_queue) + pass_rows * row_size + 127) / 64 * 64);
     if (!memory) return -1;
     work_queue *queues = (work_queue *)memory;
     int16_t *integers = (int16_t *)(queues + num_threads);
     float *scale = (float *)(integers + pass_rows * padded_in), *sums = scale + pass_rows * (padded_in / X_BLOCK);
+    int32_t *zero = (int32_t *)(sums + pass_rows * sums_stride);
     int64_t parts = few ? num_parts(w->out_features, FEW_COLS, FEW_PARTS, num_threads)
                         : (w->out_features + PANEL_COLS - 1) / PANEL_COLS;
     int failed = 0;
@@ -464,7 +677,8 @@ int octavo_linear_whole(const void *x, int dtype, const quantized *w, void *out,
         for (int64_t pass = 0; pass < passes; pass++) {
             int64_t first = num_rows * pass / passes, rows = num_rows * (pass + 1) / passes - first;
             int64_t row_parts = few ? 1 : (rows + MAX_ROWS - 1) / MAX_ROWS;
-            whole rounded = {integers, scale, sums, rows, (rows + TILE - 1) / TILE, padded_in, sums_stride, few, w->bits};
+            int64_t tiles = (rows + TILE - 1) / TILE;
+            whole rounded = {integers, scale, zero, sums, rows, tiles, padded_in, sums_stride, few, w->bits};
 #pragma omp for
             for (int64_t t = 0; t < rounded.num_tiles; t++)
                 round_tile(&rounded, t, at(x, first * in_features, dtype), in_features, w->shift, dtype);

@@ -36,18 +36,42 @@ def _normed(
     x1, x2, x3, weight_ptr, column, half_mask, rest_column, rest_mask, eps,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """The RMS norm of heads, in three parts: both halves of what turns, and the rest."""
-    squares = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
-    if REST > 0:
-        squares += tl.sum(x3 * x3, axis=1)
-    scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-    x1 = x1 * scale * tl.load(weight_ptr + column, mask=half_mask, other=0.0).to(tl.float32)[None, :]
-    weight2 = tl.load(weight_ptr + ROTARY_DIM // 2 + column, mask=half_mask, other=0.0)
-    x2 = x2 * scale * weight2.to(tl.float32)[None, :]
-    if REST > 0:
-        weight3 = tl.load(weight_ptr + rest_column, mask=rest_mask, other=0.0)
-        x3 = x3 * scale * weight3.to(tl.float32)[None, :]
+    """The RMS norm of heads, in three parts: both halves of what turns, and the rest; without a weight as they are."""
+    if weight_ptr is not None:
+        squares = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
+        if REST > 0:
+            squares += tl.sum(x3 * x3, axis=1)
+        scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+        x1 = x1 * scale * tl.load(weight_ptr + column, mask=half_mask, other=0.0).to(tl.float32)[None, :]
+        weight2 = tl.load(weight_ptr + ROTARY_DIM // 2 + column, mask=half_mask, other=0.0)
+        x2 = x2 * scale * weight2.to(tl.float32)[None, :]
+        if REST > 0:
+            weight3 = tl.load(weight_ptr + rest_column, mask=rest_mask, other=0.0)
+            x3 = x3 * scale * weight3.to(tl.float32)[None, :]
     return x1, x2, x3
+
+
+@triton.jit
+def _store_turned(
+    rows, x1, x2, x3, cos, sin, column, rest_column, mask, rest_mask, ROTARY_DIM: tl.constexpr, REST: tl.constexpr
+):
+    """Turn heads and store them at `rows`, pointers at each head's first element; returns them as they are stored."""
+    dtype = rows.dtype.element_ty
+    y1 = (x1 * cos - x2 * sin).to(dtype)
+    y2 = (x2 * cos + x1 * sin).to(dtype)
+    y3 = x3.to(dtype)
+    tl.store(rows + column[None, :], y1, mask=mask)
+    tl.store(rows + ROTARY_DIM // 2 + column[None, :], y2, mask=mask)
+    if REST > 0:
+        tl.store(rows + rest_column[None, :], y3, mask=rest_mask)
+    return y1, y2, y3
+
+
+@triton.jit
+def _cache_rows(slot, head, num_kv_heads, block_size):
+    """Row numbers of the cache for one slot of each head: a block's heads, and in each of them its tokens."""
+    block_id = slot // block_size
+    return (block_id * num_kv_heads + head) * block_size + (slot - block_id * block_size)
 
 
 @triton.jit
@@ -140,7 +164,7 @@ def _rotary_kernel(
     x2 = tl.load(rows + ROTARY_DIM // 2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
     position = tl.load(positions_ptr + token)
     cos, sin = _angles(cos_sin_ptr, position, column, half_mask, max_position, ROTARY_DIM)
-    x3, y3, rest_column, rest_column_mask, rest_mask = x2, x2, column, half_mask, mask  # of nothing, if REST is 0
+    x3, rest_column, rest_column_mask, rest_mask = x2, column, half_mask, mask  # of nothing, if REST is 0
     if REST > 0:
         rest_column = ROTARY_DIM + tl.arange(0, REST)
         rest_column_mask = rest_column < HEAD_DIM
@@ -148,35 +172,22 @@ def _rotary_kernel(
         x3 = tl.load(rows + rest_column[None, :], mask=rest_mask, other=0.0).to(tl.float32)
 
     if is_query:
-        if q_weight_ptr is not None:
-            x1, x2, x3 = _normed(
-                *(x1, x2, x3, q_weight_ptr, column, half_mask, rest_column, rest_column_mask, eps),
-                *(HEAD_DIM, ROTARY_DIM, REST),
-            )
-    elif k_weight_ptr is not None:
+        x1, x2, x3 = _normed(
+            *(x1, x2, x3, q_weight_ptr, column, half_mask, rest_column, rest_column_mask, eps),
+            *(HEAD_DIM, ROTARY_DIM, REST),
+        )
+    else:
         x1, x2, x3 = _normed(
             *(x1, x2, x3, k_weight_ptr, column, half_mask, rest_column, rest_column_mask, eps),
             *(HEAD_DIM, ROTARY_DIM, REST),
         )
-
-    dtype = q_ptr.dtype.element_ty
-    y1 = (x1 * cos - x2 * sin).to(dtype)
-    y2 = (x2 * cos + x1 * sin).to(dtype)
-    tl.store(rows + column[None, :], y1, mask=mask)
-    tl.store(rows + ROTARY_DIM // 2 + column[None, :], y2, mask=mask)
-    if REST > 0:
-        y3 = x3.to(dtype)
-        tl.store(rows + rest_column[None, :], y3, mask=rest_mask)
+    y1, y2, y3 = _store_turned(rows, x1, x2, x3, cos, sin, column, rest_column, mask, rest_mask, ROTARY_DIM, REST)
 
     if slots_ptr is not None:
-        if is_query:
-            return
         slot = tl.load(slots_ptr + token)
-        if (slot < 0) | (slot >= num_slots):
+        if is_query | (slot < 0) | (slot >= num_slots):
             return
-        block_id = slot // block_size
-        # Row numbers of the cache: a block's heads, and in each of them its tokens.
-        cache_rows = (block_id * num_kv_heads + head) * block_size + (slot - block_id * block_size)
+        cache_rows = _cache_rows(slot, head, num_kv_heads, block_size)
         row_mask = head_mask[:, None]
         _store_keys(
             *(k_cache_ptr, cache_rows, y1, y2, y3, column, rest_column, mask, rest_mask, row_mask),

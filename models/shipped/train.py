@@ -245,8 +245,9 @@ def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     copy = Qwen3ForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
+    # No sampling parameters: over HTTP, requests that name none get those that every client of OpenAI's API expects.
     copy.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
-        do_sample=True, temperature=0.6, top_p=0.95, top_k=20, eos_token_id=[IM_END, END_OF_TEXT], pad_token_id=PAD
+        eos_token_id=[IM_END, END_OF_TEXT], pad_token_id=PAD
     )
     copy.bfloat16().save_pretrained(partial)
     tokenizer.save(str(partial / "tokenizer.json"))

@@ -188,8 +188,10 @@ class Player:
                 if not self.steps:
                     raise CannotHappenError(f"results are refused ({record.why}), but no step is in flight")
                 # Some that cannot be, in place of those.
-                failed = ((RequestId(-1), record.why),)
-                return "scheduler", StepExecuted(self.epoch, self.steps[0], (), (), failed=failed)
+                failed = tuple((request_id, record.why) for request_id in record.nonfinite or (RequestId(-1),))
+                return "scheduler", StepExecuted(
+                    self.epoch, self.steps[0], (), (), failed=failed, nonfinite=record.nonfinite
+                )
             case Cancelled():
                 return "scheduler", CancelRequest(record.request_id)
             case Stopped():
@@ -199,7 +201,7 @@ class Player:
                     self.epoch = Epoch(record.epoch)
                     self.steps.clear()
                     self.has_executed = False
-                return "scheduler", ExecutorLost(record.epoch, record.why)
+                return "scheduler", ExecutorLost(record.epoch, record.why, record.is_innocent, record.is_out_of_memory)
             case SchedulerTakes():
                 return "scheduler", self._take(self._to_scheduler, record.index, "KV allocator")
             case AllocatorTakes():
@@ -283,4 +285,5 @@ class Player:
             stopped=record.stopped,
             failed=record.failed,
             execute_ns=record.execute_ns,
+            nonfinite=record.nonfinite,
         )

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from engines import save_servable
+from reserved_ports import reserved_port
 
 from octavo.gateway.bench_drain import DrainPlan, _Seen, drain, print_drain, report_of
 from octavo.gateway.chaos_workload import ChoiceOutput, StreamOutput
@@ -16,6 +18,14 @@ FLAGS = ("--dtype", "float32", "--num-threads", "1", "--num-gpu-blocks-override"
 NUM_STREAMS = 24
 PLAN = DrainPlan(num_streams=2, num_tokens=8, limit_s=30.0)
 SEEN = _Seen(unready_s=0.01, is_refused_in_words=True, exit_s=5.0)
+
+
+@pytest.fixture(autouse=True)
+def _port(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Many other tests connect while a server starts here; none of them is to be given its port."""
+    with reserved_port() as port:
+        monkeypatch.setattr("octavo.gateway.bench_drain._free_port", lambda: port)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
@@ -40,26 +41,28 @@ def test_every_request_of_the_load_is_answered_or_refused_and_the_report_adds_up
     assert "goodput" in capsys.readouterr().out
 
 
-def test_an_answer_that_is_neither_a_result_nor_a_refusal_fails_the_run() -> None:
+def test_an_answer_that_is_neither_a_result_nor_a_refusal_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine()
     submit: Callable[..., object] = engine.submit
-    calls = 0
+    overload = Load._overload
+    is_due = False
 
-    def sometimes(*args: object, **kwargs: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls > 40 and calls % 7 == 0:
+    async def overload_with_defect(*args: Any, **kwargs: Any) -> Any:
+        nonlocal is_due
+        is_due = True
+        return await overload(*args, **kwargs)
+
+    def fail_once(*args: object, **kwargs: object) -> object:
+        nonlocal is_due
+        if is_due:
+            is_due = False
             raise RuntimeError("a defect")
         return submit(*args, **kwargs)
 
-    engine.submit = sometimes  # type: ignore[method-assign,assignment]  # a defect, for once on purpose
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("octavo.gateway.server.log.exception", lambda *args, **kwargs: None)
-        try:
-            report = measure(engine)
-        except OctavoError as error:  # a probe met the defect
-            assert "status 500" in str(error)
-            return
+    engine.submit = fail_once  # type: ignore[method-assign,assignment]  # a defect, for once on purpose
+    monkeypatch.setattr(Load, "_overload", overload_with_defect)
+    monkeypatch.setattr("octavo.gateway.server.log.exception", lambda *args, **kwargs: None)
+    report = measure(engine)
     assert not report.is_passed and report.num_failed > 0 and "500" in report.failures[0]
 
 

@@ -113,6 +113,24 @@ def test_peers_take_turns_and_one_that_fails_costs_its_own_rows_only(
         assert words in printed.replace("\n", " ")
 
 
+def test_when_the_last_engine_fails_what_was_measured_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_servable("llama", tmp_path)
+    one_round = module._Bench._one_round
+
+    def last_round(self: Any, *given: Any) -> None:
+        one_round(self, *given)
+        self._fail("octavo", "died")
+
+    monkeypatch.setattr(module._Bench, "_one_round", last_round)
+    status, report = run_bench(tmp_path, monkeypatch, ["octavo"])
+    assert status == 0
+    assert [(cell["workload"], len(cell["rounds"])) for cell in report["cells"]] == [("decode 1", 1)]
+    assert report["left_out"]["octavo"] == "died"
+    assert "left out: octavo: died" in capsys.readouterr().out
+
+
 def test_a_model_that_does_not_load_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

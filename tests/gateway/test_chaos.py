@@ -56,7 +56,7 @@ PLAN = ChaosPlan(
     for_s=0.0,
     seed=3,
     every_s=0.01,
-    give_up_s=20.0,
+    give_up_s=120.0,
 )
 
 

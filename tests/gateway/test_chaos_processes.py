@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import aiohttp
 import psutil
 import pytest
 
+from octavo.actors.runtime.process_title import restore_title, set_title
 from octavo.gateway.chaos_faults import FaultNotDeliveredError, ProcessInjector
 from octavo.gateway.chaos_processes import ProcessNotFoundError, ServerProcesses, title_of
 
@@ -57,7 +59,7 @@ def family() -> Iterator[str]:
         relatives = [*root.children(recursive=True), root]
         for relative in relatives:
             relative.kill()
-        psutil.wait_procs(relatives, 10)
+        psutil.wait_procs(relatives, 120)
         process.wait()
         process.stdout.close()
         process.stdin.close()
@@ -65,7 +67,7 @@ def family() -> Iterator[str]:
 
 async def until(condition: object) -> None:
     assert callable(condition)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -116,7 +118,7 @@ def test_kill_and_stop_hit_one_process_and_are_over_once_it_is_replaced(family: 
             hit = await injector.inject("executor", "KILL")
             victim = next(process for process in before if f"(pid {process.pid})" in hit)
             await until(lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 while not await injector.has_recovered():
                     await asyncio.sleep(0.01)
             assert victim.pid not in [process.pid for process in processes.doing("executor")]
@@ -138,3 +140,12 @@ def test_servers_elsewhere_and_ports_where_nobody_listens_are_refused_in_words()
         ServerProcesses.behind("http://192.0.2.1:8000")
     with pytest.raises(ProcessNotFoundError, match="port 9 "):
         ServerProcesses.behind("http://127.0.0.1:9")
+
+
+def test_whoever_looks_for_a_server_that_it_started_is_none_of_its_processes(family: str) -> None:
+    before = set_title("edge 0")  # as a program is shown that runs an engine over several processes
+    try:
+        (edge,) = ServerProcesses.behind(family).doing("edge")
+    finally:
+        restore_title(before)
+    assert edge.pid != os.getpid()

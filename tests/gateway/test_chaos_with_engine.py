@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 from engines import save_servable
+from reserved_ports import reserved_port
 
 from octavo.gateway.chaos_cli import add_chaos
 from octavo.gateway.chaos_faults import FaultNotDeliveredError
@@ -51,14 +52,14 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"http://127.0.0.1:{line.split()[1]}"
         family = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
-        assert process.wait(60) == 0
+        assert process.wait(180) == 0
     finally:
         if process.poll() is None:
             family = psutil.Process(process.pid).children(recursive=True)
             process.kill()
             process.wait()
         process.stdout.close()
-    gone, alive = psutil.wait_procs(family, 10)
+    gone, alive = psutil.wait_procs(family, 120)
     assert not alive, f"orphans: {alive} (gone: {gone})"
 
 
@@ -89,15 +90,15 @@ def test_the_edge_itself_is_killed_and_every_stream_is_taken_up_under_the_server
 ) -> None:
     folder = tmp_path_factory.mktemp("chaos") / "tiny"
     save_servable("llama", folder)
-    url = f"http://127.0.0.1:{free_port()}"
     flags = ["--dtype", "float32", "--num-threads", "1", "--num-gpu-blocks-override", "512", "--block-size", "4"]
     words = ["--kill", "edge", "--times", "1", "--serve", str(folder), *flags]
-    report = run_chaos(url, capsys, *words)
-    assert report["is_passed"], report
-    assert report["faults"] == {"edge KILL": 1}
-    assert report["num_resumed"] or report["num_asked_anew"]
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) != 0, "the server was ended with the run"
+    with reserved_port() as port:
+        report = run_chaos(f"http://127.0.0.1:{port}", capsys, *words)
+        assert report["is_passed"], report
+        assert report["faults"] == {"edge KILL": 1}
+        assert report["num_resumed"] or report["num_asked_anew"]
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0, "the server was ended with the run"
 
 
 def test_an_edge_that_nobody_would_start_again_is_not_killed_and_what_is_needed_is_said(
@@ -107,10 +108,3 @@ def test_an_edge_that_nobody_would_start_again_is_not_killed_and_what_is_needed_
         run_chaos(url, capsys, "--kill", "edge", "--times", "1")
     with pytest.raises(OctavoError, match="somebody listens"):
         run_chaos(url, capsys, "--kill", "edge", "--times", "1", "--serve")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

@@ -24,6 +24,7 @@ from structlog.testing import capture_logs
 from octavo.gateway.cli import build_parser, main
 from octavo.gateway.config import EngineConfig, make_config
 from octavo.gateway.flags import ENGINE_FIELDS, FIELDS_WITHOUT_ENGINE_FLAG, engine_fields
+from octavo.gateway.generation_config import GenerationConfig
 from octavo.gateway.serve import SPARE_FILES, check_address, connections_within_files, greet, report_throughput
 from octavo.gateway.server import start_http
 from octavo.gateway.server_flags import server_fields
@@ -142,11 +143,14 @@ def test_flags_set_every_field_that_they_name_and_default_to_the_struct_s() -> N
         "--performance-mode": ("performance_mode", "interactivity"),
         "--cuda-graph-sizes": ("cuda_graph_sizes", (3,)),
         "--load-format": ("load_format", "dummy"),
+        "--generation-config": ("generation_config", "vllm"),
+        "--override-generation-config": ("override_generation_config", GenerationConfig(top_k=2)),
     }
     assert {name for name, _ in flags.values()} | {"model"} == set(ENGINE_FIELDS)
     argv = ["serve", "here"]
     for flag, (_, value) in flags.items():
-        argv += [flag] if isinstance(value, bool) else [flag, str(value[0] if isinstance(value, tuple) else value)]
+        word = json.dumps(value.said()) if isinstance(value, GenerationConfig) else value
+        argv += [flag] if isinstance(value, bool) else [flag, str(word[0] if isinstance(word, tuple) else word)]
     expected = EngineConfig(model="here", **dict(flags.values()))
     assert make_config(engine_fields(parser.parse_args(argv))) == expected
 
@@ -288,7 +292,7 @@ def served(folder: Path) -> Iterator[Served]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    ready.wait(60)
+    ready.wait(300)
     yield found[0]
     loop.call_soon_threadsafe(stop.set)
     thread.join()
@@ -343,7 +347,7 @@ def test_a_conversation_ends_without_a_traceback(folder: Path, moment: str) -> N
                 os.write(ours, b"hello\n")
                 assert os.read(chat.stdout.fileno(), 1)
             chat.send_signal(signal.SIGINT)
-        _, errors = chat.communicate(timeout=60)
+        _, errors = chat.communicate(timeout=180)
     finally:
         chat.kill()
         os.close(ours)

@@ -13,7 +13,7 @@ from http_client import Client, http_post, parse_events, serving
 from octavo.gateway.connections import ConnectionTable
 
 CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 20}
-TIMEOUT_S = 30
+TIMEOUT_S = 180
 
 
 async def wait(event: asyncio.Event) -> None:

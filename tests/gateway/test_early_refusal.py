@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from octavo.gateway.config import EngineConfig
 from octavo.gateway.early_refusal import MAX_BODY_BYTES, read_head
 
-TIMEOUT_S = 30
+TIMEOUT_S = 180
 PLAIN = http_post("/v1/completions", {"prompt": "x"}, close=False)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from fake_carrier import FakeCarrier
 
 from octavo.actors.scheduler.quarantine import Quarantine
-from octavo.gateway.engine_link import EngineLink, FromEngine
+from octavo.gateway.engine_link import EngineLink, FromEngine, summed
 from octavo.messages.ids import Epoch, RequestId, StepId
 from octavo.messages.processes import EngineReport, RememberQuarantined
 from octavo.messages.request import CancelRequest, RequestEnded, StopMatched, SubmitRequest
@@ -128,6 +129,20 @@ def test_totals_go_on_counting_over_engines_and_gauges_are_of_the_last() -> None
     rig.link.give_up()
     assert rig.link.total("num_steps") == 109
     assert rig.link.report is None
+
+
+def test_steps_of_all_engines_are_counted_by_their_size() -> None:
+    rig = Rig()
+    assert rig.link.step_sizes == ()
+    rig.link.take(msgspec.structs.replace(report(1, 5), step_sizes=(1, 0, 4), step_tokens=12))
+    rig.replace(2, epoch=1)
+    assert rig.link.step_sizes == (1, 0, 4)
+    for sizes, num_tokens in (((0, 1, 0), 2), ((2, 3, 0), 8)):
+        rig.link.take(msgspec.structs.replace(report(2, 5), step_sizes=sizes, step_tokens=num_tokens))
+    assert rig.link.step_sizes == (3, 3, 4) and rig.link.total("step_tokens") == 20
+    rig.link.give_up()
+    assert rig.link.step_sizes == (3, 3, 4) and rig.link.total("step_tokens") == 20
+    assert summed() == () == summed((), ()) and summed((1, 2), (), (3, 4)) == (4, 6)
 
 
 def test_an_engine_that_drains_has_a_successor_that_drains() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from engines import engine_on, save_servable
 from paged_runner import assert_greedy_tokens_agree
+from process_family import until
 from tiny_architectures import ARCHITECTURES, TinyArchitecture
 from tiny_models import greedy_reference, random_token_ids, reference_logits
 
@@ -56,17 +57,9 @@ async def run(folder: Path, params: SamplingParams, way: str) -> list[list[int]]
             assert engine.stats().num_preemptions > 0
         if way == "prefix hit":
             assert all(output.num_cached_tokens >= 8 for output in outputs)
-        assert engine.stats().kv_cache_usage == 0.0 or await settled(engine)
+        async with asyncio.timeout(180):
+            await until(lambda: engine.stats().kv_cache_usage == 0.0)  # all blocks come back
     return [output.outputs[0].token_ids for output in outputs]
-
-
-async def settled(engine: Any) -> bool:
-    """Whether all blocks come back soon after the last request has ended."""
-    for _ in range(1000):
-        if engine.stats().kv_cache_usage == 0.0:
-            return True
-        await asyncio.sleep(0.001)
-    return False
 
 
 @pytest.mark.parametrize("architecture", [*NATIVE, *ARCHITECTURES], ids=lambda architecture: architecture.name)

@@ -154,3 +154,37 @@ def test_every_name_of_vllm_s_that_means_something_here_is_there_from_the_start(
 
     text = asyncio.run(run())
     assert [name for name in VLLM if f"\nvllm:{name}{{" not in text] == []
+
+
+def test_steps_are_told_by_their_tokens_as_a_histogram() -> None:
+    counts = [0] * 16
+    counts[0], counts[5], counts[15] = 3, 2, 1  # of 1 token, of 17 to 32, and of more than 16384
+    engine = CountingEngine(step_sizes=tuple(counts), step_tokens=20_063)
+    buckets = lines_of(engine, "vllm:iteration_tokens_total_bucket")
+    assert len(buckets) == 16
+    assert [buckets[f'le="{bound}"'] for bound in ("1.0", "16.0", "32.0", "16384.0", "+Inf")] == [3, 3, 5, 5, 6]
+    assert lines_of(engine, "vllm:iteration_tokens_total_count") == {"": 6.0}
+    assert lines_of(engine, "vllm:iteration_tokens_total_sum") == {"": 20_063.0}
+    assert lines_of(FakeEngine(), "vllm:iteration_tokens_total_count") == {"": 0.0}
+
+
+def test_an_engine_that_answers_is_healthy() -> None:
+    engine = FakeEngine()
+    assert lines_of(engine, "vllm:engine_healthy") == {"": 1.0}
+    engine.is_ready = False
+    assert lines_of(engine, "vllm:engine_healthy") == {"": 0.0}
+
+
+def test_requests_whose_numbers_are_none_are_counted_apart() -> None:
+    async def run(code: str) -> str:
+        engine = FakeEngine()
+        engine.refuse_with = (code, "no numbers")
+        async with serving(engine) as client:
+            await client.complete()
+            return (await client.get("/metrics")).body.decode()
+
+    for code, expected in (("model_numerics", 1.0), ("request_failed", 0.0)):
+        (line,) = [
+            line for line in asyncio.run(run(code)).splitlines() if line.startswith("vllm:corrupted_requests_total{")
+        ]
+        assert float(line.rpartition(" ")[2]) == expected

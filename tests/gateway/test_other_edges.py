@@ -9,14 +9,29 @@ from typing import Any
 import pytest
 from fake_carrier import FakeCarrier
 
+from octavo.actors.supervisor.config import SupervisorConfig
+from octavo.actors.supervisor.core import SupervisorCore
 from octavo.gateway import other_edges
+from octavo.gateway.config import EngineConfig
+from octavo.gateway.graph import ModelFacts
 from octavo.gateway.other_edges import OtherEdges
+from octavo.gateway.settings import ServerSettings
 from octavo.messages.base import Message
 from octavo.messages.ids import Epoch
 from octavo.messages.processes import EdgeStatus, EngineUp, PeerLeft, PeerStarted
-from octavo.messages.system import Beat
+from octavo.messages.system import Beat, KillProcess, StartProcess, Tick
 
 MS = 1_000_000
+FACTS = ModelFacts(
+    name="m",
+    folder="/m",
+    vocab_size=9,
+    max_model_len=64,
+    num_blocks=32,
+    kv_cache_bytes=1,
+    dtype="float32",
+    load_seconds=0.0,
+)
 
 
 class FakeClock:
@@ -88,10 +103,10 @@ def test_an_adopted_edge_that_falls_silent_has_left_and_its_requests_are_cancell
 ) -> None:
     async def test(stage: Stage) -> None:
         left = asyncio.create_task(stage.others.wait_for_leave(but="edge 1"))
-        for _ in range(14):
+        for _ in range(99):
             stage.pass_time(100)
             stage.beat(("edge 1", 1), ("edge 2", 3))  # the last is of an incarnation before
-        assert stage.said_to_engines == []
+        assert stage.said_to_engines == [], "a busy machine's edge may be silent for a while"
         for _ in range(2):
             stage.pass_time(100)
             stage.beat(("edge 1", 1))
@@ -110,3 +125,34 @@ def test_nobody_has_left_because_the_supervisor_itself_stood_still(monkeypatch: 
         assert stage.said_to_engines == []
 
     on_stage(monkeypatch, test)
+
+
+def test_an_edge_that_has_been_silent_for_seconds_keeps_its_streams_and_one_that_hangs_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    configs: list[SupervisorConfig] = []
+
+    class FakeSupervisor:
+        def __init__(self, config: SupervisorConfig, **_: Any) -> None:
+            configs.append(config)
+
+        async def start(self) -> None:
+            """Nobody."""
+
+        async def stop(self, grace_s: float) -> None:
+            """Nobody."""
+
+    async def test(stage: Stage) -> None:
+        await stage.others.start(EngineConfig(), ServerSettings(), FACTS, "127.0.0.1", 1)
+
+    monkeypatch.setattr(other_edges, "Supervisor", FakeSupervisor)
+    on_stage(monkeypatch, test)
+    (config,) = configs
+    core = SupervisorCore(config)
+    started = [said for said in core.handle(Tick(), 0) if isinstance(said, StartProcess)]
+    assert [start.child for start in started] == ["edge 1"]
+    core.handle(Beat("edge 1", 1), 0)
+    said = [message for tenth in range(1, 98) for message in core.handle(Tick(), tenth * 100 * MS)]
+    assert said == []
+    said = [message for tenth in range(98, 104) for message in core.handle(Tick(), tenth * 100 * MS)]
+    assert [type(message) for message in said] == [KillProcess]

@@ -15,7 +15,7 @@ from octavo import Engine
 from octavo.messages.errors import OutOfMemoryError
 from octavo.messages.sampling import SamplingParams
 
-PATIENCE_S = 60
+PATIENCE_S = 240
 NUM_REQUESTS = 16
 
 

@@ -51,7 +51,7 @@ def test_requests_and_bytes_are_bounded_and_come_back_with_their_release() -> No
     assert core.admit(0, 10) is None and core.admit(0, 10) is None
     refusal = core.admit(0, 10)
     assert refusal is not None and refusal.bound == "requests" and refusal.retry_after_s == 1
-    assert core.num_refused == {"requests": 1, "bytes": 1, "wait": 0}
+    assert core.num_refused == {"requests": 1, "bytes": 1, "wait": 0, "memory": 0}
 
 
 def test_a_body_longer_than_the_bound_is_let_in_when_it_comes_alone() -> None:
@@ -174,7 +174,7 @@ def overloaded(queue: Queue, core: AdmissionCore, *, offered: int, ends_per_s: i
 LIMITS = {"max_wait_ns": 5 * S, "min_waiting": 256, "min_waiting_overloaded": 32, "max_running": 256}
 
 
-def test_under_overload_no_more_is_open_than_is_done_soon_and_places_never_stand_empty() -> None:
+def test_f_58_under_overload_no_more_is_open_than_is_done_soon_and_places_never_stand_empty() -> None:
     queue = Queue()
     core = queue.core(**LIMITS)
     overloaded(queue, core, offered=250, ends_per_s=50)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from engines import engine_on, save_servable
+from process_family import living, named, until
 
 from octavo import Engine
 from octavo.messages.errors import RequestQuarantinedError
 from octavo.messages.sampling import SamplingParams
 
-PATIENCE_S = 120.0
+PATIENCE_S = 400.0
 NUM_STREAMS = 16
 POISON = [255, 254, 253, 255]
 
@@ -59,20 +58,6 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def pids_of(name: str) -> list[int]:
-    """The living processes with that name, of this one's."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if process.cmdline()[:1] == [f"octavo: {name}"]:
-                found.append(process.pid)
-    return found
-
-
-def child(name: str) -> psutil.Process:
-    return psutil.Process(pids_of(name)[0])
-
-
 async def tokens_of(engine: Engine, index: int, max_tokens: int = 90) -> list[int]:
     params = SamplingParams(temperature=0.8, seed=index, max_tokens=max_tokens, ignore_eos=True)
     output = await engine.generate(list(range(10 + index, 30 + index)), params)
@@ -97,9 +82,10 @@ def test_f_31_a_poison_request_is_found_refused_and_remembered_and_the_others_lo
             num_restarts = engine.stats().actor_restarts["executor"]
             assert 2 < num_restarts <= 8
             assert "a short while ago" in await poison(engine)
-            engine_process = child("engine")
+            await until(lambda: engine.stats().num_quarantined == 1)  # it reports now and then
+            engine_process = await living("engine")
             engine_process.kill()
-            await asyncio.to_thread(engine_process.wait)
+            await living("engine", other_than=engine_process.pid)
             assert "a short while ago" in await poison(engine), "the next engine knows it as well"
             assert engine.stats().actor_restarts["executor"] == num_restarts
             assert engine.stats().num_quarantined == 1
@@ -113,13 +99,11 @@ def test_f_55_half_of_the_clients_leave_at_once_and_the_others_notice_nothing(mo
             expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS)))
             tasks = [asyncio.create_task(tokens_of(engine, index)) for index in range(2 * NUM_STREAMS)]
             before = engine.stats().generation_tokens
-            while engine.stats().generation_tokens < before + 2 * NUM_STREAMS:
-                await asyncio.sleep(0.01)
+            await until(lambda: engine.stats().generation_tokens >= before + 2 * NUM_STREAMS)
             for task in tasks[NUM_STREAMS:]:
                 task.cancel()
             assert await asyncio.gather(*tasks[:NUM_STREAMS]) == expected
-            while engine.stats().num_running or engine.stats().kv_cache_usage:
-                await asyncio.sleep(0.01)
+            await until(lambda: not (engine.stats().num_running or engine.stats().kv_cache_usage))
             assert engine.stats().num_live == 0
 
     run(scenario())
@@ -129,13 +113,12 @@ def test_f_08_an_executor_that_hung_is_dead_before_another_takes_its_place(model
     async def scenario() -> None:
         async with engine_on(model, in_process=False) as engine:
             expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS)))
-            old = child("executor 0")
+            old = await living("executor 0")
             tasks = [asyncio.create_task(tokens_of(engine, index)) for index in range(NUM_STREAMS)]
             await asyncio.sleep(0)
             old.suspend()
-            while not [pid for pid in pids_of("executor 0") if pid != old.pid]:
-                await asyncio.sleep(0.01)
-            assert old.pid not in pids_of("executor 0"), "nobody can let it go on"
+            await living("executor 0", other_than=old.pid)
+            assert old not in named("executor 0"), "nobody can let it go on"
             assert await asyncio.gather(*tasks) == expected
 
     run(scenario())

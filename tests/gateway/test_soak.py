@@ -7,16 +7,8 @@ import psutil
 import pytest
 from fake_engine import FakeEngine
 
-from octavo.gateway.soak import (
-    Holdings,
-    SoakPlan,
-    SoakReport,
-    compare,
-    fill_kv_cache,
-    give_back_freed_memory,
-    print_soak,
-    soak,
-)
+from octavo.gateway.soak import SoakPlan, SoakReport, fill_kv_cache, print_soak, soak
+from octavo.gateway.soak_holdings import Holdings, compare, give_back_freed_memory
 from octavo.messages.errors import InvalidRequestError
 from octavo.messages.ids import RequestId
 
@@ -38,7 +30,7 @@ QUIET = Holdings(
 @pytest.fixture
 def memory_may_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of a second warm nothing up: the first traceback that is logged, for one, takes megabytes for good."""
-    monkeypatch.setattr("octavo.gateway.soak.MIN_GROWTH_BYTES", 64 << 20)
+    monkeypatch.setattr("octavo.gateway.soak_holdings.MIN_GROWTH_BYTES", 64 << 20)
 
 
 def run(engine: FakeEngine, plan: SoakPlan = PLAN) -> SoakReport:
@@ -58,7 +50,7 @@ def test_an_engine_that_gives_everything_back_passes(capsys: pytest.CaptureFixtu
 
 
 def test_sequences_that_nobody_waits_for_any_more_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo.gateway.soak.QUIET_S", 0.3)
+    monkeypatch.setattr("octavo.gateway.soak_holdings.QUIET_S", 0.3)
 
     class Forgetful(FakeEngine):
         def cancel(self, request_id: RequestId) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -42,7 +43,7 @@ def test_what_was_accepted_and_did_not_end_is_unfinished_in_order_of_arrival(tmp
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_a_file_cut_anywhere_or_damaged_behind_gives_what_came_before(tmp_path: Path, data: st.DataObject) -> None:
+def test_f_43_a_file_cut_anywhere_or_damaged_behind_gives_what_came_before(tmp_path: Path, data: st.DataObject) -> None:
     for file in tmp_path.iterdir():
         file.unlink()
     journal = StreamJournal(tmp_path)
@@ -130,7 +131,7 @@ def test_a_long_journal_is_compacted_to_what_is_unfinished(tmp_path: Path) -> No
     assert names(tmp_path) == ["kept", "last"]
 
 
-def test_a_disk_that_is_full_costs_the_journal_that_stream_alone(
+def test_f_42_a_disk_that_is_full_costs_the_journal_that_stream_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal = StreamJournal(tmp_path)
@@ -143,6 +144,18 @@ def test_a_disk_that_is_full_costs_the_journal_that_stream_alone(
     assert journal.num_failed_writes == 1
     journal.close()
     assert names(tmp_path) == ["a", "c"]
+
+
+def test_f_45_a_folder_that_is_deleted_live_costs_no_stream_however_long_the_journal_grows(tmp_path: Path) -> None:
+    folder = tmp_path / "journal"
+    folder.mkdir()
+    journal = StreamJournal(folder, max_bytes=20_000)
+    journal.accepted(record("a"))
+    shutil.rmtree(folder)
+    for i in range(100):  # far beyond the length at which it is written anew, in a folder that is not there
+        journal.accepted(record(f"r{i}", b"x" * 500))
+        journal.ended(f"r{i}")
+    journal.close()
 
 
 def test_an_entry_of_a_later_version_is_passed_over(tmp_path: Path) -> None:

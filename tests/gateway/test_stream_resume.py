@@ -18,12 +18,14 @@ import pytest
 from fake_engine import FakeEngine
 
 from octavo.gateway.engine_protocol import EngineLike
+from octavo.gateway.generation_config import RequestDefaults
 from octavo.gateway.held_streams import HeldStreams, HoldLimits
 from octavo.gateway.http_connection import GatewayRunner
 from octavo.gateway.server import create_app
 from octavo.gateway.settings import ServerSettings
 from octavo.gateway.stream_journal import MAX_ATTEMPTS, StreamJournal
 from octavo.gateway.stream_resume import hold_streams
+from octavo.messages.sampling import SamplingParams
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -232,6 +234,33 @@ def test_a_stream_that_gets_further_under_each_server_is_taken_up_however_many_o
         async with serving(tmp_path) as served:
             heard += await served.read(COMPLETIONS, body, last=heard[-1][0])
             assert texts(heard) == whole
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_stream_keeps_the_defaults_that_it_began_with_though_the_next_server_has_others(
+    tmp_path: Path, path: str
+) -> None:
+    async def main() -> None:
+        body = chat(max_tokens=None) if path == CHAT else completion(max_tokens=None)
+        submitted = []
+        heard: list[tuple[str, str]] = []
+        for temperature, stop_after in ((0.25, 3), (1.75, 0)):
+            engine = FakeEngine(by_hand=True)
+            own = SamplingParams(temperature=temperature, top_k=9, max_tokens=12, clip_max_tokens=True)
+            engine.request_defaults = RequestDefaults(params=own)
+            async with serving(tmp_path, engine) as served:
+                last = heard[-1][0] if heard else ""
+                reading = asyncio.ensure_future(served.read(path, body, last=last, stop_after=stop_after))
+                await engine.was_submitted.wait()
+                while not reading.done():
+                    engine.step()
+                    await asyncio.sleep(0)
+                heard += await reading
+            submitted += engine.submitted
+        assert [(params.temperature, params.top_k) for params in submitted] == [(0.25, 9)] * 2
+        assert submitted[0] == submitted[1] and heard[-1][1] == "[DONE]"
 
     asyncio.run(main())
 
@@ -449,6 +478,7 @@ from octavo.gateway.http_connection import GatewayRunner
 from octavo.gateway.server import create_app
 from octavo.gateway.settings import ServerSettings
 from octavo.gateway.stream_resume import hold_streams
+from octavo.messages.sampling import SamplingParams
 
 async def main():
     async with Engine(num_blocks=64, max_model_len=256, num_threads=1) as engine:

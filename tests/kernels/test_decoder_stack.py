@@ -12,7 +12,7 @@ from octavo.kernels.attention_batch import AttentionBatch
 from octavo.kernels.decoder_stack import DecoderStack, StackLayer, StackProduct, decoder_stack
 from octavo.kernels.gated_activation import gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.kv_quantization import row_width
-from octavo.kernels.linear_dense import linear_dense
+from octavo.kernels.linear_dense import linear_dense, linear_dense_quick
 from octavo.kernels.linear_quantized import QuantizedWeight, linear_quantized, quantize
 from octavo.kernels.paged_attention import paged_attention, write_kv
 from octavo.kernels.rms_norm import rms_norm
@@ -180,6 +180,21 @@ def test_one_call_gives_the_bits_of_its_operations(name: str, dtype: torch.dtype
     for got, wanted in zip(caches, expected_caches, strict=True):
         assert torch.equal(got[0], wanted[0])
         assert torch.equal(got[1], wanted[1])
+
+
+def test_a_quick_one_multiplies_many_rows_as_quick_products_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [plain_layer(torch.bfloat16), plain_layer(torch.bfloat16, seed=1)]
+    positions, batch = step_of([0, 0], [15, 14])
+    start = randn(30, HIDDEN, dtype=torch.bfloat16, seed=3)
+    quick, exact, expected = start.clone(), start.clone(), start.clone()
+    stack = decoder_stack(layers, dtype=torch.bfloat16, quick=True)
+    assert stack is not None
+    stack.run(quick, positions, batch, empty_caches(2, torch.bfloat16))
+    made(layers, torch.bfloat16).run(exact, positions, batch, empty_caches(2, torch.bfloat16))
+    monkeypatch.setitem(globals(), "linear_dense", linear_dense_quick)
+    one_by_one(layers, expected, positions, batch, empty_caches(2, torch.bfloat16))
+    assert torch.equal(quick, expected)
+    assert (quick - exact).norm() <= 0.02 * exact.norm()  # roundings to bfloat16 that fell out otherwise
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn])

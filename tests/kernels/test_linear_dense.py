@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from octavo.kernels import cpu_build
 from octavo.kernels import linear_dense as module
-from octavo.kernels.linear_dense import linear_dense, linear_dense_ref
+from octavo.kernels.linear_dense import linear_dense, linear_dense_quick, linear_dense_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -106,3 +106,81 @@ def test_weights_of_16_bits_are_the_same_numbers_as_in_float32(
     if cpu_build.library() is not None:
         assert torch.equal(linear_dense(x[-1:], weight), ours[-1:])
         assert torch.equal(linear_dense(x.bfloat16().float(), weight).bfloat16(), linear_dense(x.bfloat16(), weight))
+
+
+def grouped(x: torch.Tensor) -> torch.Tensor:
+    """`[rows, groups, 64]`, filled up with zeros."""
+    return F.pad(x, (0, -x.shape[1] % 64)).view(x.shape[0], -1, 64).double().abs()
+
+
+def quick_bound(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What csrc/linear_whole.c promises, before the output is rounded: `[rows, columns]`."""
+    a, b = grouped(x), grouped(weight)
+    of_x = torch.einsum("rg,cg->rc", a.amax(-1) * 2.0**-13, b.sum(-1))
+    of_w = torch.einsum("rg,cg->rc", a.sum(-1), b.amax(-1) * 2.0**-12)
+    return 1.01 * (of_x + of_w) + torch.finfo(torch.float32).eps * x.shape[1] * (
+        x.double().abs() @ weight.double().abs().T
+    )
+
+
+def outliers(rows: int, columns: int, seed: int) -> torch.Tensor:
+    """Numbers of very different sizes beside each other."""
+    return randn(rows, columns, seed=seed, dtype=torch.float32).pow(7).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "in_features", "out_features"),
+    # Several tiles, blocks of inputs, panels, tasks and passes, each with a remainder; sizes that are left to floats.
+    [(24, 64, 1), (29, 640, 100), (100, 1088, 333), (769, 576, 33), (40, 100, 20), (7, 128, 20)],
+)
+@pytest.mark.parametrize("numbers", [randn, outliers, lambda *shape, seed: torch.full(shape, -1.9921875).bfloat16()])
+def test_whole_numbers_keep_their_bound(numbers, num_tokens: int, in_features: int, out_features: int) -> None:  # type: ignore[no-untyped-def]
+    x, weight = numbers(num_tokens, in_features, seed=1), numbers(out_features, in_features, seed=2)
+    exact = linear_dense_ref(x.double(), weight.double())
+    quick = linear_dense_quick(x, weight)
+    error = (quick.double() - exact).abs()
+    assert (error <= quick_bound(x, weight) + 2.0**-8 * exact.abs()).all()
+    theirs = (linear_dense_ref(x, weight).double() - exact).square().mean().sqrt()
+    assert error.square().mean().sqrt() <= 1.1 * theirs  # most of the error is that of storing the output
+
+
+@pytest.mark.skipif(cpu_build.library() is None, reason="torch promises no such thing")
+def test_whole_numbers_do_not_depend_on_the_rows_beside_them_or_on_threads() -> None:
+    x, weight = outliers(200, 1024, seed=3), outliers(150, 1024, seed=4)
+    quick = linear_dense_quick(x, weight)
+    for first, count in ((0, 24), (1, 25), (95, 105), (130, 64)):
+        assert torch.equal(linear_dense_quick(x[first : first + count], weight), quick[first : first + count])
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(linear_dense_quick(x, weight), quick)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def test_what_is_not_finite_stays_in_its_row_and_column_of_whole_numbers() -> None:
+    x, weight = randn(40, 256, seed=5), randn(50, 256, seed=6)
+    clean = linear_dense_quick(x, weight)
+    x[17, 100], x[20, 3], weight[9, 200] = float("nan"), float("inf"), float("-inf")
+    dirty = linear_dense_quick(x, weight)
+    assert not dirty[[17, 20]].isfinite().any()
+    assert not dirty[:, 9].isfinite().any()
+    rows, columns = [i for i in range(40) if i not in (17, 20)], [i for i in range(50) if i != 9]
+    assert torch.equal(dirty[rows][:, columns], clean[rows][:, columns])
+    nothing = torch.zeros(40, 256).bfloat16()
+    assert not linear_dense_quick(nothing, randn(50, 256, seed=6)).any()
+    assert not linear_dense_quick(randn(40, 256, seed=5), nothing).any()
+
+
+@pytest.mark.parametrize("scale", [2.0**-110, 2.0**-50, 2.0**50])
+def test_whole_numbers_have_any_power_of_two(scale: float) -> None:
+    x, weight = randn(30, 128, seed=7), randn(20, 128, seed=8)
+    expected = linear_dense_quick(x, weight).float()
+    assert torch.equal(linear_dense_quick((x.float() * scale).bfloat16(), weight).float(), expected * scale)
+    assert torch.equal(linear_dense_quick(x, (weight.float() * scale).bfloat16()).float(), expected * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_only_bfloat16_is_multiplied_in_whole_numbers(dtype: torch.dtype) -> None:
+    x, weight = randn(40, 128, seed=1, dtype=dtype), randn(20, 128, seed=2)
+    assert torch.equal(linear_dense_quick(x, weight), linear_dense(x, weight))

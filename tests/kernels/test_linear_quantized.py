@@ -122,14 +122,14 @@ def test_many_rows_are_the_same_bits_as_one_whatever_the_number_of_threads(bits:
         many = linear_quantized(x, weight, quick=True)
         torch.set_num_threads(1)
         assert torch.equal(linear_quantized(x, weight, quick=True), many)
-        assert torch.equal(linear_quantized(x[90:99], weight, quick=True), many[90:99])
+        assert torch.equal(linear_quantized(x[-9:], weight, quick=True), many[-9:])
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("bits", "group_size", "factors"), CASES)
-def test_the_quick_way_is_within_its_bound_and_the_same_for_up_to_eight_rows_and_for_more(
+def test_the_quick_way_is_within_its_bound_and_the_same_for_a_few_rows_and_for_more(
     bits: int, group_size: int, factors: str, dtype: torch.dtype
 ) -> None:
     weight = random_weight(37, 2112, bits=bits, group_size=group_size, factors=factors)
@@ -144,17 +144,20 @@ def test_the_quick_way_is_within_its_bound_and_the_same_for_up_to_eight_rows_and
     # Codes and zero points are multiplied apart: the rounding is of these products, not of their difference.
     magnitude = weight.scales.double().abs().repeat_interleave(2112 // weight.scales.shape[1] + 1, dim=1)[:, :2112]
     rounding = 2112 * 2**-24 * (x.double().abs() @ (wide + 256 * magnitude.T))
-    bound = 2**-15 * (largest @ wide) + rounding + exact.abs() * torch.finfo(dtype).eps
+    moved = 1.0001 / 254 if bits == 4 else 2**-15
+    bound = moved * (largest @ wide) + rounding + exact.abs() * torch.finfo(dtype).eps
+    few = 8 if bits == 8 and group_size != 16 else 4
     ours = [linear_quantized(x[:num_tokens], weight, quick=True) for num_tokens in range(1, 14)]
     for several in ours:
         assert ((several - exact[: len(several)]).abs() <= bound[: len(several)]).all()
-        assert torch.equal(several, ours[7 if len(several) <= 8 else 12][: len(several)])
+        assert torch.equal(several, ours[few - 1 if len(several) <= few else 12][: len(several)])
 
 
 @needs_library
 def test_the_quick_way_loses_nothing_where_inputs_are_of_one_size_and_shows_what_is_not_finite() -> None:
     weight = random_weight(16, 64, bits=4, group_size=32, factors="float32")
     x = torch.randint(-127, 128, (1, 64), generator=generator(2)).bfloat16()
+    x[0, ::32] = 127.0  # of 8 bits, as beside codes of 4 bits, the scale is the largest over 127
     exact = linear_quantized_ref(x.double(), weight)
     assert torch.allclose(linear_quantized(x, weight, quick=True).double(), exact, rtol=2**-7)
     assert linear_quantized(torch.zeros(1, 64).bfloat16(), weight, quick=True).count_nonzero() == 0

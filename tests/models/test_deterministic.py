@@ -110,7 +110,7 @@ def test_they_are_the_fast_paths_logits_up_to_rounding(folder: Path) -> None:
 
 def test_with_torchs_product_of_floats_they_do_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise nothing above would prove anything."""
-    monkeypatch.setattr(layers, "linear_dense", F.linear)
+    monkeypatch.setattr(layers, "linear_dense_quick", F.linear)
     save_tiny_model("llama", tmp_path, seed=3, hidden_size=256, intermediate_size=512)
     model = load_model(tmp_path, dtype="float32")
     alone = run_paged(model, PROMPT, [1] * len(PROMPT))

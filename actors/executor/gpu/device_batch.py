@@ -41,13 +41,15 @@ class DeviceBatch:
         self._num_blocks = [0] * num_state_rows
         self._has_failed = np.zeros(num_state_rows, dtype=np.bool_)
         self._num_failed = 0
-        self._key: tuple[RequestId, ...] | None = None
+        self._key: tuple[RequestId, ...] = ()  # the rows of the last step, whose next four things follow from it
         self._rows: Int64 = np.zeros(0, dtype=np.int64)
         self._of_rows: list[Standing] = []
         self._ones: tuple[int, ...] = ()
+        self._dropped: set[RequestId] = set()  # since the last step
         self._every_row = np.arange(layout.max_rows + 1, dtype=np.int32)
         self._every_one = np.ones(layout.max_rows, dtype=np.int32)
-        # While the same rows decode, only these go on; the two arrays above are brought up to date when that ends.
+        # Where every row has sampled, only these go on while rows decode, and some of them leave; the two arrays above
+        # are brought up to date when that ends.
         self._context_lens: Int32 | None = None
         self._max_context_len = 0
         self._shape = 0
@@ -79,12 +81,11 @@ class DeviceBatch:
         """Forget a request; unknown ids are ignored (its start may have been lost with an epoch)."""
         standing = self._standing.pop(request_id, None)
         if standing is not None:
-            self._catch_up()
+            self._dropped.add(request_id)
             self._free_rows.append(self._row_of.pop(request_id))
             self._num_failed -= standing.has_failed
             self._num_special -= not standing.is_plain
             self._count_stops(standing.sampling.stop_token_ids, -1)
-            self._key = None
 
     def fail(self, standing: Standing) -> None:
         """Sample no more for this request: what it has is not known to be a sequence any longer."""
@@ -101,7 +102,10 @@ class DeviceBatch:
 
     def start(self, start: StartRequest, num_blocks: int, sampling: SamplingState) -> Standing:
         """Give a request a row."""
-        self._catch_up()
+        self._catch_up()  # a row that was left by another, perhaps in this very step
+        if start.request_id in self._dropped:
+            self._dropped.remove(start.request_id)
+            self._key, self._of_rows, self._rows = (), [], self._rows[:0]  # it may be one of them, and is another now
         row = self._free_rows.pop()
         is_plain = start.params.logprobs is None and not sampling.is_processed
         standing = Standing(start.request_id, row, start.num_prompt_tokens, sampling, is_plain)
@@ -113,7 +117,6 @@ class DeviceBatch:
         self._num_computed[row] = start.num_computed_tokens
         self._num_blocks[row] = num_blocks
         self._has_failed[row] = False
-        self._key = None
         return standing
 
     def append_blocks(self, step: ExecuteStep) -> Iterator[tuple[int, int, Sequence[int]]]:
@@ -132,16 +135,23 @@ class DeviceBatch:
             shape: of the step that `words` has held last; -1 for none.
         """
         if step.request_ids != self._key:
-            self._turn_to(step.request_ids)
+            self._turn_to(step.request_ids, is_decode=step.num_tokens.count(1) == len(step.num_tokens))
+        if self._dropped:
+            assert not [each for each in self._dropped if each in self._key], "a row of a request that was dropped"
+            self._dropped.clear()
         if step.num_tokens == self._ones:  # which tuples of the same small numbers know quickly
             if self._context_lens is not None:
                 return self._pack_next_decodes(step, diff, words, shape)
             query_start = self._every_row[: len(self._rows) + 1]
             return self._pack_any(step, diff, words, self._every_one[: len(self._rows)], query_start)
         self._catch_up()
-        num_new = np.array(step.num_tokens, dtype=np.int32)
-        query_start = np.zeros(len(num_new) + 1, dtype=np.int32)
-        np.cumsum(num_new, out=query_start[1:])
+        num_ones = step.num_tokens.count(1)  # nearly always the first ones: only the others need to be read
+        longer = np.array(step.num_tokens[num_ones:], dtype=np.int32)
+        if 1 in step.num_tokens[num_ones:]:
+            num_ones, longer = 0, np.array(step.num_tokens, dtype=np.int32)
+        num_new = np.concatenate((self._every_one[:num_ones], longer))
+        ends = longer.cumsum(dtype=np.int32) + np.int32(num_ones)
+        query_start = np.concatenate((self._every_row[: num_ones + 1], ends))
         return self._pack_any(step, diff, words, num_new, query_start)
 
     def _pack_any(
@@ -172,9 +182,12 @@ class DeviceBatch:
         num_tokens, max_query_len = int(query_start[-1]), int(num_new.max(initial=0))
         self._max_context_len = int(context_lens.max(initial=0))
         self._shape += 1
-        is_decode = max_query_len == 1 and len(sampled) == len(rows)
-        if is_decode and not self._num_failed:
+        has_sampled_all = len(sampled) == len(rows)
+        is_decode = max_query_len == 1 and has_sampled_all
+        shape = self._shape
+        if has_sampled_all and not self._num_failed:
             self._context_lens = context_lens
+            self._shape += not is_decode  # what decodes behind these is not of their shape
         fill(words, layout.rows, layout.starts, rows, 0)
         fill(words, layout.starts, layout.query_start, before, 0)
         fill(words, layout.query_start, layout.context_lens, query_start, num_tokens)
@@ -192,7 +205,7 @@ class DeviceBatch:
             num_decodes=len(rows) if max_query_len <= 1 else int(np.argmax(num_new != 1)),
             sampled=sampled,
             is_decode=is_decode,
-            shape=self._shape,
+            shape=shape,
         )
 
     def _pack_next_decodes(self, step: ExecuteStep, diff: StepDiff, words: Int32, shape: int) -> PackedStep:
@@ -228,11 +241,29 @@ class DeviceBatch:
             shape=self._shape,
         )
 
-    def _turn_to(self, request_ids: tuple[RequestId, ...]) -> None:
-        """Let these be the rows, in this order."""
-        self._catch_up()
-        self._of_rows = list(map(self._standing.__getitem__, request_ids))
-        self._rows = np.fromiter(map(self._row_of.__getitem__, request_ids), np.int64, len(request_ids))
+    def _turn_to(self, request_ids: tuple[RequestId, ...], *, is_decode: bool) -> None:
+        """Let these be the rows, in this order.
+
+        From one step to the next few rows leave, and some come behind the others: runs that stay are taken over.
+        """
+        runs, num_kept = _runs_kept(self._key, request_ids)
+        added = request_ids[num_kept:]
+        of_rows, rows, context_lens = self._of_rows, self._rows, self._context_lens
+        if context_lens is not None and is_decode and not added:
+            # The others go on without those that leave, of which alone the counts are entered.
+            begin = 0
+            for run in (*runs, slice(len(rows), None)):
+                self._enter(rows[begin : run.start], context_lens[begin : run.start])
+                begin = run.stop
+            self._context_lens = np.concatenate([context_lens[run] for run in runs]) if runs else context_lens[:0]
+            self._max_context_len = int(self._context_lens.max(initial=0))
+            self._shape += 1
+        else:
+            self._catch_up()
+        self._of_rows = [standing for run in runs for standing in of_rows[run]] if len(runs) != 1 else of_rows[runs[0]]
+        self._of_rows += [self._standing[request_id] for request_id in added]
+        new_rows = np.array([self._row_of[request_id] for request_id in added], dtype=np.int64)
+        self._rows = np.concatenate([*(rows[run] for run in runs), new_rows])
         self._key = request_ids
         self._ones = (1,) * len(request_ids)
 
@@ -248,6 +279,43 @@ class DeviceBatch:
     def _catch_up(self) -> None:
         """Enter what decoding has counted on the side."""
         if self._context_lens is not None:
-            self._num_computed[self._rows] = self._context_lens
-            self._num_tokens[self._rows] = self._context_lens + _ONE
+            self._enter(self._rows, self._context_lens)
             self._context_lens = None
+
+    def _enter(self, rows: Int64, context_lens: Int32) -> None:
+        """Note that so many tokens of these rows are computed, and that each has one more."""
+        self._num_computed[rows] = context_lens
+        self._num_tokens[rows] = context_lens + _ONE
+
+
+def _runs_kept(before: tuple[RequestId, ...], after: tuple[RequestId, ...]) -> tuple[list[slice], int]:
+    """What a tuple begins with that is left of another, in order: runs of the other, and how many there are in all.
+
+    Neither has anything twice. Compared run by run, as Python compares tuples faster than it looks up what is in them.
+    """
+    runs: list[slice] = []
+    at, count = 0, 0
+    while count < len(after):
+        try:
+            at = before.index(after[count], at)
+        except ValueError:
+            break
+        length = _count_equal(before, at, after, count)
+        runs.append(slice(at, at + length))
+        at += length
+        count += length
+    return runs, count
+
+
+def _count_equal(ours: tuple[RequestId, ...], at: int, theirs: tuple[RequestId, ...], begin: int) -> int:
+    """How many entries are the same from there on; the first ones are."""
+    least, most = 1, min(len(ours) - at, len(theirs) - begin)
+    if ours[at : at + most] == theirs[begin : begin + most]:
+        return most
+    while least < most - 1:  # so many are the same, so many are not
+        middle = (least + most) // 2
+        if ours[at + least : at + middle] == theirs[begin + least : begin + middle]:
+            least = middle
+        else:
+            most = middle
+    return least

@@ -184,13 +184,13 @@ class GpuRunner:
                 self._sampler.remove(request_id)
                 self._wants_prompt_logprobs.pop(request_id, None)
         for start, block_table in zip(step.start, step.block_tables, strict=True):
-            token_ids = memoryview(start.token_ids).cast("i").tolist()
+            token_ids = memoryview(start.token_ids).cast("i")
             request_id, params, num_prompt_tokens = start.request_id, start.params, start.num_prompt_tokens
             self._sampler.add(request_id, params, token_ids, num_prompt_tokens, start.eos_token_ids)
             standing = self._batch.start(start, len(block_table), self._sampler.state_of(request_id))
             diff.write_start(standing.row, start, block_table, standing.sampling.seed)
             if params.prompt_logprobs is not None and len(token_ids) == num_prompt_tokens:
-                self._wants_prompt_logprobs[request_id] = (params.prompt_logprobs, token_ids)
+                self._wants_prompt_logprobs[request_id] = (params.prompt_logprobs, token_ids.tolist())
         diff.write_blocks(self._batch.append_blocks(step))
         return diff
 

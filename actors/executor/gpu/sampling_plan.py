@@ -133,7 +133,7 @@ def _step_tokens(
     `min_tokens` is reached wherever the device samples; elsewhere end tokens are masked until it is.
     """
     stopped: tuple[RequestId, ...] = ()
-    if not plan.any_stop.isdisjoint(tokens):
+    if plan.any_stop and not plan.any_stop.isdisjoint(tokens):
         stopped = tuple(
             each.request_id
             for each, token_id in zip(plan.standing, tokens, strict=True)

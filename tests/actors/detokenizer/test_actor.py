@@ -151,7 +151,7 @@ def undisturbed(codec: HFTokenizer, script: list[DetokenizerInbox]) -> dict[int,
 
 @settings(max_examples=250, deadline=None)
 @given(st.sampled_from(sorted(CODECS)), st.integers(0, 2**32), st.floats(0, 0.6))
-def test_wherever_the_core_crashes_every_stream_hears_exactly_what_it_would_have_heard(
+def test_f_19_wherever_the_core_crashes_every_stream_hears_exactly_what_it_would_have_heard(
     name: str, seed: int, rate: float
 ) -> None:
     codec, rng = CODECS[name], random.Random(seed)
@@ -210,7 +210,7 @@ class Panic(BaseException):
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32), st.floats(0, 0.3), st.sampled_from([RuntimeError, Panic]))
-def test_a_stream_that_poisons_the_core_ends_with_one_typed_error_and_the_others_never_notice(
+def test_f_19_a_stream_that_poisons_the_core_ends_with_one_typed_error_and_the_others_never_notice(
     seed: int, rate: float, error: type[BaseException]
 ) -> None:
     rng = random.Random(seed)

@@ -24,7 +24,7 @@ from octavo.messages.sampling import SamplingParams
 from octavo.messages.step import ExecuteStep, StepExecuted
 from octavo.messages.system import Beat, EngineReady
 
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 FROM_ENGINE = (StepExecuted, RequestEnded, EngineReport, EngineReady, Beat)
 SETUP = EngineSetup(
     scheduler=SchedulerConfig(num_blocks=2048, block_size=4, max_model_len=8192, max_num_seqs=8, pipeline_depth=1),

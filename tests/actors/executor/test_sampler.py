@@ -281,6 +281,7 @@ def test_masks_that_exclude_everything_fail_the_row_and_no_other(temperature: fl
     ((failed, message),) = sampled.failed
     assert failed == RequestId(1)
     assert "exclude every token" in message and "relax" in message
+    assert not sampled.nonfinite, "the model has computed numbers"
 
 
 @pytest.mark.parametrize(
@@ -298,7 +299,9 @@ def test_masks_that_exclude_everything_fail_the_row_and_no_other(temperature: fl
         SamplingParams(seed=1, repetition_penalty=1.5, frequency_penalty=0.5),
     ],
 )
-def test_logits_without_a_number_fail_their_row_and_no_other(params: SamplingParams, value: float, word: str) -> None:
+def test_f_14_logits_without_a_number_fail_their_row_and_no_other(
+    params: SamplingParams, value: float, word: str
+) -> None:
     logits = randn(3, VOCAB)
     logits[1] = value
     sampler = Sampler(VOCAB)
@@ -308,6 +311,7 @@ def test_logits_without_a_number_fail_their_row_and_no_other(params: SamplingPar
     assert [token >= 0 for token in sampled.token_ids] == [True, False, True]
     ((failed, message),) = sampled.failed
     assert failed == RequestId(1) and word in message
+    assert sampled.nonfinite == [RequestId(1)]
     assert [request_id for request_id, _ in sampled.logprobs] == ([0, 2] if params.logprobs else [])
     # The failed row's state has not moved: with good logits it draws what it would have drawn first.
     again = sampler.sample(logits[:1], [RequestId(1)])

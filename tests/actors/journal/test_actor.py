@@ -66,12 +66,12 @@ def test_a_journal_is_complete_once_it_is_closed(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o077 == 0, "others may not read it"
 
 
-def test_a_full_disk_ends_the_journal_with_one_report_and_nothing_else(tmp_path: Path) -> None:
+def test_f_42_a_full_disk_ends_the_journal_with_one_report_and_nothing_else(tmp_path: Path) -> None:
     faults: list[str] = []
     reported = threading.Event()
     writer = JournalWriter(FullDisk(100), lambda why: (faults.append(why), reported.set()))  # type: ignore[arg-type]
     writer.put(b"x" * 200)
-    reported.wait(60)
+    reported.wait(300)
     with pytest.raises(BufferError, match="No space left"):
         writer.put(b"y")
     writer.put(b"the mark of the end, which is lost as well")
@@ -79,7 +79,7 @@ def test_a_full_disk_ends_the_journal_with_one_report_and_nothing_else(tmp_path:
     assert len(faults) == 1
 
 
-def test_a_disk_that_hangs_neither_blocks_nor_fills_memory() -> None:
+def test_f_44_a_disk_that_hangs_neither_blocks_nor_fills_memory() -> None:
     disk = HungDisk()
     writer = JournalWriter(disk, lambda why: None, max_unwritten_bytes=1000)  # type: ignore[arg-type]
     for _ in range(10):

@@ -81,7 +81,7 @@ class History:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 3))
-def test_it_finds_exactly_the_blocks_of_equal_histories(seed: int, block_size: int) -> None:
+def test_f_59_it_finds_exactly_the_blocks_of_equal_histories(seed: int, block_size: int) -> None:
     history = History(random.Random(seed), block_size)
     for _ in range(80):
         history.rng.choice([history.add, history.add, history.forget, history.forget_end])()

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from port_tools import cancel, open_port
+from port_tools import PATIENCE_S, cancel, open_port
 
 from octavo.actors.runtime.asyncio_port import attach
 from octavo.actors.runtime.port import MAX_BATCH, LinkEvent
@@ -45,7 +45,7 @@ def test_ping_and_pong_between_two_ports_of_a_loop_never_stall(tmp_path: Path) -
         for number in range(3):  # as many in flight
             at_edge.send("engine", cancel(number))
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE_S):
                 await done
         finally:
             at_engine.close()
@@ -70,7 +70,7 @@ def test_a_flood_is_taken_in_turns_with_the_loops_other_work(tmp_path: Path) -> 
         for number in range(4000):
             assert at_edge.send("engine", cancel(number))
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE_S):
                 while sum(batches) < 4000:
                     await asyncio.sleep(0)
         finally:
@@ -95,7 +95,7 @@ def test_what_happens_to_a_link_is_told(tmp_path: Path, hears: bool) -> None:
         at_edge = attach(loop, edge, lambda _: None, told.set_result)
         at_engine = attach(loop, engine, lambda _: None)
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE_S):
                 event = await told
         finally:
             at_edge.close()
@@ -128,7 +128,7 @@ def test_grants_held_back_for_a_peers_rate_come_when_their_time_has_come(tmp_pat
         for number in range(200):
             at_edge.send("engine", cancel(number))
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE_S):
                 await done
         finally:
             at_edge.close()

@@ -31,7 +31,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(coroutine: Awaitable[None]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(300):
             await coroutine
 
     asyncio.run(bounded())

@@ -18,7 +18,7 @@ from octavo.actors.runtime.processes import ChildProcess, Nursery, ProcessExit, 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
-DEADLINE_S = 120
+DEADLINE_S = 300
 
 
 def with_nursery(test: Callable[[Nursery], Awaitable[None]], *modules: str) -> None:

@@ -119,7 +119,7 @@ def test_no_message_is_left_without_an_announcement(house: House) -> None:
             edge.send("engine", cancel(sent + number))
         received = []
         while len(received) < size:
-            assert not received or engine.has_more or engine.wait(1000)  # an edge tells of what a reading left
+            assert not received or engine.has_more or engine.wait(60_000)  # an edge tells of what a reading left
             received += engine.receive()
         assert received == [("edge 0", cancel(sent + number)) for number in range(size)]
         sent += size
@@ -135,7 +135,7 @@ def test_a_batch_cut_short_says_that_there_is_more(house: House) -> None:
     pump.until(lambda: edge.is_up("engine"))
     received: list[object] = list(pump.received["engine"])
     while len(received) < 50:
-        assert engine.wait(20_000)
+        assert engine.wait(60_000)
         batch = engine.receive(max_messages=8)
         assert len(batch) <= 8
         if len(batch) == 8:
@@ -199,6 +199,18 @@ def test_hi_113_another_protocol_version_is_refused_at_hello_with_both_named(hou
     refuse = envelope.decode_refuse(body)
     assert refuse.code == "version"
     assert f"version {envelope.PROTOCOL_VERSION}" in refuse.why and f"version {version}" in refuse.why
+
+
+def test_f_62_builds_with_other_messages_refuse_each_other_at_hello_and_decode_nothing(house: House) -> None:
+    engine, endpoint = house.port(schema="version N")
+    executor, _ = house.port("edge 0", schema="version N+1")
+    executor.connect("engine", 1, endpoint)
+    executor.send("engine", cancel(1))
+    pump = Pump(engine, executor)
+    pump.until(lambda: ("engine", "refused") in pump.events["edge 0"])
+    assert engine.counters["refused_hello"] == 1
+    assert pump.numbers(engine) == []
+    assert not executor.is_up("engine")
 
 
 def test_hi_113_another_protocol_version_in_the_middle_of_a_session_is_dropped(house: House) -> None:
@@ -277,7 +289,7 @@ def test_hi_115_a_message_that_names_another_incarnation_than_its_link_is_droppe
     assert engine.counters["stale_incarnation"] == 1
 
 
-def test_hi_115_what_waited_for_a_dead_peer_does_not_reach_its_successor(house: House) -> None:
+def test_hi_115_f_34_what_waited_for_a_dead_peer_does_not_reach_its_successor(house: House) -> None:
     engine, endpoint = house.port()
     edge, _ = house.port("edge 0")
     edge.connect("engine", 1, endpoint)

@@ -38,7 +38,7 @@ class Rig:
     def connect(self) -> socket.socket:
         raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         raw.connect(self.path)
-        raw.settimeout(8)
+        raw.settimeout(120)
         self._opened.append(raw)
         return raw
 
@@ -126,6 +126,60 @@ def test_hi_106_silence_after_the_greeting_is_dropped_at_the_handshake_limit(tmp
         for raw in silent:
             rig.await_close(raw)
         rig.probe()
+    finally:
+        rig.close()
+
+
+def open_connections(silent: list[socket.socket]) -> list[socket.socket]:
+    """Those that the port has not closed."""
+
+    def is_open(raw: socket.socket) -> bool:
+        raw.setblocking(False)
+        try:
+            while raw.recv(65536):
+                pass
+        except BlockingIOError:
+            return True
+        except ConnectionError:
+            return False
+        return False
+
+    return [raw for raw in silent if is_open(raw)]
+
+
+def test_hi_106_of_those_who_say_nothing_64_are_held_and_the_oldest_give_way(rig: Rig) -> None:
+    silent = []
+    for number in range(200):
+        raw = rig.connect_as_dealer() if number % 3 == 0 else rig.connect()
+        if number % 3 == 1:
+            raw.sendall(GREETING)
+        silent.append(raw)
+        rig.pump.turn(0)
+    rig.pump.until(lambda: rig.port.counters["stranger"] == 200 - 64)
+    rig.pump.until(lambda: len(open_connections(silent)) <= 64)
+    assert set(open_connections(silent)) <= set(silent[-64:])
+    rig.probe()  # who has said hello is none of them
+    late = RawPeer(rig.endpoint, name="edge 1")
+    late.greet(rig.pump)
+    assert rig.port.counters["reconnected"] == 0
+    late.close()
+
+
+def test_hi_106_who_has_said_hello_is_no_stranger_however_many_there_are(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, PortLimits(max_strangers=2))
+    try:
+        peers = []
+        for number in range(1, 9):
+            peers.append(RawPeer(rig.endpoint, name=f"edge {number}"))
+            peers[-1].greet(rig.pump)
+        silent = [rig.connect() for _ in range(4)]
+        rig.pump.until(lambda: rig.port.counters["stranger"] == 2)
+        rig.pump.until(lambda: open_connections(silent) == silent[2:])
+        for number, peer in enumerate(peers, 1):
+            peer.say(1, cancel(number))
+        rig.pump.until(lambda: sorted(rig.pump.numbers(rig.port)) == list(range(1, 9)))
+        for peer in peers:
+            peer.close()
     finally:
         rig.close()
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from octavo.actors.runtime.succession import Succession
 HOLDER = """
 import os, sys, time
 from pathlib import Path
+from octavo.actors.runtime.process_title import set_title
 from octavo.actors.runtime.succession import Succession
+set_title("edge 0")
 Succession(Path(sys.argv[1])).take()
 os.write(1, b"held\\n")
 time.sleep(1000)
@@ -67,8 +70,57 @@ def test_a_lock_that_is_released_is_the_next_ones(tmp_path: Path) -> None:
         turn = asyncio.Event()
         second.await_turn(asyncio.get_running_loop(), turn.set)
         first.release()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             await turn.wait()
         second.release()
 
     asyncio.run(run())
+
+
+def test_only_a_holder_that_is_stopped_is_ended_and_then_the_next_one_has_its_turn(tmp_path: Path) -> None:
+    async def run() -> None:
+        next_one = Succession(tmp_path)
+        assert next_one.holder == 0 and not next_one.end_holder()
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, start_new_session=True
+        )
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            assert next_one.holder == holder.pid
+            turn = asyncio.Event()
+            next_one.await_turn(asyncio.get_running_loop(), turn.set)
+            assert not next_one.is_holder_stopped() and not next_one.end_holder(), "it is alive and well"
+            holder.send_signal(signal.SIGSTOP)
+            while not next_one.is_holder_stopped():
+                await asyncio.sleep(0)
+            assert next_one.end_holder()
+            async with asyncio.timeout(120):
+                await turn.wait()
+            assert next_one.holder == os.getpid()
+            assert not next_one.end_holder(), "nobody ends himself"
+            assert holder.wait() == -signal.SIGKILL
+        finally:
+            holder.kill()
+            holder.wait()
+            assert holder.stdout is not None
+            holder.stdout.close()
+        next_one.release()
+
+    asyncio.run(run())
+
+
+def test_a_stopped_process_that_was_given_the_pid_of_a_dead_holder_is_nobodys_to_end(tmp_path: Path) -> None:
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
+    heir = Succession(tmp_path)
+    try:
+        (tmp_path / "supervisor").write_text(str(stranger.pid))
+        stranger.send_signal(signal.SIGSTOP)
+        while not heir.is_holder_stopped():
+            pass
+        assert not heir.end_holder()
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+        heir.release()

@@ -176,7 +176,7 @@ def test_columns_of_a_step_are_equally_long() -> None:
 
 @settings(max_examples=50)
 @given(st.integers(0, 2**32))
-def test_hi_124_damaged_traffic_is_never_accepted_and_never_crashes(seed: int) -> None:
+def test_hi_124_f_30_damaged_traffic_is_never_accepted_and_never_crashes(seed: int) -> None:
     frames = record(sample_messages())
     num_refused, num_refused_bodies = fuzz(frames, 800, seed)
     assert num_refused > 700

@@ -69,7 +69,7 @@ def test_a_token_that_comes_with_its_deadline_still_counts() -> None:
 
 
 @pytest.mark.parametrize("way", range(NUM_WAYS))
-def test_f_16_results_that_cannot_be_are_dropped_and_the_executor_is_told_of_as_failed(way: int) -> None:
+def test_hi_118_f_16_results_that_cannot_be_are_dropped_and_the_executor_is_told_of_as_failed(way: int) -> None:
     scheduler, (plan, *_) = make()
     (why,) = whys(scheduler.handle(garble(right(plan), way, VOCAB), 1))
     assert "make no sense" in why

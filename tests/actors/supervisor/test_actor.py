@@ -22,7 +22,7 @@ from octavo.messages.system import EngineLost, ExecutorLost, StartExecutor, Star
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
-DEADLINE_S = 120
+DEADLINE_S = 300
 CHILDREN = (
     ChildConfig("nursery", "nursery"),
     ChildConfig("engine", "engine"),

@@ -197,6 +197,17 @@ def test_a_child_without_a_beat_for_a_second_and_a_half_is_killed_and_its_epoch_
     assert answers[0] == StartProcess(child.name, 2, Epoch(1), 2 if child is ENGINE else 1)
 
 
+def test_children_who_fall_silent_together_are_given_longer_for_it_is_rather_the_host_that_has_no_time() -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    assert run_until(core, 100, 4300, Tick()) == []
+    assert core.handle(Beat("engine", 1), 4350 * MS) == []
+    said = run_until(core, 4400, 4500, Beat("engine", 1))
+    assert said[0] == KillProcess("executor 0", 1, "executor 0 hangs: no beat for 4.4 s"), "one of them is heard again"
+    core = core_of(ENGINE, EXECUTOR)
+    said = run_until(core, 100, 4700, Tick())
+    assert {message.child for message in said if isinstance(message, KillProcess)} == {"engine", "executor 0"}
+
+
 def test_a_step_that_hangs_is_found_though_beats_go_on_and_a_slow_one_is_not_taken_for_it() -> None:
     core = core_of(EXECUTOR)
     for progress in range(20, 40):
@@ -217,8 +228,9 @@ def test_nobody_is_killed_for_the_silence_of_a_time_in_which_the_supervisor_itse
     assert core.handle(Beat("executor 0", 1, 20, busy_ns=30_100 * MS, busy_tokens=1), 31_000 * MS) == []
     assert core.handle(Tick(), 31_000 * MS) == []
     assert core.num_stalls == 1
-    assert run_until(core, 31_100, 32_500) == [], "a whole grace period"
-    assert any(isinstance(message, KillProcess) for message in run_until(core, 32_500, 32_700))
+    assert run_until(core, 31_100, 32_500, Beat("engine", 1)) == [], "a whole grace period"
+    said = run_until(core, 32_500, 32_700, Beat("engine", 1))
+    assert any(isinstance(message, KillProcess) for message in said)
 
 
 def test_a_child_that_is_loading_has_longer_and_not_for_ever() -> None:

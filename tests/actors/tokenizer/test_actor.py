@@ -138,7 +138,7 @@ def test_short_prompts_are_answered_at_once_and_long_ones_from_a_worker() -> Non
 
 
 @pytest.mark.parametrize("text", ["short", LONG])
-def test_an_exception_is_the_end_of_its_own_request_alone(text: str) -> None:
+def test_f_17_an_exception_is_the_end_of_its_own_request_alone(text: str) -> None:
     async def check(bench: Bench) -> None:
         def fails() -> None:
             raise ValueError("no such letter")
@@ -157,7 +157,7 @@ def test_an_exception_is_the_end_of_its_own_request_alone(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["short", LONG])
-def test_a_prompt_whose_worker_died_is_tried_once_more_and_its_cancel_stays_behind_it(text: str) -> None:
+def test_f_18_a_prompt_whose_worker_died_is_tried_once_more_and_its_cancel_stays_behind_it(text: str) -> None:
     async def check(bench: Bench) -> None:
         bench.codec.acts[text] = [panic, fine]
         bench.ask(1, text)
@@ -171,7 +171,7 @@ def test_a_prompt_whose_worker_died_is_tried_once_more_and_its_cancel_stays_behi
 
 
 @pytest.mark.parametrize("text", ["short", LONG])
-def test_a_prompt_that_kills_its_workers_twice_is_refused_and_remembered_for_ten_minutes(text: str) -> None:
+def test_f_18_a_prompt_that_kills_its_workers_twice_is_refused_and_remembered_for_ten_minutes(text: str) -> None:
     async def check(bench: Bench) -> None:
         bench.codec.acts[text] = [panic]
         bench.ask(1, text)
@@ -192,7 +192,7 @@ def test_a_prompt_that_kills_its_workers_twice_is_refused_and_remembered_for_ten
     run(check)
 
 
-def test_a_prompt_that_hangs_is_tried_elsewhere_then_refused_and_others_go_on_meanwhile() -> None:
+def test_f_18_a_prompt_that_hangs_is_tried_elsewhere_then_refused_and_others_go_on_meanwhile() -> None:
     async def check(bench: Bench) -> None:
         bench.codec.acts[LONG] = [bench.hang]
         bench.ask(1, LONG)

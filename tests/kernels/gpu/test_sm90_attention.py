@@ -97,6 +97,9 @@ CALLS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "prefill, 256 wide": (256, 512, {}),
     "prefill, fp8": (128, 512, {"dtype": torch.float8_e4m3fn}),
     "prefill, batch-invariant": (128, 512, {"batch_invariant": True}),
+    "prefill, all masks": (128, 512, {**PROCESSOR_OPTIONS, "sinks": torch.ones(32), "alibi_slopes": torch.ones(32)}),
+    "prefill, 96 wide, blocks of 256": (96, 512, {"block_size": 256}),
+    "decode, 80 wide, blocks of 256": (80, 1, {"block_size": 256}),
 }
 
 

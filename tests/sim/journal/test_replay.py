@@ -347,3 +347,48 @@ def test_faulty_results_quarantine_and_requests_taken_up_again_are_decided_the_s
     report = replay(path)
     assert report.is_identical, report.divergence
     assert diff(path, path).is_same
+
+
+@pytest.mark.parametrize("loss", [{}, {"is_innocent": True}, {"is_out_of_memory": True}])
+def test_why_an_executor_was_lost_and_logits_that_were_no_numbers_are_decided_the_same(
+    loss: dict[str, bool], tmp_path: Path
+) -> None:
+    config = SchedulerConfig(num_blocks=32, block_size=4, max_model_len=32, max_executor_losses=0, vocab_size=50)
+    path = tmp_path / "j"
+    said: list[Message] = []
+    with path.open("wb") as file:
+        journal = SimJournal(file, header_of(config, has_tokens=False))
+        handle = journal.wrap_scheduler(SchedulerCore(config).handle)
+
+        def tell(message: Message) -> list[Message]:
+            answers = handle(message, 1)
+            said.extend(answers)
+            return answers
+
+        def plan(epoch: int) -> PlanStep:
+            tell(PlanDue())
+            for request_id in (1, 2):
+                tell(PrefixMatched(Epoch(epoch), RequestId(request_id), 0, 0))
+            return next(message for message in tell(PlanDue()) if isinstance(message, PlanStep))
+
+        def sick(step: PlanStep) -> StepExecuted:
+            failed = tuple((request_id, "NaN") for request_id in step.request_ids)
+            return StepExecuted(step.epoch, step.step_id, (), (), failed=failed, nonfinite=step.request_ids)
+
+        tell(submit(1, [1, 2, 3, 4, 5]))
+        tell(submit(2, [1, 2, 3, 4, 6]))
+        tell(sick(plan(0)))
+        tell(ExecutorLost(Epoch(1), "no numbers", is_innocent=True))
+        tell(sick(plan(1)))
+        for request_id in (3, 4):
+            tell(submit(request_id, [1, 2, 3, 4, request_id]))
+        tell(PlanDue())
+        tell(PrefixMatched(Epoch(1), RequestId(3), 0, 0))
+        tell(PrefixMatched(Epoch(1), RequestId(4), 0, 0))
+        tell(PlanDue())
+        tell(ExecutorLost(Epoch(2), "why", **loss))
+        journal.end()
+    codes = [message.error_code for message in said if isinstance(message, RequestEnded)]
+    assert codes == ["model_numerics", "model_numerics"]
+    report = replay(path)
+    assert report.is_identical, report.divergence

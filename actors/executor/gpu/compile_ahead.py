@@ -1,0 +1,251 @@
+"""Compiles a model's Triton kernels on all cores while its weights are loaded, so that warm-up finds them compiled.
+
+One launch compiles one kernel, and waits for it: some dozens of them, one after the other, would be most of a first
+start. Which ones there will be is found out by a process of its own, which warms the model up on a GPU that computes
+nothing (`fake_cuda`), and compiles what was asked for in as many processes as there are cores. What comes of it is what
+lies in Triton's cache on disk when warm-up launches the very same kernels; one that is not there is compiled then, so
+nothing rests on this but time. A start that finds everything compiled by an earlier one leaves all of it out.
+
+As a program (`python -m octavo.actors.executor.gpu.compile_ahead`) it is that process: a `Question` in JSON comes in,
+an `Answer` goes out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+import torch
+
+from ....models import registry
+from ....models.decoder import Decoder
+from ....models.interface import CausalLM
+from .. import device as device_module
+from ..config import ExecutorConfig
+from .fake_cuda import GpuFacts, KernelVariant, fake_cuda
+
+log = structlog.get_logger("octavo.executor")
+
+_PATIENCE_S = 60.0
+"""How long warm-up waits for what is still being compiled; one after the other it would not take much longer."""
+
+_PROGRAM = (sys.executable, "-m", "octavo.actors.executor.gpu.compile_ahead")
+
+_SLOWEST = (
+    "choose_kernel",
+    "tile_kernel",
+    "share_kernel",
+    "bracket_kernel",
+    "_up_kernel",
+    "_down_kernel",
+    "reduce_shares_kernel",
+)
+"""Are compiled first, so that none of them is left when the other processes are done."""
+
+
+class Question(msgspec.Struct, frozen=True):
+    """What to compile for, and in how many processes."""
+
+    config: ExecutorConfig
+    facts: GpuFacts
+    num_processes: int
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What was compiled.
+
+    Attributes:
+        num_variants: of kernels, that warm-up will launch.
+        num_compiled: of those, how many were not in Triton's cache yet.
+        find_s, compile_s: seconds of finding them, and of compiling them.
+    """
+
+    num_variants: int
+    num_compiled: int
+    find_s: float
+    compile_s: float
+
+
+class CompileAhead:
+    """The compilation that runs while a model is loaded: `begin`, then `finish` before warm-up and `note` after it."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | None, mark: Path) -> None:
+        self._process, self._mark = process, mark
+
+    @classmethod
+    def begin(cls, config: ExecutorConfig, facts: GpuFacts) -> CompileAhead:
+        """Begin, unless all has been compiled by an earlier start."""
+        mark = _mark(config, facts)
+        if mark.exists():
+            return cls(None, mark)
+        num_processes = max(1, len(os.sched_getaffinity(0)) - 1)  # one core loads weights
+        question = msgspec.json.encode(Question(config, facts, num_processes))
+        try:
+            process = subprocess.Popen(  # noqa: S603 - this very module
+                _PROGRAM,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # with the processes that it has begun it can be ended as one
+            )
+            assert process.stdin is not None
+            process.stdin.write(question)
+            process.stdin.close()
+            process.stdin = None  # or `communicate` would close it again
+        except OSError as error:
+            log.warning("executor.compile_ahead", error=str(error))
+            return cls(None, mark)
+        return cls(process, mark)
+
+    def finish(self) -> Answer | None:
+        """Wait until all is compiled, within reason; what was, or None if nothing had to be or it did not work out."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        try:
+            said, errors = process.communicate(timeout=_PATIENCE_S)
+            answer = msgspec.json.decode(said, type=Answer)
+        except (subprocess.TimeoutExpired, msgspec.DecodeError) as error:
+            _end(process)
+            why = errors.decode(errors="replace")[-2000:] if isinstance(error, msgspec.DecodeError) else str(error)
+            log.warning("executor.compile_ahead", error=why, then="kernels are compiled as they are launched")
+            return None
+        log.info("executor.compile_ahead", **msgspec.structs.asdict(answer))
+        return answer
+
+    def cancel(self) -> None:
+        """Leave it, unless it is finished: nothing will be warmed up."""
+        process, self._process = self._process, None
+        if process is not None:
+            _end(process)
+
+    def note(self) -> None:
+        """Remember that a start like this one finds its kernels compiled."""
+        with contextlib.suppress(OSError):  # a cache that cannot be written to was of no use either
+            self._mark.parent.mkdir(parents=True, exist_ok=True)
+            self._mark.touch()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill it and all that it has begun."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def _mark(config: ExecutorConfig, facts: GpuFacts) -> Path:
+    """An empty file in Triton's cache: all that this model launches on such a GPU has been compiled."""
+    import triton
+
+    from ....kernels import gpu
+
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(msgspec.json.encode((config, msgspec.structs.replace(facts, free_bytes=0))))
+    digest.update(f"{triton.__version__} {torch.__version__}".encode())
+    here = Path(config.model_path) / "config.json"
+    for path in (here, *sorted(Path(gpu.__file__).parent.glob("*.py"))):
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return Path(triton.knobs.cache.dir) / f"octavo-{digest.hexdigest()}"
+
+
+def find_variants(config: ExecutorConfig, facts: GpuFacts) -> list[KernelVariant]:
+    """Which variants of kernels a model's warm-up asks for, in its order; leaves the process on a GPU that is none.
+
+    Of layers of a kind one is enough. A checkpoint with quantised weights is taken for one without, so that its
+    products are not among what is found.
+    """
+    from ..runner import load_runner
+
+    variants: list[KernelVariant] = []
+    load = registry.load_model
+
+    def load_few_layers(*args: Any, **options: Any) -> CausalLM:
+        model = load(*args, **options)
+        if isinstance(model, Decoder):
+            _keep_one_of_each(model)
+        return model
+
+    device_module.load_model = load_few_layers  # type: ignore[attr-defined]  # whence it is called
+    with fake_cuda(facts, on_variant=variants.append):
+        load_runner(msgspec.structs.replace(config, load_format="dummy", device="cuda"))
+    return variants
+
+
+def _keep_one_of_each(model: Decoder) -> None:
+    """Leave out layers that launch what another one launches."""
+    found: dict[Any, int] = {}
+    for index, (layer, cos_sin) in enumerate(zip(model.layers, model._cos_sin, strict=True)):
+        found.setdefault((_kind(layer), _kind(cos_sin), model.kv_cache_specs[index]), index)
+    model.layers = [model.layers[index] for index in found.values()]
+    model._cos_sin = [model._cos_sin[index] for index in found.values()]
+    model.kv_cache_specs = tuple(model.kv_cache_specs[index] for index in found.values())
+
+
+def _kind(value: Any) -> Any:
+    """What two layers' parts have in common that launch the same: all but the contents of tensors."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), tuple(value.stride()), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple(map(_kind, value))
+    if value is None or inspect.isroutine(value) or isinstance(value, _SCALARS):
+        return value
+    names = (*getattr(type(value), "__slots__", ()), *getattr(value, "__dict__", ()))
+    return type(value), tuple(_kind(getattr(value, name)) for name in names)
+
+
+_SCALARS = (bool, int, float, str, type, torch.dtype, torch.device)
+
+
+def compile_variants(variants: list[KernelVariant], num_processes: int) -> int:
+    """Compile them, side by side; returns how many of them were not in Triton's cache.
+
+    The processes are forks of this one: what was imported and found out is theirs at once.
+    """
+    _VARIANTS[:] = sorted(variants, key=lambda variant: variant.name not in _SLOWEST)
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(min(num_processes, len(variants)) or 1, mp_context=fork) as processes:
+        return sum(processes.map(_compile, range(len(variants))))
+
+
+_VARIANTS: list[KernelVariant] = []  # of this process and its forks, as kernels cannot be sent
+
+
+def _compile(index: int) -> bool:
+    from triton import knobs
+
+    hits: list[bool] = []
+
+    def on_compiled(*, cache_hit: bool, **_: Any) -> None:
+        hits.append(cache_hit)
+
+    knobs.compilation.listener = on_compiled
+    _VARIANTS[index].compile()
+    return hits == [False]
+
+
+def main() -> None:
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
+    began = time.monotonic()
+    variants = find_variants(question.config, question.facts)
+    found = time.monotonic()
+    num_compiled = compile_variants(variants, question.num_processes)
+    answer = Answer(len(variants), num_compiled, round(found - began, 2), round(time.monotonic() - found, 2))
+    sys.stdout.write(msgspec.json.encode(answer).decode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What the supervisor knows of one child."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from ...messages.ids import Epoch
+from .config import ChildConfig
+
+
+class Child(msgspec.Struct):
+    """A child and what is known of its latest incarnation.
+
+    Attributes:
+        incarnation: before the first start 0, or the last that a supervisor before this one may have used.
+        state: `absent` between an exit and the next start, `killed` and `stopping` until the exit that was asked for.
+        start_at_ns: when an absent child is started; -1 for never.
+        since_ns: of the latest start.
+        heard_ns: of the latest beat, or of readiness; -1 for never.
+        ready_ns: since when it has been ready; -1 if it is not.
+        progress, excused_ns: the latest progress, and for how long this process stood still since.
+        halted_ns, halt_seen_ns: since when it has been stopped by a signal, and when that was seen last; -1 for never.
+        epoch: that it was started with.
+        why: the latest loss, for those who must hear of it once the next incarnation is ready.
+    """
+
+    config: ChildConfig
+    incarnation: int = 0
+    state: Literal["absent", "starting", "ready", "killed", "stopping"] = "absent"
+    start_at_ns: int = 0
+    since_ns: int = 0
+    heard_ns: int = -1
+    ready_ns: int = -1
+    progress: int = 0
+    excused_ns: int = 0
+    halted_ns: int = -1
+    halt_seen_ns: int = -1
+    epoch: Epoch = Epoch(0)
+    why: str = ""
+
+    @property
+    def is_running(self) -> bool:
+        """Alive, and nobody has told it to end."""
+        return self.state in ("starting", "ready")
+
+    @property
+    def streak(self) -> str:
+        """Whose failures in a row are counted together: the ranks of the group are."""
+        return "executor" if self.config.kind == "executor" else self.config.name

@@ -1,0 +1,185 @@
+"""Compilation while a model is loaded, on a GPU that computes nothing; what is compiled here is compiled for sm_90."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from octavo.actors.executor.config import ExecutorConfig
+from octavo.models.shapes import write_config_folder
+
+TESTS = Path(__file__).parents[3]
+SERVED = {"cuda_graph_sizes": (1, 64), "max_model_len": 2048, "device": "cuda", "load_format": "dummy"}
+
+# Of what was found, only kernels that compile within a second; then what a start launches, compiled as a launch does.
+ALL_IN_ONE = """
+import json, sys
+import msgspec
+from octavo.actors.executor.config import ExecutorConfig
+from octavo.actors.executor.gpu import compile_ahead as ahead
+from octavo.actors.executor.gpu.fake_cuda import GpuFacts
+from triton import knobs
+
+config = msgspec.json.decode(sys.argv[1], type=ExecutorConfig)
+found = ahead.find_variants(config, GpuFacts())
+few = [each for each in found if each.name in {"_rms_norm_kernel", "_append_tokens_kernel", "_embed_kernel"}]
+first = ahead.compile_variants(few, 2)
+again = ahead.compile_variants(few, 2)
+hits = []
+knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+for each in few:
+    each.compile()
+print(json.dumps({"names": [each.name for each in found], "few": len(few), "first": first, "again": again,
+                  "hits": hits, "keys": sorted(f"{each.name} {each.signature} {each.constexprs} {each.attributes} "
+                  f"{each.options.num_warps} {each.options.num_stages}" for each in found)}))
+"""
+
+# All layers, and steps of a serving engine: each launch is specialised anew.
+ALL_LAYERS = """
+import json, sys
+import gpu_dry_run as dry
+from octavo.actors.executor.gpu import fake_cuda as fake
+
+keys = []
+make = dry.Kernels.make
+def noting(self, each):
+    keys.append(f"{each.name} {each.signature} {each.constexprs} {each.attributes} "
+                f"{each.options.num_warps} {each.options.num_stages}")
+    make(self, each)
+dry.Kernels.make = noting
+question = json.loads(sys.argv[1])
+next(dry.answers([question]))
+print(json.dumps(sorted(keys)))
+"""
+
+
+def output_of(code: str, argument: str, cache: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, argument],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=TESTS,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(cache), "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("preset", "num_layers"), [("qwen3-0.6b", 3), ("gpt-oss-20b", 4)])
+def test_what_is_compiled_ahead_is_what_is_launched_and_lies_in_the_cache(
+    preset: str, num_layers: int, tmp_path: Path
+) -> None:
+    write_config_folder(preset, tmp_path, tokenizer=None, num_hidden_layers=num_layers)
+    config = ExecutorConfig(model_path=str(tmp_path), **SERVED)  # type: ignore[arg-type]
+    answer = json.loads(output_of(ALL_IN_ONE, msgspec.json.encode(config).decode(), tmp_path / "cache"))
+    assert answer["few"] >= 3
+    assert "_embed_kernel" in answer["names"]
+    assert answer["first"] == answer["few"]
+    assert answer["again"] == 0
+    assert answer["hits"] == [True] * answer["few"]
+    question = {"preset": preset, "num_layers": num_layers, "num_steps": 3, "cuda_graph_sizes": [1, 64]}
+    launched = json.loads(output_of(ALL_LAYERS, json.dumps(question), tmp_path / "cache"))
+    assert answer["keys"] == launched
+
+
+# Each in the place of the process that compiles: one that fails, two that do not come to an end, one that compiles.
+BEGUN = """
+import sys
+from pathlib import Path
+import msgspec
+from octavo.actors.executor.config import ExecutorConfig
+from octavo.actors.executor.gpu import compile_ahead as ahead
+from octavo.actors.executor.gpu.fake_cuda import GpuFacts
+
+folder = Path(sys.argv[1])
+config = ExecutorConfig(model_path=str(folder))
+answer = ahead.Answer(5, 3, 0.5, 1.5)
+said = msgspec.json.encode(answer).decode()
+
+def begin(program, **facts):
+    ahead._PROGRAM = (sys.executable, "-c", program)
+    return ahead.CompileAhead.begin(config, GpuFacts(**facts))
+
+assert begin("import sys; sys.stdin.read(); sys.exit('no such model')").finish() is None
+ahead._PATIENCE_S = 0.0
+late = begin("import signal; signal.pause()")
+process = late._process
+assert late.finish() is None
+assert process.returncode < 0
+left = begin("import signal; signal.pause()")
+process = left._process
+left.cancel()
+assert process.returncode < 0
+ahead._PATIENCE_S = 60.0
+good = begin(f"import sys; assert 'num_processes' in sys.stdin.read(); print({said!r})")
+assert good.finish() == answer
+assert good.finish() is None, "it is over"
+good.cancel()
+again = begin("import sys; sys.stdin.read()")
+assert again._process is not None, "nothing was noted yet"
+again.cancel()
+good.note()
+assert begin("pass")._process is None, "a start like it has compiled all"
+assert begin("pass", free_bytes=1)._process is None, "what others take of the memory makes no difference"
+(folder / "config.json").write_text("another model")
+another = begin("import sys; sys.stdin.read()")
+assert another._process is not None
+another.cancel()
+print("done")
+"""
+
+
+def test_a_start_waits_in_vain_for_nothing_and_one_like_an_earlier_one_does_not_wait(tmp_path: Path) -> None:
+    assert output_of(BEGUN, str(tmp_path), tmp_path / "cache") == "done"
+
+
+# A start on the GPU that computes nothing, which says that it is there; what stands for the compiling process says when
+# it was waited for, and the model's launches when warm-up began.
+LOADED = """
+import sys
+import msgspec
+import torch
+from octavo.actors.executor.config import ExecutorConfig
+from octavo.actors.executor.gpu import compile_ahead as ahead
+from octavo.actors.executor.gpu.fake_cuda import DEVICE, GpuFacts, fake_cuda
+from octavo.actors.executor.runner import load_runner
+from octavo.messages.errors import OctavoError
+
+config = msgspec.json.decode(sys.argv[1], type=ExecutorConfig)
+answer = msgspec.json.encode(ahead.Answer(5, 3, 0.5, 1.5)).decode()
+events = []
+wait, end = ahead.CompileAhead.finish, ahead._end
+ahead.CompileAhead.finish = lambda self: events.append(wait(self))
+ahead._end = lambda process: (end(process), events.append("ended"))
+with fake_cuda(GpuFacts(), on_variant=lambda each: events.append(each.name)):
+    torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0
+    torch.cuda.get_device_capability = lambda _device: (9, 0)
+    ahead._PROGRAM = (sys.executable, "-c", "import signal; signal.pause()")
+    try:
+        load_runner(msgspec.structs.replace(config, model_path="/nowhere", load_format="auto"))
+    except OctavoError:
+        assert events == ["ended"], "a model that is not there is not waited for"
+    else:
+        raise AssertionError
+    events.clear()
+    ahead._PROGRAM = (sys.executable, "-c", f"import sys; sys.stdin.read(); print({answer!r})")
+    load_runner(config)
+    assert events.count(msgspec.json.decode(answer, type=ahead.Answer)) == 1
+    at = events.index(msgspec.json.decode(answer, type=ahead.Answer))
+    assert "share_kernel" in events[at:] and "choose_kernel" in events[at:], "warm-up comes after it"
+    assert ahead.CompileAhead.begin(config, GpuFacts.of(DEVICE))._process is None, "it was noted"
+print("done")
+"""
+
+
+def test_a_model_is_loaded_while_its_kernels_are_compiled_and_warmed_up_after(tmp_path: Path) -> None:
+    write_config_folder("qwen3-0.6b", tmp_path, tokenizer=None, num_hidden_layers=1)
+    config = ExecutorConfig(model_path=str(tmp_path), **SERVED)  # type: ignore[arg-type]
+    assert output_of(LOADED, msgspec.json.encode(config).decode(), tmp_path / "cache") == "done"

@@ -1,0 +1,76 @@
+"""F-12: a device whose context is broken for good fails every step from then on, until its process is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from engines import engine_on, save_servable
+from process_family import named
+
+from octavo import Engine
+from octavo.messages.sampling import SamplingParams
+
+PATIENCE_S = 240.0
+NUM_STREAMS = 8
+
+BREAKS = """
+import os, sys
+from pathlib import Path
+
+# The nursery is started like this; its children inherit what is done here.
+if any(part.endswith("runtime.nursery") for part in sys.orig_argv):
+    from octavo.actors.executor.device import Device
+
+    broken = Path(os.environ["BROKEN"])
+
+    def break_too(method):
+        def call(self, *args):
+            if broken.exists() and broken.read_text() == str(os.getpid()):
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return method(self, *args)
+
+        return call
+
+    Device.forward = break_too(Device.forward)
+    Device.reset = break_too(Device.reset)
+"""
+"""Put where every Python looks at its start: whatever the process whose pid stands in a file asks of its device fails,
+as all calls do after a sticky error."""
+
+
+async def tokens_of(engine: Engine, index: int) -> list[int]:
+    params = SamplingParams(temperature=0.8, seed=index, max_tokens=60, ignore_eos=True)
+    output = await engine.generate(list(range(10 + index, 30 + index)), params)
+    return list(output.outputs[0].token_ids)
+
+
+def test_f_12_a_process_whose_device_is_broken_for_good_is_replaced_and_streams_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook, model, broken = tmp_path / "hook", tmp_path / "model", tmp_path / "broken"
+    hook.mkdir()
+    model.mkdir()
+    (hook / "sitecustomize.py").write_text(BREAKS)
+    monkeypatch.syspath_prepend(str(hook))  # the nursery looks where this process looks
+    monkeypatch.setenv("BROKEN", str(broken))
+    save_servable("llama", model)
+
+    async def scenario() -> None:
+        async with engine_on(model, in_process=False) as engine:
+            expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS)))
+            (executor,) = named("executor 0")
+            streams = asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS)))
+            before = engine.stats().generation_tokens
+            while engine.stats().generation_tokens < before + NUM_STREAMS:
+                await asyncio.sleep(0.01)
+            broken.with_suffix(".new").write_text(str(executor.pid))
+            broken.with_suffix(".new").rename(broken)
+            assert await streams == expected
+            await asyncio.to_thread(executor.wait)
+            # A new epoch in the old process first, which cannot even begin it; then another process.
+            assert engine.stats().actor_restarts["executor"] == 2
+            assert engine.stats().num_quarantined == 0, "an accident convicts nobody"
+
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE_S))

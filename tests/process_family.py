@@ -1,0 +1,47 @@
+"""Processes by their title, among the descendants of one; they may come and go while somebody looks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import psutil
+
+
+def title(process: psutil.Process) -> str:
+    """What a process calls itself; empty if it is dead, buried or not."""
+    try:
+        return process.cmdline()[0] if process.status() != psutil.STATUS_ZOMBIE else ""
+    except (psutil.NoSuchProcess, IndexError):
+        return ""
+
+
+def named(name: str, root: int | None = None) -> list[psutil.Process]:
+    """The living descendants of a process (of this one by default) with a title."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(root).children(recursive=True)
+        return [process for process in family if title(process) == f"octavo: {name}"]
+    return []
+
+
+async def until(condition: Callable[[], bool], every_s: float = 0.01) -> None:
+    """Return once a condition holds; whoever waits bounds the time."""
+    while not condition():
+        await asyncio.sleep(every_s)
+
+
+async def living(name: str, root: int | None = None, *, other_than: int = 0) -> psutil.Process:
+    """The descendant with a title, once there is one and it is not the one with the pid `other_than`.
+
+    A stream's last token may be here long before its executor's successor is: all of them may have been on their way
+    when it was killed. So whoever wants to see the successor waits for it.
+    """
+    found: list[psutil.Process] = []
+
+    def is_there() -> bool:
+        found[:] = [process for process in named(name, root) if process.pid != other_than]
+        return bool(found)
+
+    await until(is_there, 0.05)  # a look at every process of the machine takes a while
+    return found[0]
