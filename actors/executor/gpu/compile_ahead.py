@@ -32,6 +32,7 @@ import torch
 from ....models import registry
 from ....models.decoder import Decoder
 from ....models.interface import CausalLM
+from ...runtime.parent_death import die_with_parent
 from .. import device as device_module
 from ..config import ExecutorConfig
 from .fake_cuda import GpuFacts, KernelVariant, fake_cuda
@@ -56,11 +57,12 @@ _SLOWEST = (
 
 
 class Question(msgspec.Struct, frozen=True):
-    """What to compile for, and in how many processes."""
+    """What to compile for, in how many processes, and for whom: nothing of it outlives the process that asks."""
 
     config: ExecutorConfig
     facts: GpuFacts
     num_processes: int
+    parent_pid: int
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -91,7 +93,7 @@ class CompileAhead:
         if mark.exists():
             return cls(None, mark)
         num_processes = max(1, len(os.sched_getaffinity(0)) - 1)  # one core loads weights
-        question = msgspec.json.encode(Question(config, facts, num_processes))
+        question = msgspec.json.encode(Question(config, facts, num_processes, os.getpid()))
         try:
             process = subprocess.Popen(  # noqa: S603 - this very module
                 _PROGRAM,
@@ -216,7 +218,9 @@ def compile_variants(variants: list[KernelVariant], num_processes: int) -> int:
     """
     _VARIANTS[:] = sorted(variants, key=lambda variant: variant.name not in _SLOWEST)
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(min(num_processes, len(variants)) or 1, mp_context=fork) as processes:
+    with ProcessPoolExecutor(
+        min(num_processes, len(variants)) or 1, mp_context=fork, initializer=die_with_parent, initargs=(os.getpid(),)
+    ) as processes:
         return sum(processes.map(_compile, range(len(variants))))
 
 
@@ -239,6 +243,7 @@ def _compile(index: int) -> bool:
 def main() -> None:
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
+    die_with_parent(question.parent_pid)
     began = time.monotonic()
     variants = find_variants(question.config, question.facts)
     found = time.monotonic()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from octavo.actors.executor.config import ExecutorConfig
@@ -183,3 +185,51 @@ def test_a_model_is_loaded_while_its_kernels_are_compiled_and_warmed_up_after(tm
     write_config_folder("qwen3-0.6b", tmp_path, tokenizer=None, num_hidden_layers=1)
     config = ExecutorConfig(model_path=str(tmp_path), **SERVED)  # type: ignore[arg-type]
     assert output_of(LOADED, msgspec.json.encode(config).decode(), tmp_path / "cache") == "done"
+
+
+# A start whose process is killed while the one that compiles, and its two workers, are at work.
+ORPHANS = """
+import signal, sys, time
+import msgspec
+from octavo.actors.executor.config import ExecutorConfig
+from octavo.actors.executor.gpu import compile_ahead as ahead
+from octavo.actors.executor.gpu.fake_cuda import GpuFacts
+
+program = '''
+import sys, time
+from octavo.actors.executor.gpu import compile_ahead as ahead
+
+class Endless:
+    name = "k"
+
+    def compile(self):
+        time.sleep(600)
+
+ahead.find_variants = lambda config, facts: [Endless()] * 2
+ahead.main()
+'''
+ahead._PROGRAM = (sys.executable, "-c", program)
+ahead.os.sched_getaffinity = lambda pid: {0, 1, 2}
+begun = ahead.CompileAhead.begin(msgspec.json.decode(sys.argv[1], type=ExecutorConfig), GpuFacts())
+print(begun._process.pid, flush=True)
+signal.pause()
+"""
+
+
+def test_nothing_of_it_outlives_a_start_that_is_killed(tmp_path: Path) -> None:
+    config = msgspec.json.encode(ExecutorConfig(model_path=str(tmp_path))).decode()
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path)}
+    start = subprocess.Popen(
+        [sys.executable, "-c", ORPHANS, config], stdout=subprocess.PIPE, text=True, cwd=TESTS, env=environment
+    )
+    try:
+        assert start.stdout is not None
+        compiling = psutil.Process(int(start.stdout.readline()))
+        while len(workers := compiling.children()) < 2:
+            assert compiling.is_running()
+            time.sleep(0.01)
+    finally:
+        start.kill()
+        start.communicate()
+    _, alive = psutil.wait_procs([compiling, *workers], timeout=60)
+    assert not alive
