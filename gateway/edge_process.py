@@ -218,7 +218,7 @@ class FollowerGraph(EdgeGraph):
             self._supervision = supervision = await self._make_supervision(incarnation)
             assert supervision.others is not None
             supervision.assume(spec.facts, self._actors.capacity)
-            supervision.others.adopt(self._status.edges)
+            supervision.others.adopt()
             await supervision.start()
         except (OctavoError, OSError) as error:
             log.exception("supervision.failed")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from ..actors.runtime.addresses import EDGE, EDGE_INCARNATION, endpoint_of, remove_socket
+from ..actors.runtime.addresses import EDGE, EDGE_INCARNATION, edges_listening, endpoint_of, remove_socket
 from ..actors.runtime.clock import MonotonicClock
 from ..actors.runtime.independent import IndependentProcesses
 from ..actors.runtime.processes import ProcessSpec
@@ -153,18 +153,20 @@ class OtherEdges:
         )
         await self._supervisor.start()
 
-    def adopt(self, edges: tuple[tuple[str, int], ...]) -> None:
-        """Take over those that an edge 0 before this one had started."""
-        now_ns = self._clock.now_ns()
-        for name, incarnation in edges:
-            self._incarnations[name] = incarnation
-            self._heard_ns[name] = now_ns
-            self._carrier.port.connect(name, incarnation, endpoint_of(self._run_dir, name, incarnation))
-        self._status = msgspec.structs.replace(self._status, edges=edges)
-        for name in self._incarnations:
-            self._carrier.send(name, PeerStarted(EDGE, self._edge_incarnation))
-            self._carrier.send(name, self._status)
+    def adopt(self) -> None:
+        """Take over those that an edge 0 before this one had started, from now on and whenever another one appears.
+
+        Edge 0 may have died before it said who there is; and one that it started may not listen yet.
+        """
         self._look()
+
+    def _take_in(self, name: str, incarnation: int) -> None:
+        self._incarnations[name] = incarnation
+        self._heard_ns[name] = self._clock.now_ns()
+        self._carrier.port.connect(name, incarnation, endpoint_of(self._run_dir, name, incarnation))
+        self._post_to_engines(PeerStarted(name, incarnation))
+        for message in (PeerStarted(EDGE, self._edge_incarnation), self._status, *self._engines.values()):
+            self._carrier.send(name, message)
 
     async def wait_for_leave(self, *, but: str) -> None:
         """Until all have ended, except for one."""
@@ -197,23 +199,26 @@ class OtherEdges:
         """Tell all of them; those that start later hear of it then."""
         if isinstance(message, EngineUp):
             self._engines[message.name] = message
+        elif message == self._status:
+            return
         else:
-            message = msgspec.structs.replace(message, edges=tuple(self.running))
-            if message == self._status:
-                return
             self._status = message
         for name in self._incarnations:
             self._carrier.send(name, message)
 
     def _look(self) -> None:
-        """Find those that were adopted and have fallen silent: nobody else tells of their end."""
+        """Adopt those that listen, and find those that no longer do or are silent: nobody tells of their end."""
         self._looks = asyncio.get_running_loop().call_later(_LOOK_S, self._look)
         last_ns, now_ns = self._looked_ns, self._clock.now_ns()
         self._looked_ns = now_ns
         if now_ns - last_ns > _MAX_SILENCE_NS // 2:  # this process stood still, and heard nobody
             self._heard_ns = dict.fromkeys(self._heard_ns, now_ns)
+        listening = edges_listening(self._run_dir)
+        for name, incarnation in listening.items():
+            if name not in self._incarnations:
+                self._take_in(name, incarnation)
         for name, heard_ns in list(self._heard_ns.items()):
-            if now_ns - heard_ns > _MAX_SILENCE_NS:
+            if name not in listening or now_ns - heard_ns > _MAX_SILENCE_NS:
                 del self._heard_ns[name]
                 self._forget(name, self._incarnations[name])
 
@@ -227,7 +232,6 @@ class OtherEdges:
             self._carrier.port.disconnect(name)
             remove_socket(self._run_dir, name, incarnation)
             self._post_to_engines(PeerLeft(name, incarnation))
-            self.tell(self._status)
             self._left.set()
 
     def _make_spec(self, start: StartProcess) -> ProcessSpec:
@@ -235,7 +239,7 @@ class OtherEdges:
         config, settings, facts, host, port = self._serve
         self._incarnations[name] = incarnation
         self._carrier.port.connect(name, incarnation, endpoint_of(self._run_dir, name, incarnation))
-        self.tell(self._status)
+        self._carrier.send(name, self._status)
         self._post_to_engines(PeerStarted(name, incarnation))
         spec = EdgeProcessSpec(
             name=name,

@@ -141,11 +141,9 @@ class EdgeStatus(Message, frozen=True):
         restarts: `(kind, number)` of each kind of child.
         engines_down: which are being replaced, or wait for an executor.
         engines_gone: which will not be replaced.
-        edges: names and incarnations of the other edges that run.
     """
 
     why_not_ready: str
     restarts: tuple[tuple[str, int], ...] = ()
     engines_down: tuple[str, ...] = ()
     engines_gone: tuple[str, ...] = ()
-    edges: tuple[tuple[str, int], ...] = ()

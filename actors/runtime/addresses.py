@@ -35,6 +35,19 @@ def remove_socket(run_dir: str, name: str, incarnation: int) -> None:
     Path(endpoint_of(run_dir, name, incarnation).removeprefix("ipc://")).unlink(missing_ok=True)
 
 
+def edges_listening(run_dir: str) -> dict[str, int]:
+    """Names and latest incarnations of the further edges whose sockets are there.
+
+    One that has closed has removed its own; that of one that was killed may be left.
+    """
+    found: dict[str, int] = {}
+    for path in sorted(Path(run_dir).glob("edge-*.*")):
+        number, _, incarnation = path.name.removeprefix("edge-").partition(".")
+        if number.isdecimal() and incarnation.isdecimal() and (name := f"edge {number}") != EDGE:
+            found[name] = max(found.get(name, 0), int(incarnation))
+    return found
+
+
 class TcpSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How a process listens to other hosts.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,21 +47,24 @@ class FakeClock:
 class Stage:
     """Edges 1 and 2, which an edge 0 had started that is dead; edge 1 supervises them now."""
 
-    def __init__(self, clock: FakeClock) -> None:
+    def __init__(self, clock: FakeClock, run_dir: Path) -> None:
         self.clock = clock
+        self.run_dir = run_dir
+        for socket in ("edge-0.1", "edge-1.1", "edge-2.3", "edge-2.4", "engine.1", "edge-2", "edge-x.1", "lock"):
+            (run_dir / socket).touch()
         self.carrier = FakeCarrier()
         self.said_to_engines: list[Message] = []
         carrier: Any = self.carrier  # has what is used of it
         self.others = OtherEdges(
             2,
             carrier,
-            "/nowhere",
+            str(run_dir),
             engine_names=("engine",),
             post_to_engines=self.said_to_engines.append,
             log_format="plain",
             edge_incarnation=2,
         )
-        self.others.adopt((("edge 1", 1), ("edge 2", 4)))
+        self.others.adopt()
 
     def beat(self, *edges: tuple[str, int]) -> None:
         for name, incarnation in edges:
@@ -77,9 +82,10 @@ def on_stage(monkeypatch: pytest.MonkeyPatch, test: Callable[[Stage], Awaitable[
     monkeypatch.setattr(other_edges, "MonotonicClock", lambda: clock)
 
     async def run() -> None:
-        stage = Stage(clock)
-        await test(stage)
-        await stage.others.close(0)
+        with tempfile.TemporaryDirectory() as run_dir:
+            stage = Stage(clock, Path(run_dir))
+            await test(stage)
+            await stage.others.close(0)
 
     asyncio.run(run())
 
@@ -90,7 +96,7 @@ def test_edges_that_are_adopted_hear_who_supervises_them_and_of_engines(monkeypa
         for name in ("edge 1", "edge 2"):
             assert stage.carrier.take_sent(name) == [
                 PeerStarted("edge 0", 2),
-                EdgeStatus("", edges=(("edge 1", 1), ("edge 2", 4))),
+                EdgeStatus(""),
                 EngineUp("engine", 7, Epoch(5)),
             ]
         assert stage.others.running == [("edge 1", 1), ("edge 2", 4)]
@@ -103,6 +109,7 @@ def test_an_adopted_edge_that_falls_silent_has_left_and_its_requests_are_cancell
 ) -> None:
     async def test(stage: Stage) -> None:
         left = asyncio.create_task(stage.others.wait_for_leave(but="edge 1"))
+        stage.said_to_engines.clear()
         for _ in range(99):
             stage.pass_time(100)
             stage.beat(("edge 1", 1), ("edge 2", 3))  # the last is of an incarnation before
@@ -112,7 +119,37 @@ def test_an_adopted_edge_that_falls_silent_has_left_and_its_requests_are_cancell
             stage.beat(("edge 1", 1))
         assert stage.said_to_engines == [PeerLeft("edge 2", 4)]
         await left
-        assert stage.carrier.take_sent("edge 1")[-1] == EdgeStatus("", edges=(("edge 1", 1),))
+        assert stage.others.running == [("edge 1", 1)]
+        assert not (stage.run_dir / "edge-2.4").exists(), "or it would be adopted again"
+
+    on_stage(monkeypatch, test)
+
+
+def test_an_adopted_edge_that_has_closed_its_socket_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(stage: Stage) -> None:
+        for socket in ("edge-2.3", "edge-2.4"):
+            (stage.run_dir / socket).unlink()
+        stage.pass_time(100)
+        assert stage.said_to_engines[-1] == PeerLeft("edge 2", 4)
+        await stage.others.wait_for_leave(but="edge 1")
+
+    on_stage(monkeypatch, test)
+
+
+def test_an_edge_that_comes_to_listen_after_edge_0_died_is_adopted_and_told_of_engines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(stage: Stage) -> None:
+        stage.others.tell(EngineUp("engine", 7, Epoch(5)))
+        (stage.run_dir / "edge-3.1").touch()
+        stage.pass_time(100)
+        stage.pass_time(100)
+        assert stage.said_to_engines == [PeerStarted("edge 1", 1), PeerStarted("edge 2", 4), PeerStarted("edge 3", 1)]
+        assert stage.carrier.take_sent("edge 3") == [
+            PeerStarted("edge 0", 2),
+            EdgeStatus(""),
+            EngineUp("engine", 7, Epoch(5)),
+        ]
 
     on_stage(monkeypatch, test)
 
@@ -122,7 +159,7 @@ def test_nobody_has_left_because_the_supervisor_itself_stood_still(monkeypatch: 
         stage.pass_time(100)
         stage.pass_time(30_000)
         stage.pass_time(100)
-        assert stage.said_to_engines == []
+        assert len(stage.others.running) == 2
 
     on_stage(monkeypatch, test)
 
