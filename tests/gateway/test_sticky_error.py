@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,13 @@ if any(part.endswith("runtime.nursery") for part in sys.orig_argv):
 as all calls do after a sticky error."""
 
 
-async def tokens_of(engine: Engine, index: int) -> list[int]:
+async def tokens_of(engine: Engine, index: int, on_token: Callable[[], None] = lambda: None) -> list[int]:
     params = SamplingParams(temperature=0.8, seed=index, max_tokens=60, ignore_eos=True)
-    output = await engine.generate(list(range(10 + index, 30 + index)), params)
-    return list(output.outputs[0].token_ids)
+    tokens: list[int] = []
+    async for delta in engine.stream(list(range(10 + index, 30 + index)), params):
+        tokens += delta.token_ids
+        on_token()
+    return tokens
 
 
 def test_f_12_a_process_whose_device_is_broken_for_good_is_replaced_and_streams_resume(
@@ -61,12 +65,12 @@ def test_f_12_a_process_whose_device_is_broken_for_good_is_replaced_and_streams_
         async with engine_on(model, in_process=False) as engine:
             expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS)))
             (executor,) = named("executor 0")
-            streams = asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS)))
-            before = engine.stats().generation_tokens
-            while engine.stats().generation_tokens < before + NUM_STREAMS:
-                await asyncio.sleep(0.01)
-            broken.with_suffix(".new").write_text(str(executor.pid))
-            broken.with_suffix(".new").rename(broken)
+
+            def break_executor() -> None:
+                broken.with_suffix(".new").write_text(str(executor.pid))
+                broken.with_suffix(".new").rename(broken)
+
+            streams = asyncio.gather(*(tokens_of(engine, index, break_executor) for index in range(NUM_STREAMS)))
             assert await streams == expected
             await asyncio.to_thread(executor.wait)
             # A new epoch in the old process first, which cannot even begin it; then another process.
