@@ -103,8 +103,8 @@ SCHEDULER_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "growth costs nothing",
         _S + "step_planning.py",
-        "        state.credit -= 1\n",
-        "        state.credit -= 0\n",
+        "            state.credit -= 1\n",
+        "            state.credit -= 0\n",
         "F-39: more blocks are spent than exist",
     ),
     Mutant(
@@ -152,8 +152,8 @@ SCHEDULER_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a row is due one step late",
         _S + "decoding_rows.py",
-        "due_clock = max(last + 1 - sequence.decode_base, earliest)",
-        "due_clock = max(last + 2 - sequence.decode_base, earliest)",
+        "due_clock = last + 1 - sequence.decode_base",
+        "due_clock = last + 2 - sequence.decode_base",
         "a finish calendar that is off by one: a write without a block",
     ),
     Mutant(

@@ -12,6 +12,7 @@ from fake_engine import FakeEngine
 from http_client import serving
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from octavo.gateway.chat import chat_params
 from octavo.gateway.cli import build_parser
@@ -232,13 +233,14 @@ def test_the_terminal_s_chat_takes_flags_then_the_checkpoint_s_then_its_own(
     assert chat_params(build_parser().parse_args(["run", *flags]), defaults) == expected
 
 
-def test_one_line_says_which_defaults_hold_and_one_what_was_not_taken(capsys: pytest.CaptureFixture[str]) -> None:
-    say_request_defaults(RequestDefaults())
-    assert capsys.readouterr().out == ""
-    say_request_defaults(RequestDefaults(source="a file", told={"top_k": 7}, ignored=("top_p is 3", "min_p is 9")))
-    first, second = capsys.readouterr().out.splitlines()
-    assert "request.defaults" in first and "a file" in first and "top_k" in first
-    assert "generation_config.ignored" in second and "top_p is 3; min_p is 9" in second
+def test_one_line_says_which_defaults_hold_and_one_what_was_not_taken() -> None:
+    with capture_logs() as logs:
+        say_request_defaults(RequestDefaults())
+        assert logs == []
+        say_request_defaults(RequestDefaults(source="a file", told={"top_k": 7}, ignored=("top_p is 3", "min_p is 9")))
+    first, second = logs
+    assert (first["event"], first["source"], first["top_k"]) == ("request.defaults", "a file", 7)
+    assert (second["event"], second["why"]) == ("generation_config.ignored", "top_p is 3; min_p is 9")
 
 
 # ---- over HTTP ----

@@ -63,11 +63,16 @@ def sick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "sick"
 
 
-async def tokens_of(engine: Engine, index: int, max_tokens: int = 60) -> list[int]:
+async def tokens_of(
+    engine: Engine, index: int, on_token: Callable[[], None] = lambda: None, *, max_tokens: int = 60
+) -> list[int]:
     temperature = 0.0 if index % 2 else 0.8  # greedy and sampled
     params = SamplingParams(temperature=temperature, seed=index, max_tokens=max_tokens, ignore_eos=True)
-    output = await engine.generate(list(range(10 + index, 30 + index)), params)
-    return list(output.outputs[0].token_ids)
+    tokens: list[int] = []
+    async for delta in engine.stream(list(range(10 + index, 30 + index)), params):
+        tokens += delta.token_ids
+        on_token()
+    return tokens
 
 
 async def all_tokens(engine: Engine) -> list[list[int]]:
@@ -150,12 +155,12 @@ def test_f_15_an_executor_that_computes_only_nan_is_replaced_by_another_process_
         async with engine_on(model, in_process=False) as engine:
             expected = await all_tokens(engine)
             (executor,) = named("executor 0")
-            streams = asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS)))
-            before = engine.stats().generation_tokens
-            while engine.stats().generation_tokens < before + NUM_STREAMS:
-                await asyncio.sleep(0.01)
-            sick.with_suffix(".new").write_text(str(executor.pid))
-            sick.with_suffix(".new").rename(sick)
+
+            def sicken() -> None:
+                sick.with_suffix(".new").write_text(str(executor.pid))
+                sick.with_suffix(".new").rename(sick)
+
+            streams = asyncio.gather(*(tokens_of(engine, index, sicken) for index in range(NUM_STREAMS)))
             assert await streams == expected
             await asyncio.to_thread(executor.wait)
             while engine.stats().num_numerics_losses != 1:  # told a few times a second

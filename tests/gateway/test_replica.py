@@ -311,7 +311,7 @@ def test_other_edges_hear_of_each_change_once(on_stage: OnStage) -> None:
     async def test(stage: Stage) -> None:
         await stage.start_other_edge()
         stage.carrier.sent.clear()
-        status = EdgeStatus("the engine is starting", (("engine", 1),), ("engine",), (), (("edge 1", 1),))
+        status = EdgeStatus("the engine is starting", (("engine", 1),), ("engine",))
         stage.others.tell(status)
         stage.others.tell(status)
         stage.others.tell(EngineUp("engine", 2, Epoch(1)))
