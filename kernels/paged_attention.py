@@ -245,6 +245,28 @@ def paged_attention(
             sinks=sinks,
             alibi_slopes=alibi_slopes,
         )
+    return _attention_in_c(
+        *(kernels, q, k_cache, v_cache, batch, sinks, alibi_slopes),
+        scale=scale,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
+
+
+def _attention_in_c(  # noqa: PLR0917 - tensors, in the order of `_attention_args`
+    kernels: ctypes.CDLL,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    *,
+    scale: float,
+    sliding_window: int,
+    softcap: float,
+) -> torch.Tensor:
+    """As `paged_attention`, for caches that the C kernel reads as they lie."""
     _check_what_c_takes_for_granted(q, k_cache, v_cache, batch)
     if q.stride(2) != 1:
         q = q.contiguous()
