@@ -25,7 +25,7 @@ class BlockLayout:
     bits: int
     group_size: int
     has_offsets: bool
-    factor_dtype: torch.dtype
+    factor_dtype: torch.dtype  # int8: whole numbers, times float16 factors of a block
 
 
 LAYOUTS = {
@@ -34,9 +34,9 @@ LAYOUTS = {
     "Q5_0": BlockLayout(6, 32, 22, 8, 32, False, torch.float16),
     "Q5_1": BlockLayout(7, 32, 24, 8, 32, True, torch.float16),
     "Q8_0": BlockLayout(8, 32, 34, 8, 32, False, torch.float16),
-    "Q4_K": BlockLayout(12, 256, 144, 4, 32, True, torch.float32),
-    "Q5_K": BlockLayout(13, 256, 176, 8, 32, True, torch.float32),
-    "Q6_K": BlockLayout(14, 256, 210, 8, 16, False, torch.float32),
+    "Q4_K": BlockLayout(12, 256, 144, 4, 32, True, torch.int8),
+    "Q5_K": BlockLayout(13, 256, 176, 8, 32, True, torch.int8),
+    "Q6_K": BlockLayout(14, 256, 210, 8, 16, False, torch.int8),
 }
 
 
@@ -56,11 +56,17 @@ def pack_blocks(rows: torch.Tensor, name: str) -> QuantizedWeight | None:
     codes = huge_pages.empty((out_features, code_bytes), torch.uint8).zero_()
     scales = torch.empty((out_features, in_features // layout.group_size), dtype=layout.factor_dtype)
     offsets = torch.empty_like(scales) if layout.has_offsets else None
+    superblocks = None
+    if layout.factor_dtype == torch.int8:
+        superblocks = torch.empty((out_features, num_blocks, 1 + layout.has_offsets), dtype=torch.float16)
     kernels.octavo_gguf_pack(
         *(layout.number, rows.data_ptr(), out_features, num_blocks, codes.data_ptr(), code_bytes, scales.data_ptr()),
-        *(None if offsets is None else offsets.data_ptr(), torch.get_num_threads()),
+        *(None if tensor is None else tensor.data_ptr() for tensor in (offsets, superblocks)),
+        torch.get_num_threads(),
     )
-    return QuantizedWeight(codes, scales, None, offsets, layout.bits, layout.group_size, in_features)
+    return QuantizedWeight(
+        codes, scales, None, offsets, layout.bits, layout.group_size, in_features, superblock_scales=superblocks
+    )
 
 
 def decode_blocks(blocks: torch.Tensor, name: str, out: torch.Tensor) -> bool:
@@ -86,7 +92,7 @@ def _kernels() -> ctypes.CDLL | None:
     kernels = cpu_build.library()
     if kernels is not None:
         pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        kernels.octavo_gguf_pack.argtypes = (code, pointer, size, size, pointer, size, pointer, pointer, code)
+        kernels.octavo_gguf_pack.argtypes = (code, pointer, size, size, pointer, size, pointer, pointer, pointer, code)
         kernels.octavo_gguf_pack.restype = None
         kernels.octavo_gguf_decode.argtypes = (code, pointer, size, pointer, code, code)
         kernels.octavo_gguf_decode.restype = None

@@ -14,6 +14,7 @@ from . import cpu_build, huge_pages
 from .cpu_build import DTYPE_CODES
 
 PAD = 64  # inputs; as in csrc/quantized.c
+_FACTOR_CODES = {**DTYPE_CODES, torch.int8: 3}  # as in csrc/vector.h
 _ROWS_AT_ONCE = 4096  # weight rows widened at a time where there is no C library: bounds the scratch memory
 
 
@@ -21,8 +22,9 @@ class _Described(ctypes.Structure):
     """`weight` of csrc/quantized.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "offsets")),
-        *((name, ctypes.c_int64) for name in ("in_features", "out_features", "group_size", "num_groups")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "offsets", "superblock_scales")),
+        *((name, ctypes.c_int64) for name in ("in_features", "out_features", "group_size")),
+        *((name, ctypes.c_int64) for name in ("num_groups", "superblock_groups")),
         *((name, ctypes.c_int32) for name in ("bits", "scale_dtype", "offset_dtype")),
     )
 
@@ -36,16 +38,22 @@ class QuantizedWeight:
         scales[o, g] * (code[o, i] - zeros[o, g])      or, where there are offsets,
         scales[o, g] * code[o, i] + offsets[o, g]
 
-    Make one with `from_codes`; `dequantize` is the meaning as code.
+    where, with `superblock_scales`, scales and offsets are whole numbers themselves, and what is meant by them is
+
+        superblock_scales[o, g // u, 0] * scales[o, g]        -superblock_scales[o, g // u, 1] * offsets[o, g]
+
+    of the `u` groups of a superblock, as in ggml's K types: exact, and of less memory than the products. Make one with
+    `from_codes`, or `gguf_blocks.pack_blocks`; `dequantize` is the meaning as code.
 
     Attributes:
         codes: uint8, as csrc/quantized.c wants them, rows filled up to `PAD` inputs with code 0.
-        scales: `[out_features, num_groups]`, float32, bfloat16 or float16.
+        scales: `[out_features, num_groups]`, float32, bfloat16 or float16; int8 where there are `superblock_scales`.
         zeros: int16, the same shape; None means 8 for codes of 4 bits and 0 for codes of 8.
-        offsets: float, the same shape, in place of zeros.
+        offsets: of the dtype of scales or another float, the same shape, in place of zeros.
         bits: 4, codes 0 to 15; or 8, codes -128 to 127.
         group_size: a multiple of 32 (16 with 8 bits); the last group may be smaller.
         input_order: int64 `[in_features]`: weight `i` multiplies input `input_order[i]`; None where that is `i`.
+        superblock_scales: float16 `[out_features, num_superblocks, 1]`, or 2 with offsets; of 8 or 16 groups, all whole.
         described: the same for the C library.
     """
 
@@ -57,21 +65,24 @@ class QuantizedWeight:
     group_size: int
     in_features: int
     input_order: torch.Tensor | None = None
+    superblock_scales: torch.Tensor | None = None
     described: ctypes.c_void_p = field(init=False, repr=False, compare=False)
     _struct: _Described = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        zeros, offsets = self.zeros, self.offsets
+        zeros, offsets, superblocks = self.zeros, self.offsets, self.superblock_scales
         described = _Described(
             self.codes.data_ptr(),
             self.scales.data_ptr(),
             None if zeros is None else zeros.data_ptr(),
             None if offsets is None else offsets.data_ptr(),
+            None if superblocks is None else superblocks.data_ptr(),
             self.in_features,
             *(*self.scales.shape[:1], self.group_size, *self.scales.shape[1:]),
+            1 if superblocks is None else self.scales.shape[1] // superblocks.shape[1],
             self.bits,
-            DTYPE_CODES[self.scales.dtype],
-            0 if offsets is None else DTYPE_CODES[offsets.dtype],
+            _FACTOR_CODES[self.scales.dtype],
+            0 if offsets is None else _FACTOR_CODES[offsets.dtype],
         )
         object.__setattr__(
             self, "_struct", described
@@ -90,7 +101,7 @@ class QuantizedWeight:
     @property
     def num_bytes(self) -> int:
         """Memory that it takes."""
-        tensors = (self.codes, self.scales, self.zeros, self.offsets, self.input_order)
+        tensors = (self.codes, self.scales, self.zeros, self.offsets, self.input_order, self.superblock_scales)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     @classmethod
@@ -166,14 +177,32 @@ class QuantizedWeight:
         def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.to(device)
 
+        plain = self if device.type == "cpu" else self.with_plain_factors()  # which is what kernels elsewhere take
         return replace(
-            self,
-            codes=self.codes.to(device),
-            scales=self.scales.to(device),
-            zeros=moved(self.zeros),
-            offsets=moved(self.offsets),
-            input_order=moved(self.input_order),
+            plain,
+            codes=plain.codes.to(device),
+            scales=plain.scales.to(device),
+            zeros=moved(plain.zeros),
+            offsets=moved(plain.offsets),
+            input_order=moved(plain.input_order),
+            superblock_scales=moved(plain.superblock_scales),
         )
+
+    def with_plain_factors(self) -> QuantizedWeight:
+        """The same weights, exactly, with float32 factors in place of whole numbers and `superblock_scales`."""
+        if self.superblock_scales is None:
+            return self
+        scales, offsets = self._float_factors(slice(None), torch.float32)
+        return replace(self, scales=scales, offsets=offsets, superblock_scales=None)
+
+    def _float_factors(self, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scales and offsets of some rows, `[num_rows, num_groups]`."""
+        scales, offsets = self.scales[rows].to(dtype), None if self.offsets is None else self.offsets[rows].to(dtype)
+        if self.superblock_scales is None:
+            return scales, offsets
+        superblocks = self.superblock_scales[rows].to(dtype)
+        superblocks = superblocks.repeat_interleave(self.scales.shape[1] // superblocks.shape[1], dim=1)
+        return scales.mul_(superblocks[:, :, 0]), None if offsets is None else offsets.mul_(superblocks[:, :, 1]).neg_()
 
     def unpacked(self, rows: slice = slice(None)) -> torch.Tensor:
         """The codes, one an element: `[out_features, in_features]`, uint8 for 4 bits and int8 for 8."""
@@ -188,9 +217,10 @@ class QuantizedWeight:
         """The weights it stands for, inputs in their own order: exact in float32 for factors of 16 bits and zeros."""
         codes = self.unpacked(rows)
         group = torch.arange(self.in_features, device=self.device) // self.group_size
-        scales = self.scales[rows].to(dtype)[:, group]
-        if self.offsets is not None:
-            weight = scales * codes.to(dtype) + self.offsets[rows].to(dtype)[:, group]
+        scales, offsets = self._float_factors(rows, dtype)
+        scales = scales[:, group]
+        if offsets is not None:
+            weight = scales * codes.to(dtype) + offsets[:, group]
         elif self.zeros is not None:
             weight = scales * (codes.to(dtype) - self.zeros[rows].to(dtype)[:, group])
         else:
@@ -337,18 +367,22 @@ def concatenate(parts: Sequence[torch.Tensor | QuantizedWeight]) -> LinearWeight
             return tuple(parts)
     zeros = [part.zeros for part in quantized if part.zeros is not None]
     offsets = [part.offsets for part in quantized if part.offsets is not None]
+    superblocks = [part.superblock_scales for part in quantized if part.superblock_scales is not None]
     return replace(
         quantized[0],
         codes=huge_pages.place([part.codes for part in quantized], torch.uint8),
         scales=torch.cat([part.scales for part in quantized]),
         zeros=torch.cat(zeros) if zeros else None,
         offsets=torch.cat(offsets) if offsets else None,
+        superblock_scales=torch.cat(superblocks) if superblocks else None,
     )
 
 
 def _kind(weight: QuantizedWeight) -> tuple[object, ...]:
     offsets = None if weight.offsets is None else weight.offsets.dtype
-    return weight.bits, weight.group_size, weight.in_features, weight.scales.dtype, weight.zeros is None, offsets
+    superblocks = None if weight.superblock_scales is None else weight.superblock_scales.shape[1:]
+    scales = weight.scales.dtype
+    return weight.bits, weight.group_size, weight.in_features, scales, weight.zeros is None, offsets, superblocks
 
 
 def _padded(in_features: int) -> int:

@@ -13,6 +13,7 @@ enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q
 typedef struct {
     int8_t codes[MAX_BLOCK]; /* less their zero, where there is no offset: code * scale, or code * scale + offset */
     float scales[MAX_GROUPS], offsets[MAX_GROUPS];
+    int8_t whole_scales[MAX_GROUPS], whole_mins[MAX_GROUPS]; /* of K types: times factors of the block, those above */
 } decoded;
 
 INLINE float half_at(const uint8_t *p) {
@@ -26,6 +27,8 @@ INLINE void scales_and_mins(const uint8_t *p, float d, float dmin, decoded *to) 
     for (int i = 0; i < 8; i++) {
         int scale = i < 4 ? p[i] & 63 : (p[i + 4] & 15) | (p[i - 4] >> 6 << 4);
         int min = i < 4 ? p[i + 4] & 63 : (p[i + 4] >> 4) | (p[i] >> 6 << 4);
+        to->whole_scales[i] = (int8_t)scale;
+        to->whole_mins[i] = (int8_t)min;
         to->scales[i] = d * (float)scale;
         to->offsets[i] = -(dmin * (float)min);
     }
@@ -77,7 +80,8 @@ INLINE void decode_block(const uint8_t *p, int kind, decoded *to) {
     default: { /* Q6_K: low halves of 128 elements in 64 bytes, upper two bits of them in 32 */
         const uint8_t *low = p, *high = p + 128;
         float d = half_at(p + 208);
-        for (int i = 0; i < 16; i++) to->scales[i] = d * (float)(int8_t)p[192 + i];
+        memcpy(to->whole_scales, p + 192, 16);
+        for (int i = 0; i < 16; i++) to->scales[i] = d * (float)to->whole_scales[i];
         for (int n = 0; n < 2; n++)
             for (int g = 0; g < 4; g++)
                 for (int i = 0; i < 32; i++) {
@@ -90,19 +94,19 @@ INLINE void decode_block(const uint8_t *p, int kind, decoded *to) {
 
 typedef struct {
     int64_t size, bytes, groups; /* of a block */
-    int bits, has_offsets, half_factors; /* factors stay float16, or become float32 */
+    int bits, has_offsets, superblock_at; /* byte of a K type's float16 factors; -1: factors are float16, at byte 0 */
 } layout;
 
 static layout layout_of(int kind) {
     switch (kind) {
-    case Q4_0: return (layout){32, 18, 1, 4, 0, 1};
-    case Q4_1: return (layout){32, 20, 1, 4, 1, 1};
-    case Q5_0: return (layout){32, 22, 1, 8, 0, 1};
-    case Q5_1: return (layout){32, 24, 1, 8, 1, 1};
-    case Q8_0: return (layout){32, 34, 1, 8, 0, 1};
+    case Q4_0: return (layout){32, 18, 1, 4, 0, -1};
+    case Q4_1: return (layout){32, 20, 1, 4, 1, -1};
+    case Q5_0: return (layout){32, 22, 1, 8, 0, -1};
+    case Q5_1: return (layout){32, 24, 1, 8, 1, -1};
+    case Q8_0: return (layout){32, 34, 1, 8, 0, -1};
     case Q4_K: return (layout){256, 144, 8, 4, 1, 0};
     case Q5_K: return (layout){256, 176, 8, 8, 1, 0};
-    default: return (layout){256, 210, 16, 8, 0, 0};
+    default: return (layout){256, 210, 16, 8, 0, 208};
     }
 }
 
@@ -116,9 +120,9 @@ INLINE void pack_nibbles(uint8_t *row, int64_t at, const int8_t *codes, int64_t 
 }
 
 /* rows: [num_rows, num_blocks, bytes of a block]; codes: [num_rows, code_bytes] zeros; scales and offsets: [num_rows,
- * groups of a row], float16 or float32. */
+ * groups of a row], float16; of K types whole numbers, times `superblocks` [num_rows, num_blocks, 1 or 2] of float16. */
 void octavo_gguf_pack(int kind, const uint8_t *rows, int64_t num_rows, int64_t num_blocks, uint8_t *codes,
-                      int64_t code_bytes, void *scales, void *offsets, int num_threads) {
+                      int64_t code_bytes, void *scales, void *offsets, uint16_t *superblocks, int num_threads) {
     layout l = layout_of(kind);
 #pragma omp parallel for num_threads(num_threads) if (num_threads > 1)
     for (int64_t row = 0; row < num_rows; row++) {
@@ -142,12 +146,14 @@ void octavo_gguf_pack(int kind, const uint8_t *rows, int64_t num_rows, int64_t n
             else
                 memcpy(to + b * l.size, d.codes, l.size);
             int64_t at = (row * num_blocks + b) * l.groups;
-            if (l.half_factors) {
+            int64_t num_scales = 1 + l.has_offsets;
+            if (l.superblock_at < 0) {
                 memcpy((uint16_t *)scales + at, block, 2);
                 if (l.has_offsets) memcpy((uint16_t *)offsets + at, block + 2, 2);
             } else {
-                memcpy((float *)scales + at, d.scales, l.groups * 4);
-                if (l.has_offsets) memcpy((float *)offsets + at, d.offsets, l.groups * 4);
+                memcpy((int8_t *)scales + at, d.whole_scales, l.groups);
+                if (l.has_offsets) memcpy((int8_t *)offsets + at, d.whole_mins, l.groups);
+                memcpy(superblocks + (row * num_blocks + b) * num_scales, block + l.superblock_at, 2 * num_scales);
             }
         }
     }

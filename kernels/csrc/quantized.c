@@ -223,7 +223,8 @@ typedef struct {
     const void *scales;
     const int16_t *zeros;
     const void *offsets;
-    int64_t in_features, out_features, group_size, num_groups;
+    const uint16_t *superblocks;
+    int64_t in_features, out_features, group_size, num_groups, superblock_groups;
     int32_t bits, scale_dtype, offset_dtype;
 } weight;
 
@@ -241,6 +242,7 @@ int octavo_linear_quantized(const void *x, int x_dtype, const weight *from, void
                    from->scales,
                    from->zeros,
                    from->offsets,
+                   from->superblocks,
                    out_features,
                    padded_in,
                    group_size,
@@ -249,7 +251,8 @@ int octavo_linear_quantized(const void *x, int x_dtype, const weight *from, void
                    bits,
                    shift,
                    from->scale_dtype,
-                   from->offset_dtype};
+                   from->offset_dtype,
+                   from->superblock_groups == 16 ? 4 : 3};
     int threads = num_threads > 1 && in_features * out_features > 65536 ? num_threads : 1;
     if (may_be_quick && x_dtype != F32 && whole_is_quick(&w, num_rows))
         return octavo_linear_whole(x, x_dtype, &w, out, num_rows, in_features, threads);

@@ -19,8 +19,10 @@ typedef struct {
     const void *scales;   /* [out_features, num_groups] */
     const int16_t *zeros; /* the same, or NULL: 8 for 4 bits, 0 for 8 bits */
     const void *offsets;  /* the same, in place of zeros; or NULL */
+    const uint16_t *superblocks; /* float16 [out_features, num_groups >> superblock_shift, 1 or 2 with offsets], by which
+                                  * scales and negative offsets are multiplied, whole numbers of 8 bits; or NULL */
     int64_t out_features, padded_in, group_size, num_groups, row_bytes;
-    int bits, shift, scale_dtype, offset_dtype;
+    int bits, shift, scale_dtype, offset_dtype, superblock_shift;
 } quantized;
 
 /* Of a weight row's inputs [k, k + BLOCK_K): those of input k + i stand at i >> shift. For codes of 4 bits four scales
@@ -40,6 +42,21 @@ INLINE v8 fma8(v8 a, v8 b, v8 c) {
 #else
     return a * b + c;
 #endif
+}
+
+INLINE float widen_half(const uint16_t *p) {
+#ifdef __F16C__
+    return _cvtsh_ss(*p);
+#else
+    _Float16 x;
+    memcpy(&x, p, sizeof x);
+    return (float)x;
+#endif
+}
+
+/* Two of the superblock that group `at`, of all rows', belongs to: of scales, and of offsets where there are any. */
+INLINE const uint16_t *superblock_of(const quantized *w, int64_t at) {
+    return w->superblocks + (at >> w->superblock_shift) * (w->offsets ? 2 : 1);
 }
 
 /* n elements to float32. */
@@ -63,15 +80,22 @@ INLINE void widen_some(float *to, const void *base, int64_t first, int64_t n, in
             uint32_t bits = (uint32_t)*half << 16;
             memcpy(to + i, &bits, sizeof bits);
         } else {
-            _Float16 x;
-            memcpy(&x, half, sizeof x);
-            to[i] = (float)x;
+            to[i] = widen_half(half);
         }
     }
 }
 
 /* n scales and offsets, which stand from `at` on in the weight's tensors. */
 INLINE void widen_factors(factors *f, const quantized *w, int64_t at, int64_t n) {
+    if (w->superblocks) { /* one for eight groups, or sixteen */
+        const int8_t *scales = (const int8_t *)w->scales + at, *offsets = (const int8_t *)w->offsets + at;
+        for (int64_t i = 0; i < n; i++) {
+            const uint16_t *by = superblock_of(w, at + i);
+            f->scale[i] = widen_half(by) * (float)scales[i];
+            f->offset[i] = w->offsets ? -(widen_half(by + 1) * (float)offsets[i]) : 0.0f;
+        }
+        return;
+    }
     widen_some(f->scale, w->scales, at, n, w->scale_dtype);
     float zero = w->bits == 4 ? 8.0f : 0.0f;
     if (w->offsets) {

@@ -159,6 +159,9 @@ INLINE v8 load_eight(const void *base, int64_t element, int dtype, int twice) {
         const float *from = (const float *)base + element;
         x = twice ? (v8)_mm256_castps128_ps256(_mm_loadu_ps(from)) : (v8)_mm256_loadu_ps(from);
     } else {
+        if (dtype == INT8) /* beside superblocks, where nothing stands twice */
+            return (v8)_mm256_cvtepi32_ps(
+                _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)((const int8_t *)base + element))));
         const __m128i *from = (const __m128i *)((const uint16_t *)base + element);
         __m128i half = twice ? _mm_loadl_epi64(from) : _mm_loadu_si128(from);
         x = (v8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
@@ -205,6 +208,8 @@ INLINE void direct_scales(products *to, const whole *x, const quantized *w, cons
             __builtin_prefetch(at(w->scales, first + 4 * num_groups, scale_dtype));
             for (int64_t n = 0; n < num; n += 8) {
                 v8 scales = load_eight(w->scales, first + (n >> twice), scale_dtype, twice), offsets, x_scale;
+                const uint16_t *superblock = scale_dtype == INT8 ? superblock_of(w, first + n) : NULL;
+                if (superblock) scales *= widen_half(superblock);
                 if (segment == X_BLOCK) {
                     x_scale = *(const v8_mem *)(x_scales + n);
                 } else {
@@ -215,6 +220,7 @@ INLINE void direct_scales(products *to, const whole *x, const quantized *w, cons
                 if (kind == NO_OFFSETS) continue;
                 if (kind == PLAIN_ZEROS) offsets = scales * -8.0f;
                 if (kind == OFFSETS) offsets = load_eight(w->offsets, first + n, w->offset_dtype, 0);
+                if (kind == OFFSETS && superblock) offsets *= -widen_half(superblock + 1);
                 if (kind == ZEROS) {
                     __m128i zeros = _mm_loadu_si128((const __m128i *)(w->zeros + first + n));
                     offsets = -scales * (v8)_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(zeros));
@@ -266,7 +272,7 @@ INLINE void find_scales(products *to, const whole *x, const quantized *w, const 
     memset(to->extra, 0, sizeof to->extra);
 #define DIRECT(dtype, kind) \
     if (w->scale_dtype == dtype) direct_scales(to, x, w, t, kind == NO_OFFSETS && twice, segment, dtype, kind)
-#define EACH_DTYPE(kind) DIRECT(F32, kind); DIRECT(BF16, kind); DIRECT(F16, kind)
+#define EACH_DTYPE(kind) DIRECT(F32, kind); DIRECT(BF16, kind); DIRECT(F16, kind); DIRECT(INT8, kind)
     if (w->offsets) {
         EACH_DTYPE(OFFSETS);
     } else if (w->zeros) {

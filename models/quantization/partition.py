@@ -17,6 +17,7 @@ def part_of(weight: QuantizedWeight, rows: slice = ALL, columns: slice = ALL) ->
     """
     if rows == ALL and columns == ALL:
         return weight
+    weight = weight.with_plain_factors()
     num_columns = weight.in_features
     first, end, _ = columns.indices(num_columns)
     is_whole_rows = (first, end) == (0, num_columns)

@@ -7,9 +7,11 @@ import torch
 
 from octavo.kernels import cpu_build, gguf_blocks
 from octavo.kernels.gguf_blocks import LAYOUTS, decode_blocks, pack_blocks
+from octavo.kernels.linear_quantized import QuantizedWeight, concatenate, linear_quantized
 from octavo.models.gguf.dequantize import QUANTIZED
 from octavo.models.gguf.packed import packed_weight, packed_weight_ref
 from octavo.models.gguf.tensor_types import TENSOR_TYPES
+from octavo.models.quantization.partition import part_of
 
 TYPES = {kind.name: kind for kind in TENSOR_TYPES.values()}
 needs_c = pytest.mark.skipif(cpu_build.library() is None, reason="no C compiler: the torch path is all there is")
@@ -42,11 +44,42 @@ def test_packed_weights_are_those_that_torch_makes_byte_for_byte(name: str, num_
     assert ours is not None
     assert (ours.bits, ours.group_size, ours.in_features) == (meant.bits, meant.group_size, meant.in_features)
     assert torch.equal(ours.codes, meant.codes)
-    for mine, theirs in ((ours.scales, meant.scales), (ours.offsets, meant.offsets)):
+    plain = ours.with_plain_factors()
+    for mine, theirs in ((plain.scales, meant.scales), (plain.offsets, meant.offsets)):
         assert (mine is None) == (theirs is None)
         if mine is not None and theirs is not None:
             assert mine.dtype is theirs.dtype
             assert torch.equal(mine, theirs)
+
+
+@needs_c
+@pytest.mark.parametrize("num_tokens", [1, 3, 8, 40])
+@pytest.mark.parametrize(("dtype", "quick"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K"])
+def test_factors_kept_as_whole_numbers_give_the_bits_of_factors_made_floats(
+    name: str, dtype: torch.dtype, quick: bool, num_tokens: int
+) -> None:
+    weight = pack_blocks(random_rows(name, 37, 5), name)
+    assert weight is not None and weight.superblock_scales is not None
+    x = torch.randn(num_tokens, weight.in_features, generator=torch.Generator().manual_seed(3)).to(dtype)
+    plain = weight.with_plain_factors()
+    assert plain.superblock_scales is None and weight.num_bytes < plain.num_bytes
+    assert torch.equal(linear_quantized(x, weight, quick=quick), linear_quantized(x, plain, quick=quick))
+    assert torch.equal(weight.dequantize(), plain.dequantize())
+
+
+@needs_c
+def test_parts_of_matrices_with_whole_factors_keep_their_weights() -> None:
+    first, second = (pack_blocks(random_rows("Q4_K", rows, 2), "Q4_K") for rows in (5, 3))
+    assert first is not None and second is not None
+    whole = concatenate([first, second])
+    assert isinstance(whole, QuantizedWeight)
+    assert torch.equal(whole.dequantize(), torch.cat((first.dequantize(), second.dequantize())))
+    part = part_of(whole, slice(2, 7), slice(32, 96))
+    assert torch.equal(part.dequantize(), whole.dequantize()[2:7, 32:96])
+    sixes = pack_blocks(random_rows("Q6_K", 3, 2), "Q6_K")
+    assert sixes is not None
+    assert concatenate([first, sixes]) == (first, sixes)
 
 
 @needs_c
