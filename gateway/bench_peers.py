@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 import random
+import signal
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -143,10 +144,12 @@ def bench_peers(arguments: argparse.Namespace) -> int:
         raise InvalidConfigError("decoding is timed after the first token: --output-len 2 or more", field="output_len")
     fields["max_num_seqs"] = max(fields["max_num_seqs"], *(len(workload.lengths) for workload in workloads))
     bench = _Bench(arguments, fields, num_threads, workloads)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a limit on the whole ends it as Ctrl-C does
     try:
         report = bench.run()
     finally:
         bench.close()
+        signal.signal(signal.SIGTERM, before)
     print_report(report, Console())
     write_json(report, arguments.json)
     return 0
@@ -200,13 +203,7 @@ class _Bench:
                 bar.update(1)
         ceilings = measure_ceilings(self._num_threads)
         self._warm_up(chance, facts["vocab_size"])
-        steps = arguments.repeats * len(self._workloads)
-        with tqdm(total=steps * len(self._engines), desc="runs", unit="run") as bar:
-            for index in range(steps):
-                if not self._engines:  # all have failed: what was measured before is reported
-                    break
-                workload = self._workloads[index % len(self._workloads)]
-                self._one_round(workload, chance, facts["vocab_size"], index // len(self._workloads), bar)
+        self._all_rounds(chance, facts["vocab_size"])
         for name, count in self._num_lost.items():
             self._left_out.setdefault(name, f"{count} rounds of decoding, in which the prompts alone took longer")
         traffic = model_traffic(
@@ -283,6 +280,19 @@ class _Bench:
             requests = _requests(chance, vocab_size, short)
             for name in list(self._engines):
                 self._measure(name, requests)
+
+    def _all_rounds(self, chance: random.Random, vocab_size: int) -> None:
+        """Measure until the end, or until the user has had enough: what was measured before is reported."""
+        steps = self._arguments.repeats * len(self._workloads)
+        with tqdm(total=steps * len(self._engines), desc="runs", unit="run") as bar:
+            try:
+                for index in range(steps):
+                    if not self._engines:  # all have failed
+                        break
+                    workload = self._workloads[index % len(self._workloads)]
+                    self._one_round(workload, chance, vocab_size, index // len(self._workloads), bar)
+            except KeyboardInterrupt:
+                self._left_out["the rest"] = f"interrupted after {bar.n} of {bar.total} runs"
 
     def _one_round(
         self, workload: Workload, chance: random.Random, vocab_size: int, round_index: int, bar: Any

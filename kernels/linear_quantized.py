@@ -53,7 +53,7 @@ class QuantizedWeight:
         bits: 4, codes 0 to 15; or 8, codes -128 to 127.
         group_size: a multiple of 32 (16 with 8 bits); the last group may be smaller.
         input_order: int64 `[in_features]`: weight `i` multiplies input `input_order[i]`; None where that is `i`.
-        superblock_scales: float16 `[out_features, num_superblocks, 1]`, or 2 with offsets; of 8 or 16 groups, all whole.
+        superblock_scales: float16 `[out_features, num_superblocks, 1]`, or 2 with offsets; 8 or 16 groups each, all whole.
         described: the same for the C library.
     """
 
@@ -368,9 +368,10 @@ def concatenate(parts: Sequence[torch.Tensor | QuantizedWeight]) -> LinearWeight
     zeros = [part.zeros for part in quantized if part.zeros is not None]
     offsets = [part.offsets for part in quantized if part.offsets is not None]
     superblocks = [part.superblock_scales for part in quantized if part.superblock_scales is not None]
+    codes = [part.codes for part in quantized]
     return replace(
         quantized[0],
-        codes=huge_pages.place([part.codes for part in quantized], torch.uint8),
+        codes=huge_pages.place(codes, torch.uint8) if first.device.type == "cpu" else torch.cat(codes),
         scales=torch.cat([part.scales for part in quantized]),
         zeros=torch.cat(zeros) if zeros else None,
         offsets=torch.cat(offsets) if offsets else None,

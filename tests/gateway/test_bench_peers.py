@@ -3,6 +3,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
+import signal
 import math
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,26 @@ def test_when_the_last_engine_fails_what_was_measured_is_reported(
     assert [(cell["workload"], len(cell["rounds"])) for cell in report["cells"]] == [("decode 1", 1)]
     assert report["left_out"]["octavo"] == "died"
     assert "left out: octavo: died" in capsys.readouterr().out
+
+
+def test_one_that_is_ended_from_outside_reports_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_servable("llama", tmp_path)
+    one_round = module._Bench._one_round
+
+    def interrupted(self: Any, *given: Any) -> None:
+        one_round(self, *given)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module._Bench, "_one_round", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    status, report = run_bench(tmp_path, monkeypatch, ["octavo"])
+    assert status == 0
+    assert [(cell["workload"], len(cell["rounds"])) for cell in report["cells"]] == [("decode 1", 1)]
+    assert report["left_out"]["the rest"] == "interrupted after 1 of 6 runs"
+    assert "interrupted after 1 of 6 runs" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_model_that_does_not_load_is_one_line(
