@@ -3,9 +3,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import signal
-import math
 from pathlib import Path
 from typing import Any
 
