@@ -22,10 +22,11 @@ from .attention_batch import AttentionBatch
 from .gated_activation import C_CODES as ACTIVATION_CODES
 from .gated_activation import GatedActivation
 from .kv_quantization import head_dim_of
+from .linear_packed import FEW_ROWS, PackedWeight
 from .linear_quantized import LinearWeight, QuantizedWeight
 from .paged_attention import CACHE_CODES
 
-_QUANTIZED = 16  # as in csrc/decoder.c, as are the next two
+_QUANTIZED, _PACKED = 16, 32  # as in csrc/decoder.c, as are the next two
 _MAX_PARTS = 3
 _OUT_OF_MEMORY, _POSITION_OUTSIDE = 1, 2
 
@@ -93,6 +94,12 @@ class DecoderStack:
         self._layers = tuple(layers)  # whose tensors must outlive their addresses
         self._dtype = dtype
         self._quick = quick
+        self._is_packed = any(
+            isinstance(part, PackedWeight)
+            for layer in layers
+            for product in (layer.qkv, layer.o, layer.gate_up, layer.down)
+            for part in _parts(product)
+        )
         self._structs = (_Layer * len(layers))(*map(_described, layers))
         self._caches: list[tuple[int, int]] = []
 
@@ -106,7 +113,8 @@ class DecoderStack:
         """Change `x` by what all layers add to it, and write the new tokens' keys and values.
 
         Args:
-            x: `[num_tokens, hidden_size]`, contiguous, of the stack's dtype; changed in place.
+            x: `[num_tokens, hidden_size]`, contiguous, of the stack's dtype; changed in place. At most
+                `linear_packed.FEW_ROWS` tokens where a weight is packed.
             positions: `[num_tokens]` int64.
             caches: K and V of each layer, as for `paged_attention`, all of one dtype and number of blocks.
 
@@ -116,6 +124,7 @@ class DecoderStack:
         """
         assert x.dtype is self._dtype
         assert x.is_contiguous()
+        assert not self._is_packed or len(x) <= FEW_ROWS
         assert positions.dtype is torch.int64
         assert positions.is_contiguous()
         assert batch.slot_mapping.dtype is torch.int64
@@ -208,15 +217,23 @@ def _product_fits(product: StackProduct, dtype: torch.dtype) -> bool:
     parts = _parts(product)
     if len(parts) > _MAX_PARTS or not _are_alike((product.bias,), (dtype,)):
         return False
-    return all(
-        part.input_order is None and part.device.type == "cpu"
-        if isinstance(part, QuantizedWeight)
-        else part.dtype in cpu_build.DTYPE_CODES and part.is_contiguous() and part.device.type == "cpu"
-        for part in parts
-    )
+    return all(_part_fits(part, dtype) for part in parts)
 
 
-def _parts(product: StackProduct) -> tuple[torch.Tensor | QuantizedWeight, ...]:
+def _part_fits(part: _Part, dtype: torch.dtype) -> bool:
+    match part:
+        case QuantizedWeight():
+            return part.input_order is None and part.device.type == "cpu"
+        case PackedWeight():
+            return part.dtype is dtype
+        case _:
+            return part.dtype in cpu_build.DTYPE_CODES and part.is_contiguous() and part.device.type == "cpu"
+
+
+_Part = torch.Tensor | QuantizedWeight | PackedWeight
+
+
+def _parts(product: StackProduct) -> tuple[_Part, ...]:
     return product.weight if isinstance(product.weight, tuple) else (product.weight,)
 
 
@@ -275,6 +292,8 @@ def _described_product(product: StackProduct) -> _Product:
     for index, part in enumerate(parts):
         if isinstance(part, QuantizedWeight):
             described.weights[index], described.kinds[index] = part.described, _QUANTIZED
+        elif isinstance(part, PackedWeight):
+            described.weights[index], described.kinds[index] = part.address, _PACKED + part.panel
         else:
             described.weights[index], described.kinds[index] = part.data_ptr(), cpu_build.DTYPE_CODES[part.dtype]
         described.out_features[index] = part.shape[0]

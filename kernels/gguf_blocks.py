@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from . import cpu_build, huge_pages
-from .linear_quantized import QuantizedWeight
+from .linear_quantized import NIBBLE_ROWS, PAD, QuantizedWeight, codes_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +52,18 @@ def pack_blocks(rows: torch.Tensor, name: str) -> QuantizedWeight | None:
         return None
     out_features, num_blocks = rows.shape[0], rows.shape[1] // layout.block_bytes
     in_features = num_blocks * layout.block_size
-    code_bytes = -(-in_features // 64) * 64 * layout.bits // 8
-    codes = huge_pages.empty((out_features, code_bytes), torch.uint8).zero_()
-    scales = torch.empty((out_features, in_features // layout.group_size), dtype=layout.factor_dtype)
-    offsets = torch.empty_like(scales) if layout.has_offsets else None
+    padded = -(-in_features // PAD) * PAD
+    codes = huge_pages.empty(codes_shape(out_features, padded, layout.bits), torch.uint8).zero_()
+    factors = (out_features, in_features // layout.group_size)
+    if layout.factor_dtype == torch.int8 and layout.bits == 4:
+        factors = (-(-out_features // NIBBLE_ROWS), factors[1], NIBBLE_ROWS)
+    scales = torch.zeros(factors, dtype=layout.factor_dtype)
+    offsets = torch.zeros_like(scales) if layout.has_offsets else None
     superblocks = None
     if layout.factor_dtype == torch.int8:
         superblocks = torch.empty((out_features, num_blocks, 1 + layout.has_offsets), dtype=torch.float16)
     kernels.octavo_gguf_pack(
-        *(layout.number, rows.data_ptr(), out_features, num_blocks, codes.data_ptr(), code_bytes, scales.data_ptr()),
+        *(layout.number, rows.data_ptr(), out_features, num_blocks, codes.data_ptr(), padded, scales.data_ptr()),
         *(None if tensor is None else tensor.data_ptr() for tensor in (offsets, superblocks)),
         torch.get_num_threads(),
     )

@@ -24,6 +24,7 @@ import torch
 
 _HUGE = 2 * 1024**2
 _LEAST = 512 * 1024  # bytes below which a tensor is not worth pages of its own
+_COLLAPSE = 25  # MADV_COLLAPSE, which Python does not name yet
 _SLOW_NS = 1_000_000  # for a huge page: 0.5 s for a gigabyte; 5 ms were seen, and 0.1 to 0.2
 _PATIENCE_NS = 100_000_000  # that a process spends on slow ones
 
@@ -86,6 +87,29 @@ def merge_pages(tensor: torch.Tensor) -> None:
         start = tensor.data_ptr()
         if start % _HUGE == 0:  # else it is not on pages of its own
             libc.madvise(start, -(-tensor.nbytes // _HUGE) * _HUGE, mmap.MADV_HUGEPAGE)
+
+
+def collapse(tensor: torch.Tensor) -> None:
+    """Put memory that somebody else has allocated and filled on huge pages, where it fills whole ones.
+
+    At once while that goes fast (a kernel from 6.1 on), and else by and by.
+    """
+    libc = _libc()
+    start = -(-tensor.data_ptr() // _HUGE) * _HUGE
+    end = (tensor.data_ptr() + tensor.nbytes) // _HUGE * _HUGE
+    if libc is None or not hasattr(mmap, "MADV_HUGEPAGE") or end <= start:
+        return
+    libc.madvise(start, end - start, mmap.MADV_HUGEPAGE)
+    patience = _patience()
+    for page in range(start, end, _HUGE):
+        if patience.left_ns <= 0:
+            return
+        started_ns = time.thread_time_ns()
+        if libc.madvise(page, _HUGE, _COLLAPSE):
+            return
+        took_ns = time.thread_time_ns() - started_ns
+        if took_ns > _SLOW_NS:
+            patience.left_ns -= took_ns
 
 
 def release_file_pages(tensor: torch.Tensor) -> None:

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 
 from . import cpu_build, huge_pages
 from .cpu_build import DTYPE_CODES
+from .linear_packed import PackedWeight
 
 PAD = 64  # inputs; as in csrc/quantized.c
+NIBBLE_ROWS = 8  # weight rows whose codes of 4 bits lie among each other; likewise
 _FACTOR_CODES = {**DTYPE_CODES, torch.int8: 3}  # as in csrc/vector.h
 _ROWS_AT_ONCE = 4096  # weight rows widened at a time where there is no C library: bounds the scratch memory
 
@@ -46,14 +48,16 @@ class QuantizedWeight:
     `from_codes`, or `gguf_blocks.pack_blocks`; `dequantize` is the meaning as code.
 
     Attributes:
-        codes: uint8, as csrc/quantized.c wants them, rows filled up to `PAD` inputs with code 0.
-        scales: `[out_features, num_groups]`, float32, bfloat16 or float16; int8 where there are `superblock_scales`.
+        codes: uint8, rows filled up to `PAD` inputs with code 0. On a CPU as csrc/quantized.c wants them: with 4 bits
+            `NIBBLE_ROWS` rows among each other; elsewhere as gpu/linear_quantized.py wants them.
+        scales: `[out_features, num_groups]`, float32, bfloat16 or float16; int8 where there are `superblock_scales`, with
+            4 bits `[ceil(out_features / 8), num_groups, 8]` then: those of `NIBBLE_ROWS` rows beside each other.
         zeros: int16, the same shape; None means 8 for codes of 4 bits and 0 for codes of 8.
         offsets: of the dtype of scales or another float, the same shape, in place of zeros.
         bits: 4, codes 0 to 15; or 8, codes -128 to 127.
         group_size: a multiple of 32 (16 with 8 bits); the last group may be smaller.
         input_order: int64 `[in_features]`: weight `i` multiplies input `input_order[i]`; None where that is `i`.
-        superblock_scales: float16 `[out_features, num_superblocks, 1]`, or 2 with offsets; 8 or 16 groups each, all whole.
+        superblock_scales: float16 `[out_features, num_superblocks, 1]`, or 2 with offsets, for 8 or 16 groups each.
         described: the same for the C library.
     """
 
@@ -78,7 +82,7 @@ class QuantizedWeight:
             None if offsets is None else offsets.data_ptr(),
             None if superblocks is None else superblocks.data_ptr(),
             self.in_features,
-            *(*self.scales.shape[:1], self.group_size, *self.scales.shape[1:]),
+            *(self.shape[0], self.group_size, self.scales.shape[1]),
             1 if superblocks is None else self.scales.shape[1] // superblocks.shape[1],
             self.bits,
             _FACTOR_CODES[self.scales.dtype],
@@ -92,7 +96,8 @@ class QuantizedWeight:
     @property
     def shape(self) -> tuple[int, int]:
         """`(out_features, in_features)`."""
-        return self.scales.shape[0], self.in_features
+        rows = self.scales if self.superblock_scales is None else self.superblock_scales
+        return rows.shape[0], self.in_features
 
     @property
     def device(self) -> torch.device:
@@ -154,10 +159,7 @@ class QuantizedWeight:
         ):
             raise ValueError("input_order must name each input once")
         if bits == 4:
-            wide = F.pad(codes.to(torch.uint8), (0, padded - in_features))
-            # 16 s + l of a block of 64 -> bits 4 s of 16-bit word l: byte b of it holds s = 2 b and, above it, 2 b + 1.
-            nibbles = wide.view(out_features, padded // PAD, 2, 2, 16)
-            packed = (nibbles[:, :, :, 0] | (nibbles[:, :, :, 1] << 4)).transpose(-1, -2).reshape(out_features, -1)
+            packed = pack_nibbles(F.pad(codes.to(torch.uint8), (0, padded - in_features)))
         else:
             packed = F.pad(codes.to(torch.int8), (0, padded - in_features)).view(torch.uint8)
         return cls(
@@ -178,9 +180,12 @@ class QuantizedWeight:
             return None if tensor is None else tensor.to(device)
 
         plain = self if device.type == "cpu" else self.with_plain_factors()  # which is what kernels elsewhere take
+        codes = plain.codes.to(device)
+        if self.bits == 4 and device.type != self.device.type:  # whose layouts differ
+            codes = pack_nibbles(unpack_nibbles(plain.codes, self.shape[0]).to(device))
         return replace(
             plain,
-            codes=plain.codes.to(device),
+            codes=codes,
             scales=plain.scales.to(device),
             zeros=moved(plain.zeros),
             offsets=moved(plain.offsets),
@@ -197,7 +202,13 @@ class QuantizedWeight:
 
     def _float_factors(self, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scales and offsets of some rows, `[num_rows, num_groups]`."""
-        scales, offsets = self.scales[rows].to(dtype), None if self.offsets is None else self.offsets[rows].to(dtype)
+
+        def of_rows(factors: torch.Tensor) -> torch.Tensor:
+            if factors.dim() == 3:
+                factors = factors.transpose(1, 2).reshape(-1, factors.shape[1])[: self.shape[0]]
+            return factors[rows].to(dtype)
+
+        scales, offsets = of_rows(self.scales), None if self.offsets is None else of_rows(self.offsets)
         if self.superblock_scales is None:
             return scales, offsets
         superblocks = self.superblock_scales[rows].to(dtype)
@@ -206,12 +217,14 @@ class QuantizedWeight:
 
     def unpacked(self, rows: slice = slice(None)) -> torch.Tensor:
         """The codes, one an element: `[out_features, in_features]`, uint8 for 4 bits and int8 for 8."""
-        packed = self.codes[rows]
         if self.bits == 8:
-            return packed.view(torch.int8)[:, : self.in_features]
-        blocks = packed.view(packed.shape[0], -1, 16, 2).transpose(-1, -2)
-        nibbles = torch.stack((blocks & 15, blocks >> 4), dim=3)
-        return nibbles.reshape(packed.shape[0], -1)[:, : self.in_features]
+            return self.codes[rows].view(torch.int8)[:, : self.in_features]
+        start, stop, _ = rows.indices(self.shape[0])
+        if self.device.type != "cpu":
+            return unpack_nibbles(self.codes[start:stop], stop - start)[:, : self.in_features]
+        first = start // NIBBLE_ROWS
+        nibbles = unpack_nibbles(self.codes[first : -(-stop // NIBBLE_ROWS)], stop - first * NIBBLE_ROWS)
+        return nibbles[start - first * NIBBLE_ROWS :, : self.in_features]
 
     def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> torch.Tensor:
         """The weights it stands for, inputs in their own order: exact in float32 for factors of 16 bits and zeros."""
@@ -232,7 +245,7 @@ class QuantizedWeight:
         return ordered
 
 
-LinearWeight = torch.Tensor | QuantizedWeight | tuple[torch.Tensor | QuantizedWeight, ...]
+LinearWeight = torch.Tensor | QuantizedWeight | PackedWeight | tuple[torch.Tensor | QuantizedWeight, ...]
 """What a linear layer multiplies by; a tuple holds parts behind each other that do not fit into one."""
 
 
@@ -277,7 +290,7 @@ def linear_quantized(x: torch.Tensor, weight: QuantizedWeight, *, quick: bool = 
     if kernels is None:
         return _in_torch(x, weight)
     x = x.contiguous()
-    out = torch.empty((x.shape[0], weight.scales.shape[0]), dtype=x.dtype)
+    out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     status = kernels.octavo_linear_quantized(
         x.data_ptr(),
         DTYPE_CODES[x.dtype],
@@ -313,7 +326,8 @@ def quantize(weight: torch.Tensor, *, bits: int, group_size: int) -> QuantizedWe
     )
     if kernels is not None and bits in (4, 8):
         weight = weight.contiguous()
-        codes = huge_pages.empty((out_features, _padded(in_features) * bits // 8), torch.uint8)
+        codes = huge_pages.empty(codes_shape(out_features, _padded(in_features), bits), torch.uint8)
+        codes[-1] = 0  # of the last rows, which may be fewer than lie among each other
         scales = torch.empty((out_features, -(-in_features // group_size)), dtype=torch.bfloat16)
         sizes = (out_features, in_features, bits, group_size)
         status = kernels.octavo_quantize(
@@ -349,6 +363,34 @@ def quantize(weight: torch.Tensor, *, bits: int, group_size: int) -> QuantizedWe
     return QuantizedWeight.from_codes(codes, scales, bits=bits, group_size=group_size)
 
 
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of 4 bits, `[out_features, in_features]` uint8, in_features a multiple of `PAD`, two to a byte.
+
+    Returns:
+        On a CPU `[ceil(out_features / 8), 4 * in_features]`: of 64 inputs and 8 rows, byte `32 v + 4 r + b` holds input
+        `4 v + b` of row `r` and, above, `32 + 4 v + b`. Elsewhere `[out_features, in_features / 2]`: input
+        `16 s + l` of 64 are bits `4 s` of 16-bit word `l`.
+    """
+    out_features, in_features = codes.shape
+    if codes.device.type != "cpu":
+        pairs = codes.view(out_features, in_features // PAD, 2, 2, 16)
+        return (pairs[:, :, :, 0] | (pairs[:, :, :, 1] << 4)).transpose(-1, -2).reshape(out_features, -1).contiguous()
+    rows = F.pad(codes, (0, 0, 0, -out_features % NIBBLE_ROWS))
+    halves = rows.view(-1, NIBBLE_ROWS, in_features // PAD, 2, 8, 4)
+    packed = (halves[:, :, :, 0] | (halves[:, :, :, 1] << 4)).permute(0, 2, 3, 1, 4)
+    return packed.reshape(len(packed), -1).contiguous()
+
+
+def unpack_nibbles(packed: torch.Tensor, out_features: int) -> torch.Tensor:
+    """The inverse of `pack_nibbles`, one code an element: `[out_features, in_features]`."""
+    if packed.device.type != "cpu":
+        words = packed.view(out_features, -1, 16, 2).transpose(-1, -2)
+        return torch.stack((words & 15, words >> 4), dim=3).reshape(out_features, -1)
+    words = packed.view(packed.shape[0], -1, 8, NIBBLE_ROWS, 4)
+    nibbles = torch.stack((words & 15, words >> 4), dim=2)  # [blocks, units, halves, fours, rows, 4]
+    return nibbles.permute(0, 4, 1, 2, 3, 5).reshape(packed.shape[0] * NIBBLE_ROWS, -1)[:out_features]
+
+
 def concatenate(parts: Sequence[torch.Tensor | QuantizedWeight]) -> LinearWeight:
     """Weights behind each other along their outputs, as one where they are of one kind, otherwise as a tuple."""
     first = parts[0]
@@ -365,10 +407,12 @@ def concatenate(parts: Sequence[torch.Tensor | QuantizedWeight]) -> LinearWeight
             return tuple(parts)
         if order is not None and part.input_order is not None and not torch.equal(part.input_order, order):
             return tuple(parts)
+    if first.device.type == "cpu" and any(part.scales.dim() == 3 and part.shape[0] % NIBBLE_ROWS for part in quantized):
+        return concatenate([part.with_plain_factors() for part in quantized])
     zeros = [part.zeros for part in quantized if part.zeros is not None]
     offsets = [part.offsets for part in quantized if part.offsets is not None]
     superblocks = [part.superblock_scales for part in quantized if part.superblock_scales is not None]
-    codes = [part.codes for part in quantized]
+    codes = _codes_to_join(quantized)
     return replace(
         quantized[0],
         codes=huge_pages.place(codes, torch.uint8) if first.device.type == "cpu" else torch.cat(codes),
@@ -379,11 +423,26 @@ def concatenate(parts: Sequence[torch.Tensor | QuantizedWeight]) -> LinearWeight
     )
 
 
+def _codes_to_join(parts: Sequence[QuantizedWeight]) -> list[torch.Tensor]:
+    """Codes that may stand behind each other: rows that lie among each other are all of one part, or packed anew."""
+    first = parts[0]
+    if first.bits == 8 or first.device.type != "cpu" or all(part.shape[0] % NIBBLE_ROWS == 0 for part in parts[:-1]):
+        return [part.codes for part in parts]
+    return [pack_nibbles(torch.cat([unpack_nibbles(part.codes, part.shape[0]) for part in parts]))]
+
+
 def _kind(weight: QuantizedWeight) -> tuple[object, ...]:
     offsets = None if weight.offsets is None else weight.offsets.dtype
     superblocks = None if weight.superblock_scales is None else weight.superblock_scales.shape[1:]
     scales = weight.scales.dtype
     return weight.bits, weight.group_size, weight.in_features, scales, weight.zeros is None, offsets, superblocks
+
+
+def codes_shape(out_features: int, in_features: int, bits: int) -> tuple[int, int]:
+    """Of codes on a CPU; in_features is a multiple of `PAD`."""
+    if bits == 8:
+        return out_features, in_features
+    return -(-out_features // NIBBLE_ROWS), in_features * NIBBLE_ROWS // 2
 
 
 def _padded(in_features: int) -> int:

@@ -22,13 +22,18 @@ def bind_team(cpus: Sequence[int]) -> None:
 
     Raises:
         OSError: a core that is not there or not allowed.
-        RuntimeError: there is no C library, or it was built without threads.
+        RuntimeError: there is no C library, or its team is smaller: it was built without threads, or OpenMP was told to
+            make do with fewer (OMP_THREAD_LIMIT). Nothing is bound then.
     """
     kernels = _kernels()
     if kernels is None:
         raise RuntimeError("threads are bound by the C kernels, and there are none")
     torch.set_num_threads(len(cpus))
     error = kernels.octavo_bind_team((ctypes.c_int32 * len(cpus))(*cpus), len(cpus))
+    if error < 0:
+        raise RuntimeError(
+            f"the C kernels compute with fewer than {len(cpus)} threads: built without OpenMP, or limited"
+        )
     if error:
         raise OSError(error, f"{os.strerror(error)}: cannot bind threads to cores {', '.join(map(str, cpus))}")
 

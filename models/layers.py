@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -13,12 +14,40 @@ from ..kernels import linear_dense as dense_kernels
 from ..kernels import linear_deterministic as deterministic_kernels
 from ..kernels.gated_activation import GatedActivation, gelu_tanh_and_mul, silu_and_mul
 from ..kernels.linear_dense import linear_dense, linear_dense_quick
+from ..kernels.linear_packed import FEW_ROWS, PackedWeight, linear_packed
 from ..kernels.linear_quantized import LinearWeight, linear_quantized
+from ..kernels.linear_widened import linear_widened
 from .errors import UnsupportedModelError
 
 _ROWS_BOUND_BY_MEMORY = 4
+# Products of so many rows take as long in float32 (0.26 TFLOP/s) as on weights that are widened first (some 50 ms for
+# those of Qwen3-0.6B) and then multiplied by AMX (0.6 TFLOP/s): an estimate, from rates of 2 cores that have AMX.
+# `python -m octavo.kernels.bench_packed` compares the two.
+_ROWS_WORTH_WIDENING = 32
 
 DenseLinear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+class WeightKind(Enum):
+    """What tells by which kernel a weight is multiplied."""
+
+    DENSE = auto()  # of the dtype of what it multiplies
+    OTHER_DTYPE = auto()
+    PACKED = auto()
+    QUANTIZED = auto()
+
+
+def weight_kinds(weights: Iterable[LinearWeight], dtype: torch.dtype) -> frozenset[WeightKind]:
+    """The kinds among weights that multiply activations of `dtype`."""
+    kinds: set[WeightKind] = set()
+    for weight in weights:
+        if isinstance(weight, tuple):
+            kinds |= weight_kinds(weight, dtype)
+        elif isinstance(weight, torch.Tensor):
+            kinds.add(WeightKind.DENSE if weight.dtype is dtype else WeightKind.OTHER_DTYPE)
+        else:
+            kinds.add(WeightKind.PACKED if isinstance(weight, PackedWeight) else WeightKind.QUANTIZED)
+    return frozenset(kinds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,31 +58,53 @@ class Linear:
     Attributes:
         quick: as for `linear_quantized`: the last bits of a row may depend on how many there are.
         few_rows: up to so many `linear_dense` takes the place of `dense`, as it does for weights of another dtype.
+        widens_from: rows of 16-bit floats from which on quantised weights are widened to those; 0: never.
+        packs: dense matrices are worth a `linear_packed.Packer`.
     """
 
     dense: DenseLinear
     quick: bool = False
     few_rows: int = 0
+    widens_from: int = 0
+    packs: bool = False
 
     def __call__(self, x: torch.Tensor, weight: LinearWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if isinstance(weight, torch.Tensor):
-            return self._for(x.shape[0], is_same=weight.dtype is x.dtype)(x, weight, bias)
-        if isinstance(weight, tuple):
-            out = torch.cat([self(x, part) for part in weight], dim=-1)
-        else:
-            out = linear_quantized(x, weight, quick=self.quick)
+        match weight:
+            case torch.Tensor():
+                return self._for(x.shape[0], is_same=weight.dtype is x.dtype)(x, weight, bias)
+            case tuple():
+                out = torch.cat([self(x, part) for part in weight], dim=-1)
+            case PackedWeight():
+                assert self.packs, "it was packed for another way to multiply"
+                out = linear_packed(x, weight)
+            case _ if self._widens(x.shape[0]):
+                out = linear_widened(x, weight)
+            case _:
+                out = linear_quantized(x, weight, quick=self.quick)
         return out if bias is None else out.add_(bias)
 
     def _for(self, num_rows: int, *, is_same: bool) -> DenseLinear:
         has_few = self.few_rows and (num_rows <= self.few_rows or not is_same)
         return linear_dense if has_few else self.dense
 
-    def is_in_c(self, num_rows: int) -> bool:
-        """Whether so many rows are multiplied by the C kernels of `linear_dense` and `linear_deterministic`."""
-        return self._for(num_rows, is_same=True) in (
-            *(dense_kernels.linear_dense, dense_kernels.linear_dense_quick),
-            deterministic_kernels.linear_deterministic,
-        )
+    def _widens(self, num_rows: int) -> bool:
+        return bool(self.widens_from) and num_rows >= self.widens_from
+
+    def is_in_c(self, num_rows: int, kinds: Iterable[WeightKind] = (WeightKind.DENSE,)) -> bool:
+        """Whether so many rows are multiplied by weights of all these kinds in C, as `decoder_stack` does."""
+        return all(self._is_in_c(num_rows, kind) for kind in kinds)
+
+    def _is_in_c(self, num_rows: int, kind: WeightKind) -> bool:
+        match kind:
+            case WeightKind.QUANTIZED:
+                return not self._widens(num_rows)
+            case WeightKind.PACKED:
+                return self.packs and num_rows <= FEW_ROWS
+            case _:
+                return self._for(num_rows, is_same=kind is WeightKind.DENSE) in (
+                    *(dense_kernels.linear_dense, dense_kernels.linear_dense_quick),
+                    deterministic_kernels.linear_deterministic,
+                )
 
 
 def _gated_by(act: Callable[[torch.Tensor], torch.Tensor]) -> GatedActivation:
@@ -105,7 +156,13 @@ def linear_for(dtype: torch.dtype, device: torch.device) -> Linear:
     if not cpu_multiplies_in(dtype) or (dtype is torch.float32 and not _torch_has_avx512()):
         return Linear(linear_dense_quick, quick=True)
     # Few rows wait for memory alone, and ours reads it faster; for more torch has better instructions.
-    return Linear(F.linear, quick=True, few_rows=_ROWS_BOUND_BY_MEMORY)
+    return Linear(
+        F.linear,
+        quick=True,
+        few_rows=_ROWS_BOUND_BY_MEMORY,
+        widens_from=0 if dtype is torch.float32 else _ROWS_WORTH_WIDENING,
+        packs=dtype is torch.bfloat16,
+    )
 
 
 def _torch_has_avx512() -> bool:

@@ -401,6 +401,7 @@ static void attend(const attention_args *a, scratch *s, int64_t row, int64_t kv_
         int64_t head = kv_head * group + r % group;
         int64_t to = ((token + r / group) * a->num_heads + head) * a->v_dim;
         float sum = sum_lanes(load(s->sums, r * VL, F32));
+        if (sum == 0) sum = 1; /* of a row without keys, which is padding: zeros */
         for (int64_t d = 0; d < a->v_dim; d += VL) {
             int64_t from = many ? d / PANEL * PANEL * all_rows + r * PANEL + d % PANEL : r * v_pad + d;
             vf x = load(s->acc, from, F32) / sum;

@@ -4,7 +4,8 @@
 #include "operations.h"
 #include "vector.h"
 
-enum { QUANTIZED = 16 }; /* a kind of weights, beside the dtypes; as in decoder_stack.py */
+enum { QUANTIZED = 16, PACKED = 32 }; /* kinds of weights, beside the dtypes; as in decoder_stack.py. Packed ones have the
+                                       * columns of a panel added to it */
 
 #define MAX_PARTS 3
 
@@ -82,6 +83,9 @@ static int multiply(const product *p, const step *s, const void *x, char *out, c
         if (p->kinds[i] == QUANTIZED)
             TRY_MEMORY(octavo_linear_quantized(x, s->dtype, p->weights[i], to, s->num_tokens, s->num_threads,
                                                s->may_be_quick));
+        else if (p->kinds[i] > PACKED)
+            TRY_MEMORY(octavo_linear_packed(x, p->weights[i], to, s->num_tokens, p->in_features, columns,
+                                            p->kinds[i] - PACKED, s->dtype, s->num_threads));
         else
             TRY_MEMORY((s->may_be_quick ? octavo_linear_quick : octavo_linear)(
                 x, p->weights[i], to, s->num_tokens, p->in_features, columns, s->dtype, p->kinds[i], s->num_threads));

@@ -3,7 +3,7 @@
  * Source: `dequantize_row_*` in ggml-quants.c and the block structures in ggml-common.h of ggml-org/ggml. Each product
  * and sum is rounded by itself, as there.
  */
-#include "vector.h"
+#include "quantized.h"
 
 enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 }; /* enum ggml_type */
 
@@ -15,12 +15,6 @@ typedef struct {
     float scales[MAX_GROUPS], offsets[MAX_GROUPS];
     int8_t whole_scales[MAX_GROUPS], whole_mins[MAX_GROUPS]; /* of K types: times factors of the block, those above */
 } decoded;
-
-INLINE float half_at(const uint8_t *p) {
-    _Float16 x;
-    memcpy(&x, p, sizeof x);
-    return (float)x;
-}
 
 /* Eight scales and minima of 6 bits from 12 bytes: the last four have their high bits in the first eight. */
 INLINE void scales_and_mins(const uint8_t *p, float d, float dmin, decoded *to) {
@@ -37,14 +31,14 @@ INLINE void scales_and_mins(const uint8_t *p, float d, float dmin, decoded *to) 
 INLINE void decode_block(const uint8_t *p, int kind, decoded *to) {
     switch (kind) {
     case Q8_0:
-        to->scales[0] = half_at(p);
+        to->scales[0] = widen_half(p);
         memcpy(to->codes, p + 2, 32);
         break;
     case Q4_0:
     case Q4_1: {
         const uint8_t *q = p + (kind == Q4_0 ? 2 : 4);
-        to->scales[0] = half_at(p);
-        if (kind == Q4_1) to->offsets[0] = half_at(p + 2);
+        to->scales[0] = widen_half(p);
+        if (kind == Q4_1) to->offsets[0] = widen_half(p + 2);
         int zero = kind == Q4_0 ? 8 : 0;
         for (int i = 0; i < 16; i++) {
             to->codes[i] = (int8_t)((q[i] & 15) - zero);
@@ -55,8 +49,8 @@ INLINE void decode_block(const uint8_t *p, int kind, decoded *to) {
     case Q5_0:
     case Q5_1: {
         const uint8_t *h = p + (kind == Q5_0 ? 2 : 4), *q = h + 4;
-        to->scales[0] = half_at(p);
-        if (kind == Q5_1) to->offsets[0] = half_at(p + 2);
+        to->scales[0] = widen_half(p);
+        if (kind == Q5_1) to->offsets[0] = widen_half(p + 2);
         int zero = kind == Q5_0 ? 16 : 0;
         uint32_t high;
         memcpy(&high, h, sizeof high);
@@ -68,7 +62,7 @@ INLINE void decode_block(const uint8_t *p, int kind, decoded *to) {
     }
     case Q4_K:
     case Q5_K: {
-        scales_and_mins(p + 4, half_at(p), half_at(p + 2), to);
+        scales_and_mins(p + 4, widen_half(p), widen_half(p + 2), to);
         const uint8_t *h = p + 16, *q = p + (kind == Q4_K ? 16 : 48);
         for (int g = 0; g < 8; g++)
             for (int i = 0; i < 32; i++) {
@@ -79,7 +73,7 @@ INLINE void decode_block(const uint8_t *p, int kind, decoded *to) {
     }
     default: { /* Q6_K: low halves of 128 elements in 64 bytes, upper two bits of them in 32 */
         const uint8_t *low = p, *high = p + 128;
-        float d = half_at(p + 208);
+        float d = widen_half(p + 208);
         memcpy(to->whole_scales, p + 192, 16);
         for (int i = 0; i < 16; i++) to->scales[i] = d * (float)to->whole_scales[i];
         for (int n = 0; n < 2; n++)
@@ -110,23 +104,21 @@ static layout layout_of(int kind) {
     }
 }
 
-/* Codes of 4 bits, from input `at` on, into a row that is zeros: see quantized.c for where they stand. */
-INLINE void pack_nibbles(uint8_t *row, int64_t at, const int8_t *codes, int64_t n, int zero) {
-    for (int64_t i = 0; i < n; i += 16) {
-        int64_t s = (at + i) % 64 / 16;
-        uint8_t *to = row + (at + i) / 64 * 32 + s / 2;
-        for (int l = 0; l < 16; l++) to[2 * l] |= (uint8_t)(codes[i + l] + zero) << 4 * (s % 2);
-    }
+/* 32 codes of 4 bits, from input `at` on, a multiple of 32, into a row that is zeros: see quantized.c for where they stand. */
+INLINE void pack_nibbles(uint8_t *row, int64_t at, const int8_t *codes, int zero) {
+    uint8_t *to = row + codes_between(at / PAD * PAD, 4);
+    for (int i = 0; i < 32; i++)
+        to[i / 4 * 4 * NIBBLE_ROWS + i % 4] |= (uint8_t)(codes[i] + zero) << (at % PAD ? 4 : 0);
 }
 
-/* rows: [num_rows, num_blocks, bytes of a block]; codes: [num_rows, code_bytes] zeros; scales and offsets: [num_rows,
- * groups of a row], float16; of K types whole numbers, times `superblocks` [num_rows, num_blocks, 1 or 2] of float16. */
+/* rows: [num_rows, num_blocks, bytes of a block]; codes: zeros, for rows of padded_in inputs; scales and offsets: [num_rows,
+ * groups of a row], float16; of K types whole numbers (see `whole_factor`), times `superblocks` [num_rows, num_blocks, 1 or 2] of float16. */
 void octavo_gguf_pack(int kind, const uint8_t *rows, int64_t num_rows, int64_t num_blocks, uint8_t *codes,
-                      int64_t code_bytes, void *scales, void *offsets, uint16_t *superblocks, int num_threads) {
+                      int64_t padded_in, void *scales, void *offsets, uint16_t *superblocks, int num_threads) {
     layout l = layout_of(kind);
 #pragma omp parallel for num_threads(num_threads) if (num_threads > 1)
     for (int64_t row = 0; row < num_rows; row++) {
-        uint8_t *to = codes + row * code_bytes;
+        uint8_t *to = codes_of(codes, row, padded_in, l.bits);
         for (int64_t b = 0; b < num_blocks; b++) {
             decoded d;
             const uint8_t *block = rows + (row * num_blocks + b) * l.bytes;
@@ -142,7 +134,8 @@ void octavo_gguf_pack(int kind, const uint8_t *rows, int64_t num_rows, int64_t n
             default: decode_block(block, Q6_K, &d);
             }
             if (l.bits == 4)
-                pack_nibbles(to, b * l.size, d.codes, l.size, l.has_offsets ? 0 : 8);
+                for (int64_t i = 0; i < l.size; i += 32)
+                    pack_nibbles(to, b * l.size + i, d.codes + i, l.has_offsets ? 0 : 8);
             else
                 memcpy(to + b * l.size, d.codes, l.size);
             int64_t at = (row * num_blocks + b) * l.groups;
@@ -151,8 +144,11 @@ void octavo_gguf_pack(int kind, const uint8_t *rows, int64_t num_rows, int64_t n
                 memcpy((uint16_t *)scales + at, block, 2);
                 if (l.has_offsets) memcpy((uint16_t *)offsets + at, block + 2, 2);
             } else {
-                memcpy((int8_t *)scales + at, d.whole_scales, l.groups);
-                if (l.has_offsets) memcpy((int8_t *)offsets + at, d.whole_mins, l.groups);
+                for (int64_t g = 0; g < l.groups; g++) {
+                    int64_t to_factor = whole_factor(row, b * l.groups + g, num_blocks * l.groups, l.bits);
+                    ((int8_t *)scales)[to_factor] = d.whole_scales[g];
+                    if (l.has_offsets) ((int8_t *)offsets)[to_factor] = d.whole_mins[g];
+                }
                 memcpy(superblocks + (row * num_blocks + b) * num_scales, block + l.superblock_at, 2 * num_scales);
             }
         }

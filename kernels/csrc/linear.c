@@ -190,11 +190,11 @@ INLINE void load_pair(vf halves[2], const void *x, int64_t element, int dtype, i
     vf a = load(x, element, dtype), b = load(x, element + VL, dtype);
     if (w_dtype == BF16) {
 #if VL == 16
-        halves[0] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        halves[1] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+        halves[0] = SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        halves[1] = SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 #else
-        halves[0] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
-        halves[1] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+        halves[0] = SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+        halves[1] = SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
 #endif
     } else {
         halves[0] = a;

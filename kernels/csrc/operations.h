@@ -56,6 +56,11 @@ int octavo_linear(const void *x, const void *w, void *out, int64_t num_rows, int
 int octavo_linear_quick(const void *x, const void *w, void *out, int64_t num_rows, int64_t in_features,
                         int64_t out_features, int dtype, int w_dtype, int num_threads);
 
+/* The same of `w` as oneDNN packs it, in panels of so many columns: see linear_packed.c. At most 4 rows; x and w are of
+ * `dtype`, float32, or bfloat16 with in_features even. 0, or -1 when out of memory. */
+int octavo_linear_packed(const void *x, const void *w, void *out, int64_t num_rows, int64_t in_features,
+                         int64_t out_features, int64_t panel, int dtype, int num_threads);
+
 struct quantized_weight; /* `weight` of quantized.c */
 /* 0, or -1 when out of memory. */
 int octavo_linear_quantized(const void *x, int x_dtype, const struct quantized_weight *from, void *out, int64_t num_rows,

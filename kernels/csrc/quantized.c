@@ -3,9 +3,10 @@
  * A weight is widened to float32 as fma(code, scale, offset), in registers, before it is multiplied. Several rows share
  * that work: w is then widened into a buffer in the L1 cache and multiplied in tiles whose sums stay in registers.
  *
- *   codes, 4 bits [out][in / 64][16]: bits 4 s .. 4 s + 3 of 16-bit word l are weight 16 s + l: a shift and a mask take 16
- *                                     out as integers; with 32-bit words a mask and an exact power of two take 8 as
- *                                     floats, of which bits 4 t .. 4 t + 3 of word j are weight 16 (t % 4) + 2 j + t / 4
+ *   codes, 4 bits [out / 8][in / 64][8][8][4]: byte b of word [j][row] has weights 4 j + b and, above it, 32 + 4 j + b of
+ *                                     64: a mask, and a shift, take 4 of each of 8 rows out as integers. Of one row's 8
+ *                                     words, put side by side, a mask and an exact power of two take 8 as floats: bits
+ *                                     4 t .. 4 t + 3 of word j are weight 32 (t % 2) + 4 j + t / 2
  *   codes, 8 bits [out][in]           signed
  *   x, float32 [in / BLOCK_K][tiles][BLOCK_K / VL][rows of the tile][VL]    inputs in the order in which weights come out
  *   w, float32 [BLOCK_K / VL][COLS][VL]
@@ -36,13 +37,16 @@ typedef struct {
 
 INLINE block load_block(const uint8_t *codes, int bits) {
     block b = {{0}, codes};
-    if (bits == 4) b.words = *(const i8_mem *)codes;
+    if (bits == 8) return b;
+    int32_t words[8];
+    UNROLL for (int j = 0; j < 8; j++) memcpy(words + j, codes + 4 * NIBBLE_ROWS * j, 4);
+    memcpy(&b.words, words, sizeof words);
     return b;
 }
 
 /* Vector t of a block that starts at input k + i. Call with t from 0 to 7 in turn. */
 INLINE v8 decode(block *b, const factors *f, int64_t i, int shift, int t, int bits, int segment) {
-    int64_t at = (i + (bits == 4 ? t % 4 / 2 * 32 : 8 * t / segment * segment)) >> shift;
+    int64_t at = (i + (bits == 4 ? t % 2 * 32 : 8 * t / segment * segment)) >> shift;
     v8 offset = splat8(f->offset[at]);
     if (bits == 4) { /* code * 16^t is a whole number below 2^24, and the scale's factor a power of two: exact */
         v8 code = __builtin_convertvector(b->words & (15 << 4 * (t % 4)), v8);
@@ -67,13 +71,13 @@ INLINE void dot_row(float *sums, const float *x, const quantized *w, int64_t col
     UNROLL for (int c = 0; c < COLS; c++) {
         int64_t row = col + min64(c, cols - 1);
         load_factors(&f[c], w, row, k, size, bits);
-        codes[c] = w->codes + row * w->row_bytes + k * bits / 8;
+        codes[c] = codes_of((uint8_t *)w->codes, row, w->padded_in, bits) + codes_between(k, bits);
     }
-    int64_t ahead = COLS * w->row_bytes;
+    int64_t ahead = (bits == 4 ? NIBBLE_ROWS : COLS) * w->row_bytes;
     for (int64_t i = 0; i < size; i += PAD) {
         block b[COLS];
         UNROLL for (int c = 0; c < COLS; c++) {
-            b[c] = load_block(codes[c] + i * bits / 8, bits);
+            b[c] = load_block(codes[c] + codes_between(i, bits), bits);
             __builtin_prefetch(b[c].codes + ahead);
         }
         UNROLL for (int t = 0; t < 8; t++) { /* column by column: their sums do not wait for each other */
@@ -87,7 +91,7 @@ INLINE void dot_row(float *sums, const float *x, const quantized *w, int64_t col
     UNROLL for (int c = 0; c < COLS; c++) folded[c] = NUM_ACC == 1 ? acc[c][0] : acc[c][0] + acc[c][NUM_ACC - 1];
     v8 a = add_pairs(add_pairs(folded[0], folded[1]), add_pairs(folded[2], folded[3]));
     v4_mem *to = (v4_mem *)sums;
-    *to = *to + (__builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7));
+    *to = *to + (low_four(a) + high_four(a));
 }
 
 /* Widens COLS weight rows, of which there are `cols`, for a tile. */
@@ -96,10 +100,10 @@ INLINE void decode_rows(float *to, const quantized *w, int64_t col, int64_t cols
     factors f;
     for (int c = 0; c < COLS; c++) {
         int64_t row = col + min64(c, cols - 1);
-        const uint8_t *codes = w->codes + row * w->row_bytes + k * bits / 8;
+        const uint8_t *codes = codes_of((uint8_t *)w->codes, row, w->padded_in, bits) + codes_between(k, bits);
         load_factors(&f, w, row, k, size, bits);
         for (int64_t i = 0; i < size; i += PAD) {
-            block b = load_block(codes + i * bits / 8, bits);
+            block b = load_block(codes + codes_between(i, bits), bits);
             __builtin_prefetch(b.codes + COLS * w->row_bytes); /* while these are multiplied */
             UNROLL for (int t = 0; t < 8; t++) /* vector t / NUM_ACC of column c, its lanes from t % NUM_ACC * 8 */
                 *(v8_mem *)(to + (i + t / NUM_ACC * VL) * COLS + c * VL + t % NUM_ACC * 8) =
@@ -145,9 +149,7 @@ INLINE void pack_row(float *to, const void *from, int64_t tile, int64_t r, int64
             UNROLL for (int t = 0; t < 8; t++) {
                 v8 vector;
                 if (bits == 4) {
-                    v8 a = *(const v8_mem *)(wide + 16 * (t % 4)), b = *(const v8_mem *)(wide + 16 * (t % 4) + 8);
-                    vector = t < 4 ? __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14)
-                                   : __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+                    UNROLL for (int j = 0; j < 8; j++) vector[j] = wide[32 * (t % 2) + 4 * j + t / 2];
                 } else {
                     vector = *(const v8_mem *)(wide + 8 * t);
                 }
@@ -217,42 +219,14 @@ static void linear_block_8(const operands *o, int64_t first_tile, int64_t last_t
         linear_block(o, first_tile, last_tile, col, num_cols, sums, packed, 8, 32);
 }
 
-/* A weight as linear_quantized.py describes it; fields in its order. */
-typedef struct {
-    const uint8_t *codes;
-    const void *scales;
-    const int16_t *zeros;
-    const void *offsets;
-    const uint16_t *superblocks;
-    int64_t in_features, out_features, group_size, num_groups, superblock_groups;
-    int32_t bits, scale_dtype, offset_dtype;
-} weight;
-
 /* x: [num_rows, in_features], out: [num_rows, out_features], of x_dtype. group_size is a multiple of 32 (16 for 8 bits).
  * may_be_quick: 16-bit floats may be rounded to whole numbers. Returns 0, or -1 when out of memory. */
 int octavo_linear_quantized(const void *x, int x_dtype, const weight *from, void *out, int64_t num_rows, int num_threads,
                             int may_be_quick) {
-    int64_t in_features = from->in_features, out_features = from->out_features, group_size = from->group_size;
-    int64_t padded_in = (in_features + PAD - 1) / PAD * PAD;
-    int shift = 0, bits = from->bits; /* of the largest power of two that divides the group size */
-    while (!(group_size >> shift & 1)) shift++;
-    if (from->num_groups == 1)
-        while ((int64_t)1 << shift < BLOCK_K) shift++;
-    quantized w = {from->codes,
-                   from->scales,
-                   from->zeros,
-                   from->offsets,
-                   from->superblocks,
-                   out_features,
-                   padded_in,
-                   group_size,
-                   from->num_groups,
-                   padded_in * bits / 8,
-                   bits,
-                   shift,
-                   from->scale_dtype,
-                   from->offset_dtype,
-                   from->superblock_groups == 16 ? 4 : 3};
+    if (!num_rows) return 0;
+    quantized w = describe(from);
+    int64_t in_features = from->in_features, out_features = from->out_features, padded_in = w.padded_in;
+    int bits = w.bits;
     int threads = num_threads > 1 && in_features * out_features > 65536 ? num_threads : 1;
     if (may_be_quick && x_dtype != F32 && whole_is_quick(&w, num_rows))
         return octavo_linear_whole(x, x_dtype, &w, out, num_rows, in_features, threads);
@@ -303,7 +277,7 @@ int octavo_linear_quantized(const void *x, int x_dtype, const weight *from, void
  * it agrees bit for bit. group_size is a multiple of 32. Returns 0, -1 when out of memory, 1 for weights not finite. */
 int octavo_quantize(const void *from, int dtype, int64_t out_features, int64_t in_features, int bits, int64_t group_size,
                     uint8_t *codes, uint16_t *scales, int num_threads) {
-    int64_t padded_in = (in_features + PAD - 1) / PAD * PAD, row_bytes = padded_in * bits / 8;
+    int64_t padded_in = (in_features + PAD - 1) / PAD * PAD;
     int64_t num_groups = (in_features + group_size - 1) / group_size;
     int failed = 0, unfit = 0;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1) reduction(| : failed, unfit)
@@ -347,18 +321,17 @@ int octavo_quantize(const void *from, int dtype, int64_t out_features, int64_t i
                     wide[i] = code > most ? most : code;
                 }
             }
-            uint8_t *to = codes + row * row_bytes;
+            uint8_t *to = codes_of(codes, row, padded_in, bits);
             if (bits == 8) {
                 for (int64_t i = 0; i < padded_in; i++) to[i] = (uint8_t)(int8_t)wide[i];
                 continue;
             }
             for (int64_t i = in_features; i < padded_in; i++) wide[i] = -8.0f; /* code 0 */
             for (int64_t i = 0; i < padded_in; i += PAD)
-                for (int l = 0; l < 16; l++)
-                    for (int b = 0; b < 2; b++) {
-                        const float *x = wide + i + 32 * b + l;
-                        to[i / 2 + 2 * l + b] = (uint8_t)((int)(x[0] + 8.0f) | (int)(x[16] + 8.0f) << 4);
-                    }
+                for (int j = 0; j < 32; j++) {
+                    uint8_t pair = (uint8_t)((int)(wide[i + j] + 8.0f) | (int)(wide[i + 32 + j] + 8.0f) << 4);
+                    to[codes_between(i, 4) + j / 4 * 4 * NIBBLE_ROWS + j % 4] = pair;
+                }
         }
         free(wide);
     }

@@ -6,6 +6,7 @@
 
 #define BLOCK_K 1024 /* inputs; fixed, as the order of sums depends on it */
 #define PAD 64 /* inputs: rows of codes are filled up to a multiple of it */
+#define NIBBLE_ROWS 8 /* weight rows whose codes of 4 bits lie among each other */
 #define SEGMENT 16 /* inputs that share their factors, at least: so many have one entry in `factors` */
 #define PASS_ROWS 768 /* rows laid out at once: what bounds the scratch memory; a multiple of the rows that a thread takes */
 
@@ -25,11 +26,54 @@ typedef struct {
     int bits, shift, scale_dtype, offset_dtype, superblock_shift;
 } quantized;
 
+/* The first codes of a weight row. */
+INLINE uint8_t *codes_of(uint8_t *codes, int64_t row, int64_t padded_in, int bits) {
+    if (bits == 8) return codes + row * padded_in;
+    return codes + row / NIBBLE_ROWS * NIBBLE_ROWS * (padded_in / 2) + row % NIBBLE_ROWS * 4;
+}
+
+/* Bytes between the codes of one input of a row and of one that is `inputs` behind it, multiples of PAD. */
+INLINE int64_t codes_between(int64_t inputs, int bits) { return bits == 8 ? inputs : inputs / 2 * NIBBLE_ROWS; }
+
 /* Of a weight row's inputs [k, k + BLOCK_K): those of input k + i stand at i >> shift. For codes of 4 bits four scales
  * stand there, times 1, 1/16, 1/256 and 1/4096: for a code that was left where it lies in its word. */
 typedef struct {
     float scale[4 * BLOCK_K / 32], offset[BLOCK_K / SEGMENT];
 } factors;
+
+/* A weight as linear_quantized.py describes it; fields in its order. */
+typedef struct {
+    const uint8_t *codes;
+    const void *scales;
+    const int16_t *zeros;
+    const void *offsets;
+    const uint16_t *superblocks;
+    int64_t in_features, out_features, group_size, num_groups, superblock_groups;
+    int32_t bits, scale_dtype, offset_dtype;
+} weight;
+
+INLINE quantized describe(const weight *from) {
+    int64_t padded_in = (from->in_features + PAD - 1) / PAD * PAD;
+    int shift = 0; /* of the largest power of two that divides the group size */
+    while (!(from->group_size >> shift & 1)) shift++;
+    if (from->num_groups == 1)
+        while ((int64_t)1 << shift < BLOCK_K) shift++;
+    return (quantized){.codes = from->codes,
+                       .scales = from->scales,
+                       .zeros = from->zeros,
+                       .offsets = from->offsets,
+                       .superblocks = from->superblocks,
+                       .out_features = from->out_features,
+                       .padded_in = padded_in,
+                       .group_size = from->group_size,
+                       .num_groups = from->num_groups,
+                       .row_bytes = padded_in * from->bits / 8,
+                       .bits = from->bits,
+                       .shift = shift,
+                       .scale_dtype = from->scale_dtype,
+                       .offset_dtype = from->offset_dtype,
+                       .superblock_shift = from->superblock_groups == 16 ? 4 : 3};
+}
 
 INLINE v8 splat8(float x) { return x - (v8){0}; }
 
@@ -44,14 +88,10 @@ INLINE v8 fma8(v8 a, v8 b, v8 c) {
 #endif
 }
 
-INLINE float widen_half(const uint16_t *p) {
-#ifdef __F16C__
-    return _cvtsh_ss(*p);
-#else
-    _Float16 x;
-    memcpy(&x, p, sizeof x);
-    return (float)x;
-#endif
+/* Where a factor of a superblock's weights stands: with 4 bits those of NIBBLE_ROWS rows lie beside each other. */
+INLINE int64_t whole_factor(int64_t row, int64_t group, int64_t num_groups, int bits) {
+    if (bits == 8) return row * num_groups + group;
+    return (row / NIBBLE_ROWS * num_groups + group) * NIBBLE_ROWS + row % NIBBLE_ROWS;
 }
 
 /* Two of the superblock that group `at`, of all rows', belongs to: of scales, and of offsets where there are any. */
@@ -88,11 +128,13 @@ INLINE void widen_some(float *to, const void *base, int64_t first, int64_t n, in
 /* n scales and offsets, which stand from `at` on in the weight's tensors. */
 INLINE void widen_factors(factors *f, const quantized *w, int64_t at, int64_t n) {
     if (w->superblocks) { /* one for eight groups, or sixteen */
-        const int8_t *scales = (const int8_t *)w->scales + at, *offsets = (const int8_t *)w->offsets + at;
+        const int8_t *scales = w->scales, *offsets = w->offsets;
+        int64_t row = at / w->num_groups, group = at % w->num_groups;
         for (int64_t i = 0; i < n; i++) {
             const uint16_t *by = superblock_of(w, at + i);
-            f->scale[i] = widen_half(by) * (float)scales[i];
-            f->offset[i] = w->offsets ? -(widen_half(by + 1) * (float)offsets[i]) : 0.0f;
+            int64_t from = whole_factor(row, group + i, w->num_groups, w->bits);
+            f->scale[i] = widen_half(by) * (float)scales[from];
+            f->offset[i] = offsets ? -(widen_half(by + 1) * (float)offsets[from]) : 0.0f;
         }
         return;
     }
@@ -114,7 +156,7 @@ static __attribute__((noinline, unused)) void load_factors(factors *f, const qua
     if (w->group_size == (int64_t)1 << w->shift || w->num_groups == 1) {
         int64_t some = min64(n, w->num_groups - group);
         widen_factors(f, w, first + group, some);
-        if (some < n) f->scale[some] = f->offset[some] = 0.0f; /* a group of padding alone */
+        for (; some < n; some++) f->scale[some] = f->offset[some] = 0.0f; /* groups of padding alone */
     } else { /* groups that blocks of inputs cut */
         for (int64_t i = 0; i < n; i++) {
             factors one;

@@ -5,8 +5,8 @@
  * 4 bits, whose own rounding is a hundred times coarser, it has 8: one for 32, and sums of 16 bits hold those of a whole
  * X_BLOCK. Sums over X_BLOCK inputs, or SEGMENT where groups are as small, become floats, and are multiplied by both scales.
  *
- * A few rows wait for memory and for codes to be unpacked, which is done in registers; the lanes of a vector are inputs.
- * For more rows codes are unpacked once, into a panel in the L1 cache, by which all tiles are multiplied. There lanes are
+ * A few rows wait for memory and for codes to be unpacked, which is done in registers; the lanes of a vector are inputs,
+ * or columns with codes of 4 bits (quantized_nibbles.c). For more rows codes are unpacked once, into a panel in the L1 cache, by which all tiles are multiplied. There lanes are
  * columns, so that products of a whole segment become one float, and as many inputs as a word of 32 bits holds lie beside
  * each other, pairs of 16 bits, or four of 8 bits:
  *
@@ -15,31 +15,16 @@
  *
  * An output's bits depend on its own row and column, and on whether there are a few rows or many.
  */
-#include "quantized.h"
+#include "quantized_whole.h"
 #include "work_queue.h"
 
 #ifdef __AVX2__
-#define X_BLOCK 32 /* inputs of x that share a scale */
 #define COLS 4 /* at most, multiplied at once, for a few rows */
-#define FEW_TILE 4 /* rows, likewise */
-#define FEW_COLS 960 /* columns that a thread takes at once: long streams in the order of memory */
 #define FEW_PARTS 4 /* of a thread's columns, or more: enough for it to find more when another is held up */
-#define AHEAD 1024 /* bytes of codes, behind those that are read, to ask for */
 #define TILE 4 /* rows, where there are many */
 #define PANEL_COLS 16
 #define PANEL_K 512 /* inputs of a panel, which is half an L1 cache; divides BLOCK_K */
 #define MAX_ROWS 96 /* that a thread takes at once */
-#define LINE 64 /* bytes */
-
-/* Rows in whole numbers: x = integers * scale. */
-typedef struct {
-    int16_t *integers; /* as above; of a few rows [rows, padded_in]; int8_t beside codes of 4 bits */
-    float *scale;      /* [rows, padded_in / X_BLOCK] */
-    int32_t *zero;     /* the same: the sum of whole numbers times the zero of plain codes of 4 bits */
-    float *sum;        /* [rows, sums_stride] of x: inputs' [k, k + block_of(x)) from k / SEGMENT on, as in `factors` */
-    int64_t num_rows, num_tiles, padded_in, sums_stride;
-    int few, bits;
-} whole;
 
 /* Inputs whose factors are taken at once. */
 INLINE int64_t block_of(const whole *x) { return x->few ? BLOCK_K : PANEL_K; }
@@ -90,10 +75,9 @@ INLINE void put_block(const whole *to, const int16_t *integers, int64_t first, i
         memcpy(to->integers + (first + r) * to->padded_in + i, integers, X_BLOCK * sizeof *integers);
         return;
     }
-    if (to->few) { /* as `order_nibbles` leaves codes: four of one half of PAD inputs, then of the other */
-        int8_t *block = (int8_t *)to->integers + (first + r) * to->padded_in + i / PAD * PAD;
-        for (int j = 0; j < X_BLOCK; j++)
-            block[j / 16 * X_BLOCK + j / 4 % 4 * 8 + i % PAD / X_BLOCK * 4 + j % 4] = (int8_t)integers[j];
+    if (to->few) {
+        int8_t *bytes = (int8_t *)to->integers + (first + r) * to->padded_in + i;
+        for (int j = 0; j < X_BLOCK; j++) bytes[j] = (int8_t)integers[j];
         return;
     }
     int64_t k = i / PANEL_K * PANEL_K, dim = min64(PANEL_K, to->padded_in - k);
@@ -152,31 +136,11 @@ INLINE __m256i multiply_add(__m256i sum, __m256i a, __m256i b) {
 #endif
 }
 
-/* Eight factors as floats, or each of four twice. */
-INLINE v8 load_eight(const void *base, int64_t element, int dtype, int twice) {
-    v8 x;
-    if (dtype == F32) {
-        const float *from = (const float *)base + element;
-        x = twice ? (v8)_mm256_castps128_ps256(_mm_loadu_ps(from)) : (v8)_mm256_loadu_ps(from);
-    } else {
-        if (dtype == INT8) /* beside superblocks, where nothing stands twice */
-            return (v8)_mm256_cvtepi32_ps(
-                _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)((const int8_t *)base + element))));
-        const __m128i *from = (const __m128i *)((const uint16_t *)base + element);
-        __m128i half = twice ? _mm_loadl_epi64(from) : _mm_loadu_si128(from);
-        x = (v8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
-#ifdef __F16C__
-        if (dtype == F16) x = (v8)_mm256_cvtph_ps(half);
-#endif
-    }
-    return twice ? __builtin_shufflevector(x, x, 0, 0, 1, 1, 2, 2, 3, 3) : x;
+INLINE v8 each_twice(v4 x) {
+    v8 wide = (v8)_mm256_castps128_ps256((__m128)x);
+    return SHUFFLE(wide, wide, 0, 0, 1, 1, 2, 2, 3, 3);
 }
 
-#ifdef __F16C__
-#define HAS_HALVES 1
-#else
-#define HAS_HALVES 0
-#endif
 #define MAX_SEGMENTS (BLOCK_K / SEGMENT)
 
 /* What sums of rows [row, row + rows) of x times weight rows col, col + apart, .. begin with. */
@@ -191,7 +155,7 @@ typedef struct {
     int rows, num_cols;
 } tile;
 
-enum { NO_OFFSETS, PLAIN_ZEROS, ZEROS, OFFSETS };
+enum { NO_OFFSETS, ZEROS, OFFSETS };
 
 /* Where a vector's lanes are segments with factors of their own, or pairs of them: as `--quantization` and GGUF files have
  * them. */
@@ -214,11 +178,10 @@ INLINE void direct_scales(products *to, const whole *x, const quantized *w, cons
                     x_scale = *(const v8_mem *)(x_scales + n);
                 } else {
                     v4 four = *(const v4_mem *)(x_scales + n / 2);
-                    x_scale = __builtin_shufflevector(four, four, 0, 0, 1, 1, 2, 2, 3, 3);
+                    x_scale = each_twice(four);
                 }
                 *(v8_mem *)(scale + n) = scales * x_scale;
                 if (kind == NO_OFFSETS) continue;
-                if (kind == PLAIN_ZEROS) offsets = scales * -8.0f;
                 if (kind == OFFSETS) offsets = load_eight(w->offsets, first + n, w->offset_dtype, 0);
                 if (kind == OFFSETS && superblock) offsets *= -widen_half(superblock + 1);
                 if (kind == ZEROS) {
@@ -233,7 +196,7 @@ INLINE void direct_scales(products *to, const whole *x, const quantized *w, cons
 }
 
 /* Any other factors. */
-INLINE void other_scales(products *to, const whole *x, const quantized *w, const tile *t, int bits, int segment) {
+INLINE void other_scales(products *to, const whole *x, const quantized *w, const tile *t, int segment) {
     int64_t x_stride = w->padded_in / X_BLOCK, num = t->size / segment, num_groups = ((t->size - 1) >> w->shift) + 1;
     int spread = w->shift - (segment == X_BLOCK ? 5 : 4); /* a segment's factors stand at n >> spread */
     __m256i lane = _mm256_srl_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm_cvtsi32_si128(spread));
@@ -252,7 +215,7 @@ INLINE void other_scales(products *to, const whole *x, const quantized *w, const
             for (; n < num; n++) to->scale[i][n] = f.scale[n >> spread] * x_scales[n * segment / X_BLOCK];
             to->sums[i] = (v8){0};
             to->extra[i] = 0.0f;
-            if (bits == 8 && !w->zeros && !w->offsets) continue;
+            if (!w->zeros && !w->offsets) continue;
             for (; g + 8 <= num_groups; g += 8)
                 to->sums[i] = fma8(*(const v8_mem *)(f.offset + g), *(const v8_mem *)(x_sums + g), to->sums[i]);
             for (; g < num_groups; g++) to->extra[i] += f.offset[g] * x_sums[g];
@@ -260,13 +223,12 @@ INLINE void other_scales(products *to, const whole *x, const quantized *w, const
     }
 }
 
-INLINE void find_scales(products *to, const whole *x, const quantized *w, const tile *t, int bits, int segment) {
-    int has_offsets = w->zeros || w->offsets, has_halves = w->scale_dtype == F16 || (w->offsets && w->offset_dtype == F16);
-    int twice = segment == X_BLOCK && bits == 8 && w->group_size == 2 * X_BLOCK && !has_offsets;
+INLINE void find_scales(products *to, const whole *x, const quantized *w, const tile *t, int segment) {
+    int twice = segment == X_BLOCK && w->group_size == 2 * X_BLOCK && !w->zeros && !w->offsets;
     int64_t group = segment << twice;
     int is_direct = t->size / segment % 8 == 0 && w->group_size == group && t->k + t->size <= w->num_groups * group;
-    if (!is_direct || (has_halves && !HAS_HALVES)) {
-        other_scales(to, x, w, t, bits, segment);
+    if (!is_direct || !can_load_eight(w)) {
+        other_scales(to, x, w, t, segment);
         return;
     }
     memset(to->extra, 0, sizeof to->extra);
@@ -277,96 +239,61 @@ INLINE void find_scales(products *to, const whole *x, const quantized *w, const 
         EACH_DTYPE(OFFSETS);
     } else if (w->zeros) {
         EACH_DTYPE(ZEROS);
-    } else if (bits == 4) {
-        EACH_DTYPE(PLAIN_ZEROS);
     } else {
         EACH_DTYPE(NO_OFFSETS);
     }
 }
 
 /* Not inlined: they are called in many places, which would have fewer registers. */
-#define FIND_SCALES(bits, segment) \
-    static __attribute__((noinline)) void find_scales_##bits##_##segment(products *to, const whole *x, \
-                                                                         const quantized *w, const tile *t) { \
-        find_scales(to, x, w, t, bits, segment); \
+#define FIND_SCALES(segment) \
+    static __attribute__((noinline)) void find_scales_##segment(products *to, const whole *x, const quantized *w, \
+                                                                const tile *t) { \
+        find_scales(to, x, w, t, segment); \
     }
-FIND_SCALES(4, 32)
-FIND_SCALES(8, 32)
-FIND_SCALES(8, 16)
-
-/* Bytes of a block of 4-bit codes such that each word of 32 bits has codes of one half of its inputs. */
-INLINE __m256i order_nibbles(__m256i words) {
-    const __m256i order = _mm256_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10,
-                                           12, 14, 9, 11, 13, 15);
-    return _mm256_shuffle_epi8(words, order);
-}
-
-/* acc += x . w over PAD inputs of 4 bits; two scales. */
-INLINE v8 add_nibbles(v8 acc, __m256i low, __m256i high, const int8_t *x, const float *scale) {
-    __m256i a = _mm256_maddubs_epi16(low, _mm256_loadu_si256((const __m256i *)x));
-    __m256i b = _mm256_maddubs_epi16(high, _mm256_loadu_si256((const __m256i *)(x + X_BLOCK)));
-    __m256i sum = _mm256_madd_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi16(1)); /* of 8 products below 15 * 127 */
-    double both;
-    memcpy(&both, scale, sizeof both);
-    return fma8((v8)_mm256_cvtepi32_ps(sum), (v8)_mm256_set1_pd(both), acc);
-}
+FIND_SCALES(32)
+FIND_SCALES(16)
 
 /* sums[r * FEW_COLS + c * apart] += x[row + r] . w[col + c * apart] over size inputs; of columns from col on there are
  * `cols`. */
 INLINE void dot_whole(float *sums, const whole *x, int64_t row, const quantized *w, int64_t col, int64_t cols,
-                      int64_t apart, int64_t k, int64_t size, int bits, int segment, int rows, int num_cols) {
+                      int64_t apart, int64_t k, int64_t size, int segment, int rows, int num_cols) {
     products p;
     tile t = {row, col, col + cols - 1, apart, k, size, rows, num_cols};
     v8 acc[FEW_TILE * COLS] = {{0}};
     const uint8_t *codes[COLS];
     const int16_t *integers = x->integers + row * w->padded_in + k;
-    const int8_t *bytes = (const int8_t *)x->integers + row * w->padded_in + k;
-    int64_t plain_group = bits == 4 ? X_BLOCK : 2 * X_BLOCK, first_group = k / plain_group;
+    int64_t plain_group = 2 * X_BLOCK, first_group = k / plain_group;
     int is_plain = segment == X_BLOCK && !w->zeros && !w->offsets && w->scale_dtype == BF16 &&
                    w->group_size == plain_group && size % (8 * X_BLOCK) == 0 &&
                    first_group + size / plain_group <= w->num_groups;
     if (!is_plain) {
-        if (bits == 4) find_scales_4_32(&p, x, w, &t);
-        if (bits == 8 && segment == X_BLOCK) find_scales_8_32(&p, x, w, &t);
-        if (bits == 8 && segment != X_BLOCK) find_scales_8_16(&p, x, w, &t);
+        if (segment == X_BLOCK)
+            find_scales_32(&p, x, w, &t);
+        else
+            find_scales_16(&p, x, w, &t);
         UNROLL for (int i = 0; i < rows * num_cols; i++) acc[i] = p.sums[i];
     }
     UNROLL for (int c = 0; c < num_cols; c++) {
         int64_t out = min64(col + c * apart, t.last_col);
-        codes[c] = w->codes + out * w->row_bytes + k * bits / 8;
+        codes[c] = w->codes + out * w->row_bytes + k;
         if (!is_plain) continue;
         /* As `--quantization` makes weights, the same in registers of this function. */
         const uint16_t *from = (const uint16_t *)w->scales + out * w->num_groups + first_group;
         __builtin_prefetch(from + 4 * w->num_groups);
         for (int64_t n = 0; n < size / X_BLOCK; n += 8) {
-            v8 scales = load_eight(from, bits == 4 ? n : n / 2, BF16, bits == 8);
+            v8 scales = load_eight(from, n / 2, BF16, 1);
             UNROLL for (int r = 0; r < rows; r++) {
                 const float *x_scale = x->scale + (row + r) * (w->padded_in / X_BLOCK) + k / X_BLOCK;
-                const float *x_sum = x->sum + (row + r) * x->sums_stride + k / SEGMENT;
-                v8 *to = acc + r * num_cols + c;
                 *(v8_mem *)(p.scale[r * num_cols + c] + n) = scales * *(const v8_mem *)(x_scale + n);
-                if (bits == 4) *to = fma8(scales * -8.0f, *(const v8_mem *)(x_sum + n), *to);
             }
         }
     }
-    for (int64_t i = 0, byte = 0; i < size; i += PAD, byte += PAD * bits / 8) {
-        UNROLL for (int c = 0; c < num_cols; c++) __builtin_prefetch(codes[c] + byte + AHEAD);
-        if (bits == 4) {
-            const __m256i nibble = _mm256_set1_epi8(15);
-            UNROLL for (int c = 0; c < num_cols; c++) {
-                __m256i words = order_nibbles(_mm256_loadu_si256((const __m256i *)(codes[c] + byte)));
-                __m256i low = _mm256_and_si256(words, nibble);
-                __m256i high = _mm256_and_si256(_mm256_srli_epi16(words, 4), nibble);
-                UNROLL for (int r = 0; r < rows; r++)
-                    acc[r * num_cols + c] = add_nibbles(acc[r * num_cols + c], low, high, bytes + r * w->padded_in + i,
-                                                        p.scale[r * num_cols + c] + i / X_BLOCK);
-            }
-            continue;
-        }
+    for (int64_t i = 0; i < size; i += PAD) {
+        UNROLL for (int c = 0; c < num_cols; c++) __builtin_prefetch(codes[c] + i + AHEAD);
         UNROLL for (int half = 0; half < 2; half++) {
             __m256i code[COLS][2];
             UNROLL for (int c = 0; c < num_cols && rows > 1; c++) {
-                const __m128i *from = (const __m128i *)(codes[c] + byte + X_BLOCK * half);
+                const __m128i *from = (const __m128i *)(codes[c] + i + X_BLOCK * half);
                 code[c][0] = _mm256_cvtepi8_epi16(_mm_loadu_si128(from));
                 code[c][1] = _mm256_cvtepi8_epi16(_mm_loadu_si128(from + 1));
                 KEEP(code[c][0]);
@@ -383,7 +310,7 @@ INLINE void dot_whole(float *sums, const whole *x, int64_t row, const quantized 
                     v8 *to = acc + r * num_cols + c;
                     const float *by = p.scale[r * num_cols + c] + (i + half * X_BLOCK) / segment;
                     if (rows == 1) { /* each is used once: no register holds it for longer */
-                        const __m128i *from = (const __m128i *)(codes[c] + byte + X_BLOCK * half);
+                        const __m128i *from = (const __m128i *)(codes[c] + i + X_BLOCK * half);
                         code[c][0] = _mm256_cvtepi8_epi16(_mm_loadu_si128(from));
                         code[c][1] = _mm256_cvtepi8_epi16(_mm_loadu_si128(from + 1));
                     }
@@ -401,7 +328,7 @@ INLINE void dot_whole(float *sums, const whole *x, int64_t row, const quantized 
     float result[FEW_TILE * COLS];
     UNROLL for (int i = 0; i < rows * num_cols; i += 4) {
         v8 a = add_pairs(add_pairs(acc[i], acc[i + 1]), add_pairs(acc[i + 2], acc[i + 3]));
-        *(v4_mem *)(result + i) = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+        *(v4_mem *)(result + i) = low_four(a) + high_four(a);
     }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int c = 0; c < num_cols; c++)
@@ -410,11 +337,10 @@ INLINE void dot_whole(float *sums, const whole *x, int64_t row, const quantized 
 
 /* out[all rows, col ..] of a few rows, for at most FEW_COLS. Columns that are multiplied at once stand far apart: so each
  * is one of a few streams in the order of memory, which is what the processor's prefetcher follows. */
-INLINE void few_rows(const whole *x, const quantized *w, float *sums, int64_t col, int64_t num_cols, int bits,
-                     int segment) {
+INLINE void few_rows(const whole *x, const quantized *w, float *sums, int64_t col, int64_t num_cols, int segment) {
     int64_t num_rows = x->num_rows;
     memset(sums, 0, num_rows * FEW_COLS * sizeof *sums);
-    int64_t step = num_rows == 1 ? COLS : num_rows == 2 || bits == 8 ? 2 : 1, apart = (num_cols + step - 1) / step;
+    int64_t step = num_rows == 1 ? COLS : 2, apart = (num_cols + step - 1) / step;
     int64_t tiles = (num_rows + FEW_TILE - 1) / FEW_TILE;
     for (int64_t c = 0; c < apart; c++)
         for (int64_t k = 0; k < w->padded_in; k += BLOCK_K) /* as the codes lie in memory */
@@ -422,24 +348,20 @@ INLINE void few_rows(const whole *x, const quantized *w, float *sums, int64_t co
                 int64_t size = min64(BLOCK_K, w->padded_in - k), row = num_rows * t / tiles;
                 float *to = sums + row * FEW_COLS + c;
                 int64_t rows = num_rows * (t + 1) / tiles - row, cols = num_cols - c;
-                if (step == COLS) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, segment, 1, COLS);
-                if (step == 2 && rows == 2) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, segment, 2, 2);
-                if (step == 2 && rows == 3) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, segment, 3, 2);
-                if (step == 2 && rows == 4) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, segment, 4, 2);
-                if (step == 1 && rows == 2) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, segment, 2, 1);
-                if (step == 1 && rows == 3) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, segment, 3, 1);
-                if (step == 1 && rows == 4) dot_whole(to, x, row, w, col + c, cols, apart, k, size, bits, segment, 4, 1);
+                if (step == COLS) dot_whole(to, x, row, w, col + c, cols, apart, k, size, segment, 1, COLS);
+                if (step != COLS && rows == 2) dot_whole(to, x, row, w, col + c, cols, apart, k, size, segment, 2, 2);
+                if (step != COLS && rows == 3) dot_whole(to, x, row, w, col + c, cols, apart, k, size, segment, 3, 2);
+                if (step != COLS && rows == 4) dot_whole(to, x, row, w, col + c, cols, apart, k, size, segment, 4, 2);
             }
 }
 
 typedef void few(const whole *, const quantized *, float *, int64_t, int64_t);
-#define FEW(bits, segment) \
-    static void few_##bits##_##segment(const whole *x, const quantized *w, float *sums, int64_t col, int64_t num_cols) { \
-        few_rows(x, w, sums, col, num_cols, bits, segment); \
+#define FEW(segment) \
+    static void few_##segment(const whole *x, const quantized *w, float *sums, int64_t col, int64_t num_cols) { \
+        few_rows(x, w, sums, col, num_cols, segment); \
     }
-FEW(4, 32)
-FEW(8, 32)
-FEW(8, 16)
+FEW(32)
+FEW(16)
 
 /* PANEL_COLS columns of at most PANEL_K inputs, unpacked, and what comes out of it. */
 typedef struct {
@@ -447,25 +369,6 @@ typedef struct {
     float scale[PANEL_K / SEGMENT][PANEL_COLS], offset[PANEL_K / SEGMENT][PANEL_COLS]; /* in the order of `factors` */
     float sums[MAX_ROWS * PANEL_COLS];
 } panel;
-
-/* Element j of v[i] to element i of v[j]. */
-INLINE void transpose(v8 v[8]) {
-    v8 a[8], b[8];
-    UNROLL for (int i = 0; i < 4; i++) {
-        a[i] = (v8)_mm256_unpacklo_ps((__m256)v[2 * i], (__m256)v[2 * i + 1]);
-        a[4 + i] = (v8)_mm256_unpackhi_ps((__m256)v[2 * i], (__m256)v[2 * i + 1]);
-    }
-    UNROLL for (int i = 0; i < 4; i++) { /* columns i % 2 of 4 rows, then those behind */
-        v8 low = a[i / 2 * 4 + i % 2 * 2], high = a[i / 2 * 4 + i % 2 * 2 + 1];
-        b[2 * i] = (v8)_mm256_unpacklo_pd((__m256d)low, (__m256d)high);
-        b[2 * i + 1] = (v8)_mm256_unpackhi_pd((__m256d)low, (__m256d)high);
-    }
-    UNROLL for (int i = 0; i < 4; i++) {
-        v8 low = b[i / 2 * 4 + i % 2], high = b[i / 2 * 4 + 2 + i % 2];
-        v[i] = (v8)_mm256_permute2f128_ps((__m256)low, (__m256)high, 0x20);
-        v[4 + i] = (v8)_mm256_permute2f128_ps((__m256)low, (__m256)high, 0x31);
-    }
-}
 
 /* to[PANEL_COLS * pair]: pairs of PAD inputs of 8 rows of codes of 8 bits. */
 INLINE void unpack_bytes(int32_t *to, const uint8_t *const from[8]) {
@@ -484,54 +387,31 @@ INLINE void unpack_bytes(int32_t *to, const uint8_t *const from[8]) {
 }
 
 /* to[PANEL_COLS * n]: the n-th four of PAD inputs of 8 rows of codes of 4 bits. */
-INLINE void unpack_nibbles(int32_t *to, const uint8_t *const from[8]) {
+INLINE void unpack_fours(int32_t *to, const uint8_t *from) {
     const __m256i nibble = _mm256_set1_epi8(15);
-    v8 words[8];
-    UNROLL for (int c = 0; c < 8; c++) words[c] = (v8)order_nibbles(_mm256_loadu_si256((const __m256i *)from[c]));
-    transpose(words);
-    UNROLL for (int j = 0; j < 8; j++) {
-        int32_t *four = to + (j % 2 * 8 + j / 2) * PANEL_COLS;
-        *(__m256i *)four = _mm256_and_si256((__m256i)words[j], nibble);
-        *(__m256i *)(four + 4 * PANEL_COLS) = _mm256_and_si256(_mm256_srli_epi16((__m256i)words[j], 4), nibble);
+    UNROLL for (int v = 0; v < 8; v++) {
+        __m256i words = _mm256_loadu_si256((const __m256i *)(from + 32 * v));
+        *(__m256i *)(to + v * PANEL_COLS) = _mm256_and_si256(words, nibble);
+        *(__m256i *)(to + (8 + v) * PANEL_COLS) = _mm256_and_si256(_mm256_srli_epi16(words, 4), nibble);
     }
 }
 
 /* Unpacks inputs [k, k + size) of `num_cols` columns from col on; the last stands for those that are not there. */
 INLINE void fill_panel(panel *p, const quantized *w, int64_t col, int64_t num_cols, int64_t k, int64_t size, int bits) {
-    int has_offsets = w->zeros || w->offsets;
-    int64_t num_factors = ((size - 1) >> w->shift) + 1;
     for (int64_t c = 0; c < PANEL_COLS; c += 8) {
-        factors f[8];
+        int64_t first = min64(c, (num_cols - 1) / 8 * 8); /* so that there is a row */
+        octavo_quantized_columns(p->scale[0] + c, p->offset[0] + c, PANEL_COLS, w, col + first, k, size);
         const uint8_t *from[8];
-        for (int i = 0; i < 8; i++) {
-            int64_t row = col + min64(c + i, num_cols - 1);
-            from[i] = w->codes + row * w->row_bytes + k * bits / 8;
-            load_factors(&f[i], w, row, k, size, 8);
-        }
+        for (int i = 0; i < 8; i++)
+            from[i] = w->codes + (col + (bits == 4 ? first : min64(c + i, num_cols - 1))) * w->row_bytes + codes_between(k, bits);
         for (int64_t i = 0; i < size; i += PAD) {
             if (bits == 4)
-                unpack_nibbles(p->codes + i / 4 * PANEL_COLS + c, from);
+                unpack_fours(p->codes + i / 4 * PANEL_COLS + c, from[0] + codes_between(i, 4));
             else
                 unpack_bytes(p->codes + i / 2 * PANEL_COLS + c, from);
-            UNROLL for (int j = 0; j < 8; j++) from[j] += PAD * bits / 8;
-        }
-        for (int64_t n = 0; n < num_factors; n += 8) {
-            v8 scale[8], offset[8];
-            UNROLL for (int i = 0; i < 8; i++) scale[i] = *(const v8_mem *)(f[i].scale + n);
-            transpose(scale);
-            UNROLL for (int i = 0; i < 8; i++) *(v8_mem *)(p->scale[n + i] + c) = scale[i];
-            if (!has_offsets) continue;
-            UNROLL for (int i = 0; i < 8; i++) offset[i] = *(const v8_mem *)(f[i].offset + n);
-            transpose(offset);
-            UNROLL for (int i = 0; i < 8; i++) *(v8_mem *)(p->offset[n + i] + c) = offset[i];
+            UNROLL for (int j = 0; j < 8 && bits == 8; j++) from[j] += PAD;
         }
     }
-}
-
-/* sum += code * x of four, as two of 16 bits. */
-INLINE void add_fours(__m256i *sum, __m256i code, __m256i x) {
-    __m256i product;
-    __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(*sum), "=&x"(product) : "x"(code), "x"(x));
 }
 
 /* sum += a * b of pairs. GCC left alone makes many products before it adds them, and moves them to memory. */
@@ -635,10 +515,13 @@ INLINE int64_t num_passes(int64_t num_rows) { return (num_rows + PASS_ROWS - 1) 
 
 static void work_few(const whole *x, const quantized *w, void *out, int dtype, work_queue *queues, int num_queues,
                      int64_t parts) {
-    few *by = w->bits == 4 ? few_4_32 : w->group_size % X_BLOCK ? few_8_16 : few_8_32;
+    few *by = w->bits == 4 ? octavo_few_nibbles : w->group_size % X_BLOCK ? few_16 : few_32;
+    int64_t unit = w->bits == 4 ? NIBBLE_ROWS : 1, units = (w->out_features + unit - 1) / unit;
     float sums[FEW_ROWS * FEW_COLS];
     for (int64_t part; (part = take_task(queues, num_queues, thread_index())) >= 0;) {
-        int64_t col = w->out_features * part / parts, num_cols = w->out_features * (part + 1) / parts - col;
+        int64_t col = units * part / parts * unit, end = units * (part + 1) / parts * unit;
+        int64_t num_cols = min64(end, w->out_features) - col;
+        if (num_cols <= 0) continue;
         by(x, w, sums, col, num_cols);
         store_columns(out, dtype, w->out_features, sums, FEW_COLS, 0, x->num_rows, col, num_cols);
     }
@@ -670,7 +553,7 @@ int octavo_linear_whole(const void *x, int dtype, const quantized *w, void *out,
     int16_t *integers = (int16_t *)(queues + num_threads);
     float *scale = (float *)(integers + pass_rows * padded_in), *sums = scale + pass_rows * (padded_in / X_BLOCK);
     int32_t *zero = (int32_t *)(sums + pass_rows * sums_stride);
-    int64_t parts = few ? num_parts(w->out_features, FEW_COLS, FEW_PARTS, num_threads)
+    int64_t parts = few ? num_parts(w->out_features, FEW_COLS - 2 * NIBBLE_ROWS, FEW_PARTS, num_threads)
                         : (w->out_features + PANEL_COLS - 1) / PANEL_COLS;
     int failed = 0;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)

@@ -10,30 +10,41 @@
 #include <omp.h>
 #endif
 
-/* cpus: [num_threads], one for each thread of the calling thread's team, the caller itself first. Returns 0, or the
- * errno of a thread that could not be bound. */
+#ifdef __linux__
+/* Binds the calling thread; 0 or an errno. */
+static int bind_here(int32_t cpu) {
+    cpu_set_t *set = CPU_ALLOC(cpu + 1);
+    size_t size = CPU_ALLOC_SIZE(cpu + 1);
+    if (!set) return ENOMEM;
+    CPU_ZERO_S(size, set);
+    CPU_SET_S(cpu, size, set);
+    int error = sched_setaffinity(0, size, set) ? errno : 0;
+    CPU_FREE(set);
+    return error;
+}
+#endif
+
+/* cpus: [num_threads], one for each thread of the calling thread's team, the caller itself first. Returns 0; the errno of
+ * a thread that could not be bound; or -1 and has bound none where the team has fewer threads. */
 int octavo_bind_team(const int32_t *cpus, int num_threads) {
 #ifdef __linux__
     int failed = 0;
 #pragma omp parallel num_threads(num_threads)
     {
 #ifdef _OPENMP
-        int index = omp_get_thread_num();
+        int index = omp_get_thread_num(), size = omp_get_num_threads();
 #else
-        int index = 0;
+        int index = 0, size = 1;
 #endif
-        cpu_set_t *set = CPU_ALLOC(cpus[index] + 1);
-        size_t size = CPU_ALLOC_SIZE(cpus[index] + 1);
-        int error = ENOMEM;
-        if (set) {
-            CPU_ZERO_S(size, set);
-            CPU_SET_S(cpus[index], size, set);
-            error = sched_setaffinity(0, size, set) ? errno : 0;
-            CPU_FREE(set);
-        }
-        if (error) {
+        if (size < num_threads) {
 #pragma omp atomic write
-            failed = error;
+            failed = -1;
+        } else {
+            int error = bind_here(cpus[index]);
+            if (error) {
+#pragma omp atomic write
+                failed = error;
+            }
         }
     }
     return failed;

@@ -50,6 +50,30 @@ INLINE vf select_f(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~ma
 INLINE vf max_f(vf a, vf b) { return select_f(a > b, a, b); }
 INLINE vf splat(float x) { return x - (vf){0}; }
 
+/* Elements of two vectors, by their numbers, as a vector of the same type; and halves. GCC has Clang's name for it from
+ * 12 on. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+INLINE v4 low_four(v8 x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3); }
+INLINE v4 high_four(v8 x) { return __builtin_shufflevector(x, x, 4, 5, 6, 7); }
+#else
+#define SHUFFLE(a, b, ...) \
+    ({ \
+        typedef int32_t numbers __attribute__((vector_size(sizeof(a)))); \
+        __builtin_shuffle(a, b, (numbers){__VA_ARGS__}); \
+    })
+INLINE v4 low_four(v8 x) {
+    v4 part;
+    memcpy(&part, &x, sizeof part);
+    return part;
+}
+INLINE v4 high_four(v8 x) {
+    v4 part;
+    memcpy(&part, (const char *)&x + sizeof part, sizeof part);
+    return part;
+}
+#endif
+
 /* Keeps x in a register: GCC would rather load it again for each of its uses. */
 #ifdef __AVX512F__
 #define KEEP(x) __asm__("" : "+v"(x))
@@ -71,6 +95,22 @@ INLINE vf fma_f(vf a, vf b, vf c) {
 #else
     return a * b + c;
 #endif
+}
+
+/* float16 as bits, to and from float32, where neither CPU nor compiler has it: _Float16 is GCC 12's and Clang 15's on x86.
+ */
+INLINE vf widen_halves(vu bits) {
+    vu rest = (bits & 0x7fff) << 13;
+    vu special = (vu)(rest >= 31u << 23) & (255u << 23); /* infinite, or no number */
+    return (vf)((vu)((vf)rest * 0x1p112f) | special | (bits & 0x8000) << 16);
+}
+INLINE vu narrow_to_halves(vf x) { /* to nearest, ties to even */
+    vu bits = (vu)x & 0x7fffffff, is_large = (vu)((vf)bits >= 65536.0f), is_small = (vu)((vf)bits < 0x1p-14f);
+    vu normal = ((bits + 0xfff + ((bits >> 13) & 1)) >> 13) - (112 << 10);
+    vu small = (vu)((vf)bits + 0.5f) - (vu)splat(0.5f); /* in steps of 2^-24 */
+    vu nan = (vu)(x != x) & (0x200 | ((bits >> 13) & 0x3ff));
+    vu half = (is_large & 0x7c00) | (is_small & small) | (~(is_large | is_small | (vu)(x != x)) & normal);
+    return half | nan | ((vu)(x != x) & 0x7c00) | ((vu)x >> 16 & 0x8000);
 }
 
 /* An e4m3 number's bits, moved to where float16 has them, are that number times 2^-8, subnormal ones too. */
@@ -116,12 +156,29 @@ INLINE vf load(const void *base, int64_t element, int dtype) {
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 #elif defined(__F16C__) && VL == 16
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif !defined(__FLT16_MAX__)
+    return widen_halves(__builtin_convertvector((vh)(*(const vh_mem *)p), vu));
 #else
     _Float16 half[VL];
     memcpy(half, p, sizeof half);
     vf x;
     for (int i = 0; i < VL; i++) x[i] = (float)half[i];
     return x;
+#endif
+}
+
+/* A float16 that need not be aligned. */
+INLINE float widen_half(const void *p) {
+    uint16_t bits;
+    memcpy(&bits, p, sizeof bits);
+#if defined(__F16C__)
+    return _cvtsh_ss(bits);
+#elif defined(__FLT16_MAX__)
+    _Float16 x;
+    memcpy(&x, &bits, sizeof x);
+    return (float)x;
+#else
+    return widen_halves((vu){bits})[0];
 #endif
 }
 
@@ -144,6 +201,8 @@ INLINE void store(void *base, int64_t element, vf x, int dtype) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__) && VL == 16
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif !defined(__FLT16_MAX__)
+    *(vh_mem *)p = __builtin_convertvector(narrow_to_halves(x), vh);
 #else
     _Float16 half[VL];
     for (int i = 0; i < VL; i++) half[i] = (_Float16)x[i];
@@ -185,30 +244,36 @@ INLINE void widen(float *to, const void *from, int64_t n, int dtype) {
 /* Lanes of a 16-lane vector folded onto 8; the identity where VL is 8. */
 INLINE v8 fold(vf x) {
 #if VL == 16
+#if defined(__clang__) || __GNUC__ >= 12
     return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
            __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    v8 halves[2];
+    memcpy(halves, &x, sizeof halves);
+    return halves[0] + halves[1];
+#endif
 #else
     return x;
 #endif
 }
 
 INLINE v8 add_pairs(v8 a, v8 b) {
-    return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
-           __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+    return SHUFFLE(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
+           SHUFFLE(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
 /* Sums of the lanes of eight vectors; each is associated alike: ((0+1)+(2+3)) + ((4+5)+(6+7)). */
 INLINE v8 sum_each(const vf x[8]) {
     v8 a = add_pairs(add_pairs(fold(x[0]), fold(x[1])), add_pairs(fold(x[2]), fold(x[3])));
     v8 b = add_pairs(add_pairs(fold(x[4]), fold(x[5])), add_pairs(fold(x[6]), fold(x[7])));
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
-           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+           SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
 /* Sums of the lanes of four vectors, associated as in sum_each. */
 INLINE v4 sum_four(const vf x[4]) {
     v8 a = add_pairs(add_pairs(fold(x[0]), fold(x[1])), add_pairs(fold(x[2]), fold(x[3])));
-    return __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    return low_four(a) + high_four(a);
 }
 
 /* rows * cols = 8 dot products: out[r * stride + c] = x[r] . y[c] over dim, a multiple of VL. Each is summed in VL lanes

@@ -5,8 +5,8 @@ tensor cores, and each group's sum by its scale afterwards, in float32: nothing 
 costs one multiplication an output instead of one a weight. For more rows, where arithmetic counts and not memory, the
 weights are widened once and multiplied as floating ones.
 
-Codes of 4 bits lie as `QuantizedWeight` has them: 64 inputs are 16 words of 16 bits, and bits `4 s` of word `l` are
-input `16 s + l`. So the four quarters of a word are four tiles, each of inputs `l` at a distance.
+Codes of 4 bits lie as `pack_nibbles` leaves them on a GPU: 64 inputs are 16 words of 16 bits, and bits `4 s` of word
+`l` are input `16 s + l`. So the four quarters of a word are four tiles, each of inputs `l` at a distance.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ..linear_quantized import QuantizedWeight
+from ..linear_quantized import QuantizedWeight, unpack_nibbles
 from .launch import is_interpreted, num_processors
 from .linear import _sum_parts_kernel, linear_deterministic
 
@@ -303,4 +303,10 @@ def linear_quantized(x: torch.Tensor, weight: QuantizedWeight, *, quick: bool = 
 
 
 def _stored(weight: QuantizedWeight) -> torch.Tensor:
-    return weight.codes.view(torch.int16 if weight.bits == 4 else torch.int8)
+    if weight.bits == 8:
+        return weight.codes.view(torch.int8)
+    if weight.device.type != "cpu":
+        return weight.codes.view(torch.int16)
+    codes = unpack_nibbles(weight.codes, weight.shape[0])  # in the interpreter, which has no other device
+    quarters = codes.view(weight.shape[0], -1, 4, 16).to(torch.int32) << (4 * torch.arange(4)).unsqueeze(-1)
+    return quarters.sum(-2).to(torch.uint16).view(torch.int16).view(weight.shape[0], -1)

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from packed_in_torch import PanelsInTorch
 
-from octavo.kernels import cpu_build
+from octavo.kernels import cpu_build, linear_packed
 from octavo.kernels.attention_batch import AttentionBatch
 from octavo.kernels.decoder_stack import DecoderStack, StackLayer, StackProduct, decoder_stack
 from octavo.kernels.gated_activation import gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.kv_quantization import row_width
 from octavo.kernels.linear_dense import linear_dense, linear_dense_quick
+from octavo.kernels.linear_packed import PackedWeight
 from octavo.kernels.linear_quantized import QuantizedWeight, linear_quantized, quantize
 from octavo.kernels.paged_attention import paged_attention, write_kv
 from octavo.kernels.rms_norm import rms_norm
@@ -89,10 +91,17 @@ def variants(dtype: torch.dtype) -> dict[str, StackLayer]:
 
 def multiplied(product: StackProduct, x: torch.Tensor) -> torch.Tensor:
     parts = product.weight if isinstance(product.weight, tuple) else (product.weight,)
-    out = torch.cat(
-        [linear_quantized(x, part) if isinstance(part, QuantizedWeight) else linear_dense(x, part) for part in parts],
-        dim=-1,
-    )
+
+    def by(part: torch.Tensor | QuantizedWeight | PackedWeight) -> torch.Tensor:
+        match part:
+            case QuantizedWeight():
+                return linear_quantized(x, part)
+            case PackedWeight():
+                return linear_packed.linear_packed(x, part)
+            case _:
+                return linear_dense(x, part)
+
+    out = torch.cat([by(part) for part in parts], dim=-1)
     return out if product.bias is None else out.add_(product.bias)
 
 
@@ -233,6 +242,26 @@ def test_a_position_or_slot_outside_is_an_error_and_changes_nothing() -> None:
             stack.run(x, positions, replace(batch, slot_mapping=slots), caches)
         assert torch.equal(x, before)
         assert not caches[0][0].any()
+
+
+def test_packed_weights_are_of_the_stacks_dtype_and_multiply_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_packed, "_LEAST_BYTES", 0)
+    plain = plain_layer(torch.bfloat16)
+    assert isinstance(plain.o.weight, torch.Tensor)
+    held = linear_packed.Packer(PanelsInTorch(16)).pack(plain.o.weight)
+    assert held is not None
+    layer = replace(plain, o=StackProduct(held, randn(HIDDEN, dtype=torch.bfloat16, seed=9)))
+    assert decoder_stack([replace(plain_layer(torch.float32), o=StackProduct(held))], dtype=torch.float32) is None
+    stack, caches, expected_caches = made([layer], torch.bfloat16), *[empty_caches(1, torch.bfloat16) for _ in range(2)]
+    positions, batch = step_of([0, 0], [2, 2], num_padding=0)
+    x = randn(4, HIDDEN, dtype=torch.bfloat16, seed=3)
+    expected = x.clone()
+    stack.run(x, positions, batch, caches)
+    one_by_one([layer], expected, positions, batch, expected_caches)
+    assert torch.equal(x, expected)
+    positions, batch = step_of([0, 0], [3, 2], num_padding=0)
+    with pytest.raises(AssertionError):
+        stack.run(randn(5, HIDDEN, dtype=torch.bfloat16, seed=3), positions, batch, caches)
 
 
 def test_what_has_no_c_kernel_is_no_stack() -> None:

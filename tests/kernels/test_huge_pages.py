@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from octavo.kernels import huge_pages
-from octavo.kernels.huge_pages import empty, place, release_file_pages
+from octavo.kernels.huge_pages import collapse, empty, place, release_file_pages
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (0, 7), (700, 1024), (1024, 1025)])
@@ -33,6 +33,36 @@ def test_memory_lives_as_long_as_a_view_of_it() -> None:
 
 def test_large_memory_begins_on_a_huge_page() -> None:
     assert empty((1024, 1024), torch.float32).data_ptr() % 2**21 == 0
+
+
+@pytest.mark.parametrize("patience_ns", [0, 10**12])
+@pytest.mark.parametrize("rows", [1, 600, 3000])
+def test_memory_of_others_keeps_its_contents_on_huge_pages(
+    rows: int, patience_ns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huge_pages._patience(), "left_ns", patience_ns)
+    tensor = torch.arange(rows * 1024, dtype=torch.float32).view(rows, 1024)
+    collapse(tensor)
+    assert torch.equal(tensor, torch.arange(rows * 1024, dtype=torch.float32).view(rows, 1024))
+
+
+def test_slow_huge_pages_are_not_waited_for_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    libc = huge_pages._libc()
+    if libc is None or not hasattr(mmap, "MADV_HUGEPAGE"):
+        pytest.skip("the system has no huge pages")
+    asked: list[tuple[int, int]] = []
+
+    class Libc:
+        def madvise(self, start: int, size: int, advice: int) -> int:
+            asked.append((size, advice))
+            return 0
+
+    monkeypatch.setattr(huge_pages, "_libc", lambda: Libc())
+    monkeypatch.setattr(huge_pages, "_SLOW_NS", -1)
+    monkeypatch.setattr(huge_pages._patience(), "left_ns", 1)
+    collapse(torch.empty(8 * 2**20, dtype=torch.uint8))
+    assert [advice for _, advice in asked] == [mmap.MADV_HUGEPAGE, 25], "one was slow: the kernel has the rest"
+    assert asked[1][0] == 2**21
 
 
 def test_parts_are_placed_behind_each_other_in_the_asked_dtype() -> None:

@@ -171,6 +171,30 @@ def test_the_quick_way_loses_nothing_where_inputs_are_of_one_size_and_shows_what
     assert linear_quantized(tiny, weight, quick=True).isfinite().all()
 
 
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_rows_give_no_rows(bits: int, dtype: torch.dtype, quick: bool, path: str) -> None:
+    weight = random_weight(37, 128, bits=bits, group_size=32, factors="symmetric")
+    out = linear_quantized(torch.empty(0, 128, dtype=dtype), weight, quick=quick)
+    assert (out.shape, out.dtype) == ((0, 37), dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 9])
+@pytest.mark.parametrize("in_features", [1040, 1056])
+def test_padding_of_several_groups_has_no_factors_left_over_from_another_row(
+    in_features: int, num_tokens: int, quick: bool
+) -> None:
+    """Groups of 16, of which the last 64 inputs have one or two: zeros times what lies there must not become NaN."""
+    weight = random_weight(8, in_features, bits=8, group_size=16, factors="float32")
+    weight.scales[4:] = torch.inf  # read just before the last inputs of the rows that are compared
+    x = torch.randn(num_tokens, in_features, generator=generator(2)).bfloat16()
+    ours = linear_quantized(x, weight, quick=quick)[:, :4]
+    assert torch.allclose(ours.float(), linear_quantized_ref(x, weight)[:, :4].float(), rtol=2**-7, atol=0.5)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_inputs_in_another_order_mean_the_same_products(bits: int, path: str) -> None:
     order = torch.randperm(128, generator=generator(3))
@@ -272,3 +296,11 @@ def test_float64_and_the_memory_it_takes() -> None:
     assert torch.equal(linear_quantized(x, weight), F.linear(x, weight.dequantize(torch.float64)))
     assert weight.shape == (16, 128)
     assert weight.num_bytes == 16 * 128 // 2 + 16 * 4 * 2
+
+
+def test_parts_behind_each_other_stay_on_their_device() -> None:
+    weight = quantize(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), bits=4, group_size=32)
+    joined = concatenate([weight.to(torch.device("meta"))] * 2)
+    assert isinstance(joined, QuantizedWeight)
+    assert joined.codes.device.type == joined.scales.device.type == "meta"
+    assert joined.shape == (16, 64)

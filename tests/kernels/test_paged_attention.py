@@ -238,3 +238,22 @@ def test_write_kv_refuses_a_slot_outside_the_cache() -> None:
             torch.zeros(2, 1, 4, 8),
             torch.tensor([8]),
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_without_context_gives_zeros(dtype: torch.dtype) -> None:
+    """By the C kernel and by torch: padding, beside a row that is none."""
+    cache = torch.randn(2, 2, 4, 8, dtype=dtype)
+    batch = AttentionBatch(
+        query_start=torch.tensor([0, 1, 2], dtype=torch.int32),
+        context_lens=torch.tensor([3, 0], dtype=torch.int32),
+        block_tables=torch.zeros(2, 2, dtype=torch.int32),
+        slot_mapping=torch.tensor([2, -1]),
+        block_size=4,
+        max_query_len=1,
+        max_context_len=3,
+        num_decodes=2,
+    )
+    out = paged_attention.paged_attention(torch.randn(2, 4, 8, dtype=dtype), cache, cache, batch, scale=0.5)
+    assert out[0].abs().min() > 0
+    assert out[1].eq(0.0).all()

@@ -31,15 +31,15 @@ def test_rms_norm_is_as_exact_as_torch_and_batch_invariant(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_add_rms_norm_normalises_the_sum_that_it_returns(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_add_rms_norm_normalises_the_sum_that_it_leaves(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, residual, weight = (
         randn(*size, seed=seed, dtype=dtype) for seed, size in ((1, shape), (2, shape), (3, shape[1:]))
     )
-    kept = residual.clone()
-    out, total = add_rms_norm(x, residual, weight, 1e-5)
-    assert torch.equal(total, x + residual)
+    kept, total = x.clone(), residual.clone()
+    out = add_rms_norm(x, total, weight, 1e-5)
+    assert torch.equal(total, residual + x)
     assert torch.equal(out, rms_norm(total, weight, 1e-5))
-    assert torch.equal(residual, kept)
+    assert torch.equal(x, kept)
 
 
 def test_a_strided_input_gives_the_same_as_its_copy() -> None:
@@ -51,6 +51,23 @@ def test_without_the_c_library_torch_answers(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "_kernels", lambda: None)
     x, weight = randn(5, 64, seed=1, dtype=torch.float32), randn(64, seed=2, dtype=torch.float32)
     assert torch.equal(rms_norm(x, weight, 1e-6), rms_norm_ref(x, weight, 1e-6))
-    out, total = add_rms_norm(x, x, weight, 1e-6)
+    total = x.clone()
+    out = add_rms_norm(x, total, weight, 1e-6)
     assert torch.equal(total, 2 * x)
     assert torch.equal(out, rms_norm_ref(2 * x, weight, 1e-6))
+
+
+def test_a_residual_that_the_kernel_cannot_write_gives_the_same() -> None:
+    x, weight = randn(5, 64, seed=1, dtype=torch.float32), randn(64, seed=2, dtype=torch.float32)
+    whole = randn(5, 80, seed=3, dtype=torch.float32)
+    total = whole[:, :64].clone()
+    out = add_rms_norm(x, total, weight, 1e-6)
+    assert torch.equal(add_rms_norm(x, whole[:, :64], weight, 1e-6), out)
+    assert torch.equal(whole[:, :64], total)
+
+
+def test_without_anything_to_add_the_residual_is_normalised_as_it_is() -> None:
+    residual, weight = randn(5, 64, seed=1, dtype=torch.float32), randn(64, seed=2, dtype=torch.float32)
+    kept = residual.clone()
+    assert torch.equal(add_rms_norm(None, residual, weight, 1e-6), rms_norm(kept, weight, 1e-6))
+    assert torch.equal(residual, kept)
