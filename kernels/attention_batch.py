@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,6 +25,7 @@ class AttentionBatch:
         max_context_len: longest context of a row.
         num_decodes: the leading rows with exactly one new token (rows are ordered so: decodes first).
         max_rows: most rows of any batch that will come, 0 if nobody knows: kernels are compiled for so many.
+        plans: of kernels, what one layer found out about this batch, for the other layers of its kind.
     """
 
     query_start: torch.Tensor
@@ -35,6 +37,7 @@ class AttentionBatch:
     max_context_len: int
     num_decodes: int
     max_rows: int = 0
+    plans: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_rows(self) -> int:

@@ -205,7 +205,8 @@ def paged_attention(
         batch_invariant: on a GPU, promise of a query's bits what the C kernel always does, at some cost of speed.
 
     Returns:
-        `[num_tokens, num_heads, v_head_dim]`, dtype of `q`. Tokens of no row (padding) are zero.
+        `[num_tokens, num_heads, v_head_dim]`, dtype of `q`. Tokens of no row, or of one without context, are padding:
+        zeros.
 
         The C kernel's bits for a query depend on that query, its visible keys and values and their positions only: they
         are the same alone or in any batch, decoded or prefilled in any chunks, for any block size, block table and

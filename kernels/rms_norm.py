@@ -35,13 +35,22 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     kernels = _kernels_for(x, weight)
     if kernels is None:
         return rms_norm_ref(x, weight, eps)
-    return _launch(kernels, x, None, weight, eps)[0]
+    return _launch(kernels, x, None, weight, eps)
 
 
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(rms_norm(x + residual), x + residual)`, both new tensors; arguments as for `rms_norm`."""
+def add_rms_norm(x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Add `x` to `residual`, and normalise the sum: two of a layer's operations for one pass over its tokens.
+
+    Args:
+        x: `[num_tokens, hidden_size]`; None: nothing to add.
+        residual: likewise, of the same dtype, changed in place.
+        weight, eps: as for `rms_norm`.
+
+    Returns:
+        `rms_norm(residual)`, with the bits that it has after `residual.add_(x)`.
+    """
+    if x is None:
+        return rms_norm(residual, weight, eps)
     if x.device.type == "cuda":
         from .gpu import rms_norm as gpu
 
@@ -49,8 +58,7 @@ def add_rms_norm(
             return gpu.add_rms_norm(x, residual, weight, eps)
     kernels = _kernels_for(x, weight)
     if kernels is None or residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
-        total = x + residual
-        return rms_norm_ref(total, weight, eps), total
+        return rms_norm(residual.add_(x), weight, eps)
     return _launch(kernels, x, residual, weight, eps)
 
 
@@ -70,15 +78,14 @@ def _kernels_for(x: torch.Tensor, weight: torch.Tensor) -> ctypes.CDLL | None:
 
 def _launch(
     kernels: ctypes.CDLL, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     num_tokens, hidden_size = x.shape
     out = torch.empty((num_tokens, hidden_size), dtype=x.dtype)
-    total = x if residual is None else torch.empty((num_tokens, hidden_size), dtype=x.dtype)
     status = kernels.octavo_rms_norm(
         x.data_ptr(),
         x.stride(0),
         None if residual is None else residual.data_ptr(),
-        None if residual is None else total.data_ptr(),
+        None if residual is None else residual.data_ptr(),  # where the sum goes
         out.data_ptr(),
         weight.data_ptr(),
         num_tokens,
@@ -90,7 +97,7 @@ def _launch(
     )
     if status != 0:
         raise MemoryError("rms_norm could not allocate its scratch memory")
-    return out, total
+    return out
 
 
 @functools.cache

@@ -15,8 +15,12 @@ import torch
 PIECE_WORDS = 1024
 """Most words that one piece of a diff writes."""
 
-PARAM_WORDS = 8
-"""Words of a row's sampling parameters: temperature, top_k, top_p, min_p, seed (two), prompt tokens, nothing."""
+PARAM_WORDS = 16
+"""Words of a row's sampling parameters: temperature, top_k, top_p, min_p, seed (two), prompt tokens, min_tokens,
+penalties (repetition, frequency, presence), edits that hold always, edits that hold below min_tokens, three unused."""
+
+MAX_EDITS = 1024
+"""Most tokens whose logits a row's request adds to or excludes; a power of two."""
 
 PIECE_ENTRY_WORDS = 4
 """Words of an entry of the diff's table: row, column, where in the packed step the words lie, how many they are."""
@@ -44,6 +48,9 @@ class StepLayout:
         diff            a table of pieces (`PIECE_ENTRY_WORDS` each), then their words
 
     Each section has room for `max_rows`; behind the true rows it is filled as for rows without tokens.
+
+    A row: parameters, block table, token ids, and edits: `MAX_EDITS` token ids, then as many float32, which are added
+    to the logits of the first ones.
 
     Args:
         max_rows: most rows of a step, padding included.
@@ -106,8 +113,12 @@ class StepLayout:
         return self.blocks + _aligned(self.max_blocks)
 
     @cached_property
-    def row_words(self) -> int:
+    def edits(self) -> int:
         return _aligned(self.token_ids + self.max_model_len + 1)
+
+    @cached_property
+    def row_words(self) -> int:
+        return self.edits + 2 * MAX_EDITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +190,7 @@ def gather_step_ref(  # noqa: PLR0917 - as gather_step
     starts = packed[layout.starts :][:num_rows].long()
     query_start = packed[layout.query_start :][: num_rows + 1].long()
     context_lens = packed[layout.context_lens :][:num_rows]
-    # Tokens, those behind the last row's being padding.
+    # Tokens; those of rows without a context and those behind the last row's are padding.
     num_new = query_start.diff()
     row_of = torch.repeat_interleave(torch.arange(num_rows, device=packed.device), num_new)
     positions = starts[row_of] + torch.arange(len(row_of), device=packed.device) - query_start[row_of]
@@ -188,9 +199,11 @@ def gather_step_ref(  # noqa: PLR0917 - as gather_step
     tokens.slot_mapping.fill_(-1)
     of = standing[row_of]
     block_ids = state[of, layout.blocks + positions // layout.block_size].long()
-    tokens.input_ids[: len(of)] = state[of, layout.token_ids + positions].clamp_(min=0)
+    is_real = context_lens[row_of] > 0
+    tokens.input_ids[: len(of)] = torch.where(is_real, state[of, layout.token_ids + positions].clamp_(min=0), 0)
     tokens.positions[: len(of)] = positions
-    tokens.slot_mapping[: len(of)] = block_ids * layout.block_size + positions % layout.block_size
+    slots = block_ids * layout.block_size + positions % layout.block_size
+    tokens.slot_mapping[: len(of)] = torch.where(is_real, slots, -1)
     # Block tables, as far as they are used.
     table = state[standing, layout.blocks : layout.blocks + layout.max_blocks]
     columns = torch.arange(layout.max_blocks, device=packed.device)
@@ -249,8 +262,9 @@ def gather_step(  # noqa: PLR0917 - state, step, outputs: as in apply_diff and a
     Args:
         state, packed: as for `apply_diff`.
         rows: their first `num_rows` are written.
-        tokens: written to the end; behind the true tokens id 0, position 0, slot -1.
-        num_rows: rows to write, padding included. Where there is padding, it is as many rows as tokens.
+        tokens: written to the end; for those of rows without a context, which start at 0, and behind the last row's id
+            0, position 0 (and on), slot -1.
+        num_rows: rows to write, padding included.
         max_query_len: most new tokens of a row.
     """
     if packed.device.type == "cuda":

@@ -12,12 +12,14 @@ import torch
 
 from ..kernels.attention_batch import AttentionBatch
 from ..kernels.decoder_stack import DecoderStack, StackLayer, decoder_stack
-from ..kernels.rms_norm import rms_norm
+from ..kernels.linear_packed import Packer
+from ..kernels.rms_norm import add_rms_norm
 from .attention import Attention, LayerSizes, TakeGain, take_gain
 from .interface import KVCache, KVCacheSpec
-from .layers import linear_for
+from .layers import WeightKind, linear_for, weight_kinds
 from .mixture import MixtureOfExperts, stack_on_device
 from .mlp import GatedMLP
+from .packing import pack_layers
 from .parallel import ParallelGroup, alone
 from .quantization.reader import inseparable_inputs, open_weights
 from .quantization.scheme import Scheme
@@ -44,9 +46,23 @@ class DecoderLayer(Protocol):
     def mlp(self) -> GatedMLP | MixtureOfExperts: ...
 
     def forward(
-        self, x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: KVCache
-    ) -> None:
-        """Change `x` `[num_tokens, hidden_size]` in place."""
+        self,
+        x: torch.Tensor,
+        cos_sin: torch.Tensor,
+        positions: torch.Tensor,
+        batch: AttentionBatch,
+        cache: KVCache,
+        *,
+        pending: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Add to the residual stream `x` `[num_tokens, hidden_size]`, in place, all but the last contribution.
+
+        Args:
+            pending: what the layer before has left to be added, `[num_tokens, hidden_size]`; None: nothing.
+
+        Returns:
+            What is left to be added: the norm that comes next does that in its own pass.
+        """
         ...
 
     def for_stack(self, cos_sin: torch.Tensor) -> StackLayer | None:
@@ -117,7 +133,8 @@ class Decoder(ABC):
             reader.leave(*(f"model.layers.{index}." for index in range(num_layers) if index not in layers))
             self._norm = self.take_gain(reader, "model.norm.weight", s.hidden_size)
             reader.finish()
-            is_quantized_here = isinstance(quantization, str)  # and not as the checkpoint has it
+            to = quantization.quantized_to if isinstance(quantization, RandomWeights) else quantization
+            is_quantized_here = isinstance(to, str)  # and not as the checkpoint has it
             stack_on_device([layer.mlp for layer in self.layers], device, widens=not is_quantized_here)
 
     # ---- a family's own ----
@@ -142,6 +159,15 @@ class Decoder(ABC):
         """`[num_tokens]` to `[num_tokens, hidden_size]`."""
         return self.vocabulary.embed(input_ids)
 
+    def pack(self) -> None:
+        """Lay out dense matrices for the CPU's own instructions, where it has some for the model's dtype.
+
+        Call it after loading, and not for deterministic arithmetic, which takes them as they are.
+        """
+        if self.device.type == "cpu" and self.linear.packs:
+            with torch.inference_mode():
+                pack_layers(((layer.attention, layer.mlp) for layer in self.layers), Packer())
+
     # ---- CausalLM ----
 
     @functools.cached_property
@@ -156,6 +182,15 @@ class Decoder(ABC):
             return None
         return decoder_stack(known, dtype=self.dtype, quick=self.linear.quick)
 
+    @functools.cached_property
+    def _kinds(self) -> frozenset[WeightKind]:
+        """The kinds of weights that a stack multiplies by."""
+        dense = [(layer.attention, layer.mlp) for layer in self.layers if isinstance(layer.mlp, GatedMLP)]
+        return weight_kinds(
+            (weight for attention, mlp in dense for weight in (attention.qkv, attention.o, mlp.gate_up, mlp.down)),
+            self.dtype,
+        )
+
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, kv_caches: list[KVCache]
     ) -> torch.Tensor:
@@ -164,16 +199,19 @@ class Decoder(ABC):
             x = self.embed(input_ids)
         else:
             x = self.group.receive_activations(len(input_ids), self._hidden_size, dtype=self.dtype, device=self.device)
-        stack = self.stack if self.linear.is_in_c(len(x)) else None
+        pending: torch.Tensor | None = None
+        stack = self.stack if self.linear.is_in_c(len(x), self._kinds) else None
         if stack is not None:
             stack.run(x, positions, batch, [(cache.k, cache.v) for cache in kv_caches])
         else:
             for layer, cos_sin, cache in zip(self.layers, self._cos_sin, kv_caches, strict=True):
-                layer.forward(x, cos_sin, positions, batch, cache)
+                pending = layer.forward(x, cos_sin, positions, batch, cache, pending=pending)
         if not self.group.is_last_stage:
+            if pending is not None:
+                x.add_(pending)
             self.group.send_activations(x)
             return x
-        return rms_norm(x, self._norm, self._eps)
+        return add_rms_norm(pending, x, self._norm, self._eps)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `CausalLM.compute_logits`."""

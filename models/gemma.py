@@ -18,7 +18,7 @@ import torch
 from ..kernels.attention_batch import AttentionBatch
 from ..kernels.decoder_stack import StackLayer
 from ..kernels.gated_activation import GatedActivation
-from ..kernels.rms_norm import rms_norm
+from ..kernels.rms_norm import add_rms_norm, rms_norm
 from .attention import Attention, AttentionSettings
 from .decoder import Decoder
 from .errors import UnsupportedModelError
@@ -117,13 +117,23 @@ class GemmaLayer:
         self.post_mlp_norm = take_gain(reader, f"{prefix}.post_feedforward_layernorm.weight", hidden)
 
     def forward(
-        self, x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: KVCache
-    ) -> None:
-        """Add this layer's two contributions to the residual stream `x` `[num_tokens, hidden_size]`, in place."""
+        self,
+        x: torch.Tensor,
+        cos_sin: torch.Tensor,
+        positions: torch.Tensor,
+        batch: AttentionBatch,
+        cache: KVCache,
+        *,
+        pending: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `DecoderLayer`."""
         eps = self.eps
-        attended = self.attention.forward(rms_norm(x, self.input_norm, eps), cos_sin, positions, batch, cache)
-        x.add_(rms_norm(attended, self.post_attention_norm, eps))
-        x.add_(rms_norm(self.mlp.forward(rms_norm(x, self.pre_mlp_norm, eps)), self.post_mlp_norm, eps))
+        normed = add_rms_norm(pending, x, self.input_norm, eps)
+        attended = rms_norm(
+            self.attention.forward(normed, cos_sin, positions, batch, cache), self.post_attention_norm, eps
+        )
+        normed = add_rms_norm(attended, x, self.pre_mlp_norm, eps)
+        return rms_norm(self.mlp.forward(normed), self.post_mlp_norm, eps)
 
     def for_stack(self, cos_sin: torch.Tensor) -> StackLayer | None:
         """See `DecoderLayer`."""

@@ -242,11 +242,18 @@ class ParallelGroup:
         """The smallest of every rank's `value`."""
         return value if self.world_size == 1 else min(self._of_all(value))
 
-    @_reports_loss
     def num_ranks_on_host(self) -> int:
         """How many of the ranks share this host, and with it its memory. Waits until every rank has asked."""
+        return self.place_on_host()[1]
+
+    @_reports_loss
+    def place_on_host(self) -> tuple[int, int]:
+        """Which of the ranks on this host this one is, and how many they are. Waits until every rank has asked."""
+        if self.world_size == 1:
+            return 0, 1
         here = zlib.crc32(platform.node().encode())
-        return 1 if self.world_size == 1 else self._of_all(here).count(here)
+        hosts = self._of_all(here)
+        return hosts[: self.rank].count(here), hosts.count(here)
 
     @_reports_loss
     def agree_on(self, what: str, value: str) -> None:

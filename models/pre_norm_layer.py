@@ -9,7 +9,7 @@ import torch
 
 from ..kernels.attention_batch import AttentionBatch
 from ..kernels.decoder_stack import StackLayer
-from ..kernels.rms_norm import rms_norm
+from ..kernels.rms_norm import add_rms_norm
 from .attention import Attention, LayerSizes
 from .interface import KVCache
 from .mixture import MixtureOfExperts
@@ -41,11 +41,19 @@ class PreNormLayer:
         self.mlp = mlp
 
     def forward(
-        self, x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: KVCache
-    ) -> None:
-        """Add this layer's two contributions to the residual stream `x` `[num_tokens, hidden_size]`, in place."""
-        x.add_(self.attention.forward(rms_norm(x, self.input_norm, self.eps), cos_sin, positions, batch, cache))
-        x.add_(self.mlp.forward(rms_norm(x, self.post_attention_norm, self.eps)))
+        self,
+        x: torch.Tensor,
+        cos_sin: torch.Tensor,
+        positions: torch.Tensor,
+        batch: AttentionBatch,
+        cache: KVCache,
+        *,
+        pending: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `DecoderLayer`."""
+        normed = add_rms_norm(pending, x, self.input_norm, self.eps)
+        attended = self.attention.forward(normed, cos_sin, positions, batch, cache)
+        return self.mlp.forward(add_rms_norm(attended, x, self.post_attention_norm, self.eps))
 
     def for_stack(self, cos_sin: torch.Tensor) -> StackLayer | None:
         """See `DecoderLayer`; experts are none of what a stack computes."""

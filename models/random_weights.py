@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -21,9 +22,14 @@ _DEVIATION = 0.02
 
 @dataclass(frozen=True, slots=True)
 class RandomWeights:
-    """Asks `open_weights` for random weights, where a quantisation would stand."""
+    """Asks `open_weights` for random weights, where a quantisation would stand.
+
+    Attributes:
+        quantized_to: what linear layers' weights are quantised to, as floating ones of a checkpoint would be.
+    """
 
     seed: int = 0
+    quantized_to: Literal["int8", "int4"] | None = None
 
 
 class RandomReader(WeightReader):

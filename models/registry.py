@@ -158,19 +158,35 @@ def dummy_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
 
 
 def _random_weights(folder: Path, quantization: Quantization, *, native: bool) -> RandomWeights:
-    """Asks for random weights where they can be had.
+    """Asks for random weights where they can be had; a checkpoint's own quantisation is left aside.
 
     Raises:
         UnsupportedModelError: they cannot.
     """
-    what = "--load-format dummy"
+    why_not = _why_none_random(folder, native=native)
+    if why_not:
+        raise UnsupportedModelError(f"--load-format dummy: {why_not}")
+    return RandomWeights(quantized_to=None if quantization == "auto" else quantization)
+
+
+def _why_none_random(folder: Path, *, native: bool) -> str:
     if is_gguf(folder):
-        raise UnsupportedModelError(f"{what}: {folder} is a GGUF file; give a folder with a config.json")
-    if not native:
-        raise UnsupportedModelError(f"{what}: {folder} has no native implementation; native are {_native_names()}")
-    if quantization != "auto":
-        raise UnsupportedModelError(f"{what}: random weights are floating; leave --quantization at auto")
-    return RandomWeights()
+        return f"{folder} is a GGUF file; give a folder with a config.json"
+    return "" if native else f"{folder} has no native implementation; native are {_native_names()}"
+
+
+def why_no_random_weights(path: str | Path, *, model_impl: ModelImpl = "auto", trust_remote_code: bool = False) -> str:
+    """Why a model cannot be had with random weights; empty if, as far as its configuration says, it can.
+
+    Raises:
+        ModelLoadError: there is no such model at all.
+    """
+    folder = Path(path)
+    if is_gguf(folder):
+        return _why_none_random(folder, native=True)
+    config = _configuration(folder, model_impl, trust_remote_code=trust_remote_code)
+    native = model_impl != "transformers" and native_class(config) is not None
+    return _why_none_random(folder, native=native)
 
 
 def _native_names() -> str:
@@ -209,7 +225,8 @@ def load_model(
         quantization: `int8` or `int4` quantises floating weights at load; `auto` takes them as they are stored.
         deterministic: a row's logits are the same bits alone and in any batch; native implementations only.
         group: the ranks that serve the model together, each its part; None: this process alone.
-        load_format: `dummy` makes random weights on the device, from config.json alone; native implementations only.
+        load_format: `dummy` makes random weights on the device, from config.json alone, and quantises them where that
+            was asked for; native implementations only.
 
     Raises:
         ModelLoadError: with a message that says what is missing.
@@ -243,7 +260,10 @@ def load_model(
             if must_be_native or weights_are is not None or deterministic or is_parallel:
                 raise UnsupportedModelError(f"{folder} cannot be served natively: {error}") from error
         else:
-            return make_deterministic(model) if deterministic else model
+            if deterministic:
+                return make_deterministic(model)
+            model.pack()
+            return model
     else:
         _check_needs_no_native(
             config, folder, must_be_native=must_be_native, deterministic=deterministic, is_parallel=is_parallel

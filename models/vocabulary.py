@@ -77,4 +77,4 @@ class Vocabulary:
         if self._group.tp_size > 1:
             logits = F.pad(logits, (0, self._width - logits.shape[1]))  # members send equally much
             logits = self._group.all_gather_columns(logits)[:, : self._vocab_size]
-        return logits.float()
+        return logits.float().contiguous()  # float32 without its padding is a view of what was gathered

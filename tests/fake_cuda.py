@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ class Kernels:
         made: names of kernels, one for each variant that would have been compiled.
         captured: of those, the ones that were made while a graph was captured, which a real one forbids.
         num_launches: of any of them.
+        launched: the same by name.
         num_hits: variants that were compiled indeed, and found in Triton's cache on disk.
     """
 
@@ -34,6 +36,7 @@ class Kernels:
         self.made: list[str] = []
         self.captured: list[str] = []
         self.num_launches = 0
+        self.launched: Counter[str] = Counter()
         self.num_hits = 0
         self._is_capturing = False
         knobs.compilation.listener = self._on_compiled
@@ -54,6 +57,7 @@ class Kernels:
 
     def launch(self, name: str, grid: tuple[int, int, int]) -> None:
         self.num_launches += 1
+        self.launched[name] += 1
         x, y, z = grid
         if not (0 < x < 2**31 and 0 < y < 2**16 and 0 < z < 2**16):
             raise ValueError(f"{name} cannot be launched on a grid of {x} x {y} x {z}")

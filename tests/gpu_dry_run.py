@@ -19,6 +19,8 @@ import numpy as np
 from fake_cuda import Kernels, fake_cuda
 
 from octavo.actors.executor.config import ExecutorConfig
+from octavo.actors.executor.gpu.graphs import Graphs
+from octavo.actors.executor.gpu.mixed_sizes import MixedSize
 from octavo.actors.executor.gpu.runner import GpuRunner
 from octavo.actors.executor.runner import load_runner
 from octavo.messages.ids import BlockId, Epoch, RequestId, StepId
@@ -27,6 +29,18 @@ from octavo.messages.step import ExecuteStep, StartRequest
 from octavo.models.shapes import write_config_folder
 
 _LENGTHS = (1, 2, 5, 17, 20, 30, 100, 300, 600, 1500)
+
+
+class Replays:
+    """Counts the steps with chunks of prompts that a graph computed."""
+
+    def __init__(self, graphs: Graphs) -> None:
+        self.num_mixed = 0
+        self._run, graphs.run = graphs.run, self._count  # type: ignore[method-assign]
+
+    def _count(self, size: int | MixedSize) -> None:
+        self.num_mixed += isinstance(size, MixedSize)
+        self._run(size)
 
 
 class Requests:
@@ -91,6 +105,10 @@ class Requests:
             top_k=rng.choice([0, 20]),
             top_p=rng.choice([1.0, 0.9]),
             logprobs=rng.choice([None] * 8 + [0, 3, 20]),
+            repetition_penalty=(1.0, 1.1)[one % 2],
+            logit_bias=(None, {5: 1.0}, None)[one % 3],
+            min_tokens=(0, 4)[one // 2 % 2],
+            stop_token_ids=(2,),
         )
         return StartRequest(RequestId(one), np.zeros(count, dtype=np.int32).tobytes(), count, 0, params)
 
@@ -114,6 +132,7 @@ def serve(kernels: Kernels, preset: str, *, num_steps: int = 30, num_layers: int
         runner = load_runner(config)
     assert isinstance(runner, GpuRunner)
     warm = len(kernels.made)
+    replays = Replays(runner._graphs)
     requests = Requests(
         random.Random(0),
         max_rows=config.max_num_seqs,
@@ -133,6 +152,7 @@ def serve(kernels: Kernels, preset: str, *, num_steps: int = 30, num_layers: int
         "num_compiled": warm - before,
         "num_captured": runner.num_captured,
         "num_late": runner.num_late,
+        "num_mixed_replays": replays.num_mixed,
         "late": kernels.made[warm:],
         "captured": kernels.captured[captured:],
         "num_launches": kernels.num_launches,

@@ -34,7 +34,7 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
         kv_cache_dtype: `auto` keeps keys and values in the model's dtype; `int8` and `fp8` (e4m3) with a scale for each
             token and head.
         cpu_affinity: `auto` binds each thread to a core of its own unless that would do harm, `off` never; or the
-            cores, such as `0-3,8`.
+            cores, such as `0-3,8`, of which each executor on this host takes as many.
         tensor_parallel_size: processes that share each layer.
         pipeline_parallel_size: stages that share the layers; all in all there are as many processes as the product.
         expert_parallel: of a mixture of experts, those that share a layer hold whole experts.
@@ -45,6 +45,8 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
         load_format: `dummy` takes random weights, from the configuration alone.
         max_num_batched_tokens: tokens in one step; a GPU's memory for activations is measured with so many.
         cuda_graph_sizes: rows of decode steps that are captured as graphs on a GPU, ascending; empty for none.
+        cuda_graph_tokens: prompts' tokens of steps that are captured likewise, with decodes; empty for none.
+        replica, num_replicas: which of how many on this host share the cores of `cpu_affinity`.
     """
 
     model_path: str
@@ -73,6 +75,9 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
     load_format: Literal["auto", "dummy"] = "auto"
     max_num_batched_tokens: int = 2048
     cuda_graph_sizes: tuple[int, ...] = ()
+    cuda_graph_tokens: tuple[int, ...] = ()
+    replica: int = 0
+    num_replicas: int = 1
 
 
 class ExecutorProcessSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -52,6 +52,7 @@ def choose_cores(
     busy: float,
     num_threads: int | None,
     ranks: int = 1,
+    place: tuple[int, int] = (0, 1),
 ) -> Choice:
     """Decide for one executor.
 
@@ -63,12 +64,13 @@ def choose_cores(
         busy: processors that others keep busy.
         num_threads: asked for; None takes the physical cores of one NUMA node, or what the quota is worth.
         ranks: executors that share this machine and its quota evenly.
+        place: which of how many executors this is that share the cores of a list: each takes as many, in turn.
 
     Raises:
-        InvalidConfigError: `asked` names cores that this process cannot have, or not as many as `num_threads`.
+        InvalidConfigError: `asked` names cores that this process cannot have, or not as many as all of them need.
     """
     if asked not in ("auto", "off"):
-        return _as_asked(asked, available, num_threads)
+        return _as_asked(asked, available, num_threads, place)
     # One processor of each core, by node; the node with most of them first, then those that help it out.
     nodes: dict[int, dict[tuple[int, int], int]] = {}
     for cpu in available:
@@ -97,7 +99,7 @@ def choose_cores(
     return Choice(tuple(cpus), threads, f"a physical core for each thread, {where}")
 
 
-def _as_asked(asked: str, available: tuple[Cpu, ...], num_threads: int | None) -> Choice:
+def _as_asked(asked: str, available: tuple[Cpu, ...], num_threads: int | None, place: tuple[int, int]) -> Choice:
     try:
         cpus = parse_cpu_list(asked)
     except ValueError as error:
@@ -109,12 +111,16 @@ def _as_asked(asked: str, available: tuple[Cpu, ...], num_threads: int | None) -
             f"{', '.join(str(cpu.cpu) for cpu in available)}",
             field="cpu_affinity",
         )
-    if num_threads not in (None, len(cpus)):
+    index, count = place
+    threads = num_threads or max(1, len(cpus) // count)
+    if threads * count != len(cpus):
+        sharing = "" if count == 1 else f" in each of {count} executors that share them"
+        remedy = "leave one of them out" if num_threads and count == 1 else f"name {threads * count}"
         raise InvalidConfigError(
-            f"cpu_affinity={asked} names {len(cpus)} cores for num_threads={num_threads}: leave one of them out",
+            f"cpu_affinity={asked} names {len(cpus)} cores for num_threads={threads}{sharing}: {remedy}",
             field="cpu_affinity",
         )
-    return Choice(cpus, len(cpus), "asked for")
+    return Choice(cpus[index * threads : (index + 1) * threads], threads, "asked for")
 
 
 class Claims:
@@ -175,11 +181,19 @@ class CpuAffinity:
     """The threads of one executor: how many, and on which cores.
 
     Args:
-        asked, num_threads, ranks: as for `choose_cores`.
+        asked, num_threads, ranks, place: as for `choose_cores`.
         claims: how executors tell each other which cores they have.
     """
 
-    def __init__(self, asked: str, num_threads: int | None, claims: Claims | None = None, *, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        asked: str,
+        num_threads: int | None,
+        claims: Claims | None = None,
+        *,
+        ranks: int = 1,
+        place: tuple[int, int] = (0, 1),
+    ) -> None:
         self._claims = claims or Claims()
         allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
         available = read_cpus(allowed)
@@ -199,10 +213,15 @@ class CpuAffinity:
             busy=foreign_load(available) if may_bind else 0.0,
             num_threads=wanted,
             ranks=ranks,
+            place=place,
         )
-        if asked == "auto" and not all(self._claims.claim(cpu) for cpu in choice.cpus):
+        contested = [cpu for cpu in choice.cpus if not self._claims.claim(cpu)]
+        if contested and asked == "auto":
             self._claims.release()  # another one was quicker
             choice = Choice((), choice.num_threads, "other engines are bound to the cores")
+        elif contested:
+            reason = f"asked for, though other engines are bound to {', '.join(map(str, contested))}"
+            choice = Choice(choice.cpus, choice.num_threads, reason)
         self.choice = choice
 
     @contextlib.contextmanager

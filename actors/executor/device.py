@@ -96,7 +96,9 @@ class Device:
 
     def __init__(self, config: ExecutorConfig, group: ParallelGroup | None = None) -> None:
         self.group = group or alone()
-        self._affinity = CpuAffinity(config.cpu_affinity, config.num_threads, ranks=self.group.num_ranks_on_host())
+        index, ranks = self.group.place_on_host()
+        place = (config.replica * ranks + index, config.num_replicas * ranks)
+        self._affinity = CpuAffinity(config.cpu_affinity, config.num_threads, ranks=ranks, place=place)
         torch.set_num_threads(self._affinity.choice.num_threads)
         started = time.monotonic()
         where = resolve_device(config.device, self.group)

@@ -105,19 +105,18 @@ def share_out(
     )
 
 
-def graph_reserve(sizes: tuple[int, ...], *, activations: int, num_tokens: int, logits_row_bytes: int) -> int:
-    """Memory to keep back for graphs of decode steps, which share one pool: the largest one's activations, and each
-    one's nodes.
+def graph_reserve(
+    num_graphs: int, *, most_tokens: int, most_samples: int, activations: int, num_tokens: int, logits_row_bytes: int
+) -> int:
+    """Memory to keep back for graphs, which share one pool: the largest one's activations, and each one's nodes.
 
     Args:
-        sizes: rows of each graph.
+        most_tokens, most_samples: of any graph.
         activations: that a step of `num_tokens` tokens takes.
         logits_row_bytes: of one row of logits.
     """
-    if not sizes:
-        return 0
-    most = max(sizes)
-    return activations * most // max(1, num_tokens) + most * logits_row_bytes + len(sizes) * _GRAPH_BYTES
+    largest = activations * most_tokens // max(1, num_tokens) + most_samples * logits_row_bytes
+    return largest + num_graphs * _GRAPH_BYTES
 
 
 def state_bytes(*, num_rows: int, num_step_rows: int, max_model_len: int, block_size: int) -> int:

@@ -7,9 +7,11 @@ import numpy as np
 import torch
 
 from ...kernels.kv_quantization import row_width
+from ...kernels.logit_processing import memory_bytes
 from ...messages.errors import InvalidConfigError
 from ...models.interface import CausalLM, KVCache
 from .config import ExecutorConfig
+from .gpu.mixed_sizes import MixedSizes
 from .gpu_memory import MeasuredMemory, graph_reserve, state_bytes
 from .standing_batch import StepArrays
 
@@ -108,6 +110,8 @@ def measured_memory(
     # The step samples only its last tokens; a decode step samples each row.
     logits = _LOGITS_COPIES * config.max_num_seqs * logits_row
     forward_only = max(0, activations - logits_row * min(config.max_num_seqs, num_tokens))
+    mixed_sizes = MixedSizes(config.max_num_seqs, config.cuda_graph_tokens)
+    most_rows = max((*config.cuda_graph_sizes, mixed_sizes.most_rows), default=0)
     return MeasuredMemory(
         total=before.total,
         foreign=max(0, before.total - before.free - before.reserved),
@@ -116,12 +120,18 @@ def measured_memory(
         runtime=max(0, (before.free + before.reserved) - (after.free + after.reserved)),
         state=state_bytes(
             num_rows=config.max_num_seqs * (config.pipeline_depth + 1),
-            num_step_rows=max((config.max_num_seqs, *config.cuda_graph_sizes)),
+            num_step_rows=max(config.max_num_seqs, most_rows),
             max_model_len=max_model_len,
             block_size=config.block_size,
-        ),
+        )
+        + memory_bytes(config.max_num_seqs * (config.pipeline_depth + 1), model.vocab_size),
         graphs=graph_reserve(
-            config.cuda_graph_sizes, activations=forward_only, num_tokens=num_tokens, logits_row_bytes=logits_row
+            len(config.cuda_graph_sizes) + len(list(mixed_sizes)),
+            most_tokens=max(most_rows, mixed_sizes.most_tokens),
+            most_samples=most_rows,
+            activations=forward_only,
+            num_tokens=num_tokens,
+            logits_row_bytes=logits_row,
         ),
     )
 

@@ -23,6 +23,7 @@ from ...messages.system import Beat, ExecutorFailed, ExecutorReady, StartExecuto
 from ..runtime.addresses import EDGE, ENGINE, as_called_from, endpoint_of, in_brackets, is_everywhere
 from ..runtime.logs import configure_logs
 from ..runtime.port import Allowed, Port, UnsendableError
+from ..runtime.port_record import drops_of
 from .config import ExecutorConfig, ExecutorProcessSpec
 from .out_of_memory import is_out_of_memory
 from .oversized_step import without_logprobs
@@ -299,6 +300,8 @@ class _ExecutorProcess:
                 longest_ns=longest_ns,
                 longest_tokens=longest_tokens,
                 epoch=gauge.epoch,
+                messages_dropped=drops_of(self._port.counters, port.counters),
+                num_late_compilations=self._num_late,
             )
             port.send(EDGE, beat)
             deadline = time.monotonic() + BEAT_S

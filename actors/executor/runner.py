@@ -65,6 +65,7 @@ def _load_runner(
     say_memory(device)
     before_warm_up()
     runner: StepRunner | GpuRunner
+    fits_graphs = getattr(device.model, "fits_graphs", True)
     if device.model.device.type != "cpu" and device.group.pp_size == 1:
         runner = GpuRunner(
             device,
@@ -72,7 +73,8 @@ def _load_runner(
             max_num_batched_tokens=config.max_num_batched_tokens,
             pipeline_depth=config.pipeline_depth,
             block_size=config.block_size,
-            graph_sizes=config.cuda_graph_sizes if getattr(device.model, "fits_graphs", True) else (),
+            graph_sizes=config.cuda_graph_sizes if fits_graphs else (),
+            graph_tokens=config.cuda_graph_tokens if fits_graphs else (),
             check_ranks=config.check_ranks,
         )
         runner.warm_up()

@@ -20,7 +20,7 @@ from ...messages.ids import RequestId
 from ...messages.request import TokenLogprobs
 from ...messages.sampling import SamplingParams
 from .sampling_batch import BatchBuilder, SamplingBatch
-from .sampling_state import BadWords, Filtering, SamplingState, draw_ahead
+from .sampling_state import BadWords, Filtering, SamplingState, draw_ahead, left_to_do
 from .token_choice import choose, count, why_failed, why_no_numbers
 from .token_logprobs import token_logprobs
 
@@ -71,6 +71,8 @@ class Sampler:
         token_ids: Sequence[int],
         num_prompt_tokens: int,
         eos_token_ids: tuple[int, ...],
+        *,
+        is_edited: bool = False,
     ) -> None:
         """Take a request on, new or again after preemption.
 
@@ -80,6 +82,7 @@ class Sampler:
             token_ids: prompt, then outputs so far.
             num_prompt_tokens: how many of them are the prompt's.
             eos_token_ids: the model's end tokens; empty under `ignore_eos`.
+            is_edited: its logits come with bias, penalties, `min_tokens` and bad words of one token applied.
 
         Raises:
             ValueError: a token id lies outside the vocabulary, or a value makes no sense; the sampler is unchanged.
@@ -91,6 +94,8 @@ class Sampler:
         if params.allowed_token_ids is not None and not params.allowed_token_ids:
             raise ValueError(f"allowed_token_ids of request {request_id} is empty: name a token, or leave it out")
         self._check_ids(params, eos_token_ids)
+        if is_edited:
+            params = left_to_do(params)
         is_greedy = params.temperature < sampling.GREEDY_EPS
         if params.seed is None and not is_greedy:
             raise ValueError(f"request {request_id} draws at random without a seed: fill in params.seed")
@@ -122,12 +127,15 @@ class Sampler:
         """What is kept of a request that was added."""
         return self._requests[request_id]
 
-    def sample(self, logits: torch.Tensor, request_ids: Sequence[RequestId]) -> SampledTokens:
+    def sample(
+        self, logits: torch.Tensor, request_ids: Sequence[RequestId], *, raw: torch.Tensor | None = None
+    ) -> SampledTokens:
         """Choose the next token of each row, and append it to its request's state.
 
         Args:
             logits: `[N, V]` float32; not changed.
             request_ids: `[N]`, each added before, none twice.
+            raw: the logits as the model computed them, where `logits` come edited.
 
         Raises:
             ValueError: shapes do not fit, or a request is unknown.
@@ -153,10 +161,10 @@ class Sampler:
             if group.processing is not None:
                 count(group.processing, chosen)
         assert tokens is not None
-        return self._record(batch, logits, tokens.tolist())
+        return self._record(batch, logits if raw is None else raw, tokens.tolist())
 
     def _record(self, batch: SamplingBatch, logits: torch.Tensor, token_ids: list[int]) -> SampledTokens:
-        """Append tokens to the requests' states and report."""
+        """Append tokens to the requests' states and report; `logits` are the model's."""
         stopped: list[RequestId] = []
         failed: list[tuple[RequestId, str]] = []
         nonfinite: list[RequestId] = []

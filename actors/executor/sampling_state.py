@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
 import torch
 
 from ...kernels import philox
@@ -79,6 +80,19 @@ class SamplingState:
             or params.allowed_token_ids is not None
             or self.below_min_tokens
         )
+
+
+def left_to_do(params: SamplingParams) -> SamplingParams:
+    """The parameters without what is applied where the logits are: bias, penalties, `min_tokens`, single bad words."""
+    return msgspec.structs.replace(
+        params,
+        repetition_penalty=1.0,
+        frequency_penalty=0.0,
+        presence_penalty=0.0,
+        logit_bias=None,
+        min_tokens=0,
+        bad_words_token_ids=tuple(sequence for sequence in params.bad_words_token_ids if len(sequence) > 1),
+    )
 
 
 def draw_ahead(requests: list[SamplingState]) -> None:

@@ -98,6 +98,8 @@ def _by_share(problem: Problem, block_m: int) -> Schedule:
     if problem.element_bytes == 4:  # products by fused multiply-add: registers, not memory, bound the tile
         return Schedule(True, 16, 16, 4, 3, programs_per_processor=2)
     block_n = min(128, max(16, 8192 // problem.head_dim))
+    if block_m > 32 and problem.head_dim > 128:  # a thread holds 128 registers of output: with more logits it spills
+        return Schedule(True, block_m, 16, 4, 4, programs_per_processor=2)
     if block_m > 32:  # more queries than a decode has, by wgmma: their logits take the registers of a stage
         return Schedule(True, block_m, block_n, 4, 3, programs_per_processor=2)
     return Schedule(True, block_m, block_n, 4, 4, programs_per_processor=2)

@@ -1,7 +1,8 @@
 """Attention at the same shapes by our kernel and by others': one at a time, each in a process of its own.
 
 Decode reads a paged cache where a peer can; torch's own functions cannot, and get each sequence's keys and values
-behind each other, which is easier. `octavo bench gpu` starts one process for each of `PEERS`.
+behind each other, which is easier. What is timed is the device alone (`device_time`): a step's launches lie in a graph.
+Where a peer's call cannot be captured, its row says so. `octavo bench gpu` starts one process for each of `PEERS`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attention_batch import AttentionBatch
-from .bench_ceilings import median_ms
+from .device_time import device_time
 
 PEERS = ("octavo", "torch_attention", "flex_attention", "flashinfer", "fa3")
 FA3_LIBRARY = "OCTAVO_FA3_LIBRARY"
@@ -249,6 +250,11 @@ _MAKERS: dict[str, Callable[[Inputs], Run]] = {
 }
 
 
+def make_run(peer: str, inputs: Inputs) -> Run:
+    """A call of one of `PEERS`; raises what keeps it from running."""
+    return _MAKERS[peer](inputs)
+
+
 def rows(
     device: torch.device, *, peer: str = "octavo", shapes: tuple[Shape, ...] = SHAPES, check: bool = True
 ) -> Iterator[dict[str, Any]]:
@@ -257,14 +263,16 @@ def rows(
         row: dict[str, Any] = {"kernel": shape.name, "shape": str(shape), "engine": peer}
         try:
             inputs = make_inputs(shape, device)
-            run = _MAKERS[peer](inputs)
+            run = make_run(peer, inputs)
             # Too large in float64 for the longest shapes, which have the same code as the others.
             if check and shape.rows * shape.num_new * shape.context * shape.num_heads <= 1 << 28:
                 error = relative_error(run(), reference(inputs))
                 row["note"] = f"error {error:.1e}"
                 if not error < 2e-2:
                     row["note"] += ": WRONG"
-            row |= {"us": median_ms(run) * 1e3, "bytes": shape.num_bytes, "flops": shape.flops}
+            timed = device_time(run)
+            row["note"] = "; ".join(filter(None, (row.get("note"), timed.how)))
+            row |= {"us": timed.us, "bytes": shape.num_bytes, "flops": shape.flops}
         except ImportError as error:
             yield {"kernel": "attention", "shape": "", "engine": peer, "note": f"left out: {error}"}
             return

@@ -5,7 +5,6 @@ Zeros would flatter: a product of zeros ran 13 % faster than one of random numbe
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .device_time import device_time
 from .launch import num_processors
 
 READ_BYTES = 4 * 1024**3  # many times any L2
@@ -51,26 +51,6 @@ def read_all(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _timing_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no type for it
-
-
-def median_ms(run: Callable[[], object], *, repeats: int = 15, warm_up: int = 3) -> float:
-    """Milliseconds of device time between two events, the median of `repeats`."""
-    for _ in range(warm_up):
-        run()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    for _ in range(repeats):
-        begin, end = _timing_event(), _timing_event()
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
 def rows(device: torch.device, *, num_bytes: int = READ_BYTES, size: int = PRODUCT) -> list[dict[str, Any]]:
     """The three figures, each twice: what differs between them is noise."""
     x = torch.randn(num_bytes // 4, device=device)
@@ -83,7 +63,7 @@ def rows(device: torch.device, *, num_bytes: int = READ_BYTES, size: int = PRODU
         ("product", f"{size}^3 bfloat16", lambda: torch.mm(a, b), 6 * size * size, 2 * size**3),
     ]
     return [
-        {"kernel": name, "shape": shape, "us": median_ms(run) * 1e3, "bytes": moved, "flops": flops, "round": number}
+        {"kernel": name, "shape": shape, "us": device_time(run).us, "bytes": moved, "flops": flops, "round": number}
         for number in (1, 2)
         for name, shape, run, moved, flops in runs
     ]

@@ -256,6 +256,11 @@ def _failed(shape: Shape, implementation: str, failure: Exception) -> Row:
     return {"name": shape.name, "shape": shape.describe(), "implementation": implementation, "failed": reason}
 
 
+def our_calls(layers: Layers) -> list[Callable[[], object]]:
+    """Both variants that are timed."""
+    return [*_calls(layers), *_calls(layers, batch_invariant=True)]
+
+
 def _calls(layers: Layers, **options: Any) -> list[Callable[[], object]]:
     return [
         lambda k=k, v=v: paged_attention(layers.q, k, v, layers.batch, scale=layers.scale, **options)  # type: ignore[misc]

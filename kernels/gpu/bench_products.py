@@ -111,6 +111,11 @@ def rows(
             yield from bench.mixture(name, mixture_shape)
 
 
+def experts_met(routes: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Of how many experts the weights are read, the mean of several calls."""
+    return statistics.mean(int(chosen.flatten().bincount().count_nonzero()) for _, chosen in routes)
+
+
 class _Bench:
     """Makes operands, checks results and times calls."""
 
@@ -169,9 +174,7 @@ class _Bench:
                 logits = torch.randn(num_tokens, s.num_experts, device=self._device, generator=self._generator)
                 weights, chosen = route_ref(logits, s.num_chosen)
                 routes.append((weights, chosen.to(torch.int32)))
-            met = statistics.mean(
-                int(chosen.flatten().bincount().count_nonzero()) for _, chosen in routes
-            )  # experts whose weights are read
+            met = experts_met(routes)
             work = {
                 "bytes": int(2 * (met * per_expert + 2 * num_tokens * s.hidden_size)),
                 "flops": 2 * num_tokens * s.num_chosen * per_expert,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 # Relative error (of norms) allowed in each dtype. A product of float32 may be done in tf32.
 BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-3}
@@ -18,12 +19,15 @@ class Setting:
     Attributes:
         seed: of all inputs.
         small: sizes for the interpreter.
+        computes: False on a GPU that computes nothing (`fake_cuda`), where only the launches count: what is right is
+            left out if it follows from what has been computed, and every error is 0.
     """
 
     device: torch.device
     dtype: torch.dtype
     seed: int
     small: bool
+    computes: bool = True
 
     def generator(self) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self.seed)
@@ -56,6 +60,8 @@ class Random:
 
 def error_of(out: torch.Tensor, exact: torch.Tensor) -> float:
     """Norm of the difference over the norm; infinite where anything is NaN."""
+    if isinstance(out, FakeTensor):
+        return 0.0
     if out.shape != exact.shape or bool(torch.isnan(out).any()):
         return float("inf")
     norm = float(exact.double().norm())
@@ -64,4 +70,9 @@ def error_of(out: torch.Tensor, exact: torch.Tensor) -> float:
 
 def differs(one: torch.Tensor, other: torch.Tensor) -> float:
     """0 if the bits are the same, else 1."""
-    return float(not torch.equal(one, other))
+    return 0.0 if isinstance(one, FakeTensor) else float(not torch.equal(one, other))
+
+
+def share_that_differs(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Of the elements."""
+    return 0.0 if isinstance(one, FakeTensor) else float((one != other).float().mean())

@@ -6,6 +6,9 @@ The meaning is `paged_attention_ref` one level up; `attention_kernels` computes 
 
 from __future__ import annotations
 
+import dataclasses
+from typing import cast
+
 import torch
 import triton
 
@@ -20,21 +23,18 @@ from .launch import UPCAST, num_processors
 
 __all__ = ["paged_attention", "write_kv"]
 
+_LOG2_E = float(LOG2_E.value)
 FEWEST_ROWS = 256  # that kernels are compiled for: to search so many costs no more than to search one
 
 
-def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: AttentionBatch, scale: float) -> None:
-    """What the kernels take for granted."""
+def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: AttentionBatch) -> None:
+    """What the kernels take for granted of all layers of a kind."""
     if q.dtype not in {torch.bfloat16, torch.float16, torch.float32}:
         raise ValueError(f"attention on a GPU takes bfloat16, float16 or float32, got {q.dtype}")
-    if scale <= 0.0:
-        raise ValueError(f"scale must be positive, got {scale}")
     if k_cache.dtype is not v_cache.dtype or k_cache.shape[:3] != v_cache.shape[:3]:
         raise ValueError(
             f"key and value caches differ: {k_cache.shape=} {v_cache.shape=} {k_cache.dtype} {v_cache.dtype}"
         )
-    if not k_cache.is_contiguous() or not v_cache.is_contiguous():
-        raise ValueError("the KV cache must be contiguous")
     if q.shape[1] % k_cache.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not divide into {k_cache.shape[1]} KV heads")
     if not is_quantized(k_cache.dtype) and q.dtype is not k_cache.dtype:
@@ -44,6 +44,120 @@ def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch:
     for indices in (batch.query_start, batch.context_lens, batch.block_tables):
         assert indices.dtype is torch.int32
         assert indices.stride(-1) == 1 or indices.shape[-1] <= 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Kind:
+    """What layers have in common whose attention over the same batch is launched alike."""
+
+    num_heads: int
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    device: torch.device
+    sliding_window: int
+    has_softcap: bool
+    has_sinks: bool
+    has_alibi: bool
+    batch_invariant: bool
+    schedule: Schedule | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Run:
+    """A run of a batch's rows, `first_row : first_row + num_rows`, and how it is launched in each layer of a kind.
+
+    Attributes:
+        scratch: of a launch by share, which one layer has no use for any more when the next one is launched.
+    """
+
+    first_row: int
+    num_rows: int
+    first_token: int
+    end_token: int
+    schedule: Schedule
+    tiling: Tiling
+    scratch: tuple[torch.Tensor, torch.Tensor] | None
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.first_row, self.num_rows
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end_token - self.first_token
+
+
+def _plan(kind: _Kind, batch: AttentionBatch, num_tokens: int) -> tuple[_Run, ...]:
+    """The launches of a batch.
+
+    Decodes and the rest in launches of their own: the former's tiles are too low for the latter, and the latter's would
+    spend a prefill's arithmetic on each decode.
+    """
+    num_rows, longest = batch.num_rows, batch.max_query_len
+    num_decodes = num_rows if longest <= 1 else batch.num_decodes
+    if num_decodes in {0, num_rows}:
+        cuts = [(0, num_rows, 0, num_tokens, longest)]
+    else:
+        rest = (num_decodes, num_rows - num_decodes, num_decodes, num_tokens, longest)
+        cuts = [(0, num_decodes, 0, num_decodes, 1), rest]
+    return tuple(_plan_run(kind, batch, cut) for cut in cuts if cut[3] > cut[2])
+
+
+def _plan_run(kind: _Kind, batch: AttentionBatch, cut: tuple[int, int, int, int, int]) -> _Run:
+    """A run's launch.
+
+    Args:
+        cut: first row, rows, first token, end of the tokens, most tokens of a row.
+    """
+    first_row, num_rows, first_token, end_token, max_query_len = cut
+    group, quantized = kind.num_heads // kind.num_kv_heads, is_quantized(kind.cache_dtype)
+    problem = Problem(
+        num_rows=num_rows,
+        num_tokens=end_token - first_token,
+        max_query_len=max_query_len,
+        max_context_len=batch.max_context_len,
+        group=group,
+        num_kv_heads=kind.num_kv_heads,
+        head_dim=triton.next_power_of_2(max(kind.k_dim, kind.v_dim)),
+        element_bytes=kind.dtype.itemsize,
+        cache_bytes=kind.cache_dtype.itemsize,
+        block_size=batch.block_size,
+        num_processors=num_processors(kind.device),
+    )
+    schedule = kind.schedule or choose_schedule(problem, batch_invariant=kind.batch_invariant)
+    tiling = Tiling(
+        BLOCK_M=schedule.block_m,
+        BLOCK_N=schedule.block_n,
+        GROUP=group,
+        HEADS=min(group, schedule.block_m),
+        K_DIM=kind.k_dim,
+        V_DIM=kind.v_dim,
+        K_BLOCK=max(16, triton.next_power_of_2(kind.k_dim)),
+        V_BLOCK=max(16, triton.next_power_of_2(kind.v_dim)),
+        BLOCK_SIZE=batch.block_size,
+        NUM_KV_HEADS=kind.num_kv_heads,
+        WINDOW=max(0, kind.sliding_window),
+        SOFTCAP=kind.has_softcap,
+        ALIBI=kind.has_alibi,
+        SINKS=kind.has_sinks,
+        QUANTIZED=quantized,
+        # One size for all batches, if they say how many rows there can be: each is compiled anew.
+        MAX_ROWS=max(FEWEST_ROWS, triton.next_power_of_2(max(num_rows, batch.max_rows))),
+        UPCAST=UPCAST,
+    )
+    scratch = None
+    if schedule.by_share:
+        num_programs = num_processors(kind.device) * schedule.programs_per_processor
+        scratch = _scratch(num_programs * 2 * tiling.BLOCK_M, tiling, kind.device)
+    return _Run(first_row, num_rows, first_token, end_token, schedule, tiling, scratch)
+
+
+def _scratch(num_states: int, tiling: Tiling, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    values = torch.empty(num_states * tiling.V_BLOCK, dtype=torch.float32, device=device)
+    return values, torch.empty(num_states * 2, dtype=torch.float32, device=device)
 
 
 class _Launch:
@@ -58,109 +172,55 @@ class _Launch:
         out: torch.Tensor,
         *,
         scale: float,
-        sliding_window: int,
         softcap: float,
         sinks: torch.Tensor | None,
         alibi_slopes: torch.Tensor | None,
-        batch_invariant: bool,
-        schedule: Schedule | None,
     ) -> None:
-        self.schedule = schedule
         self.q, self.out, self.batch = q, out, batch
-        self.num_kv_heads = k_cache.shape[1]
-        self.k_dim, self.v_dim = head_dim_of(k_cache), head_dim_of(v_cache)
-        self.cache = k_cache
-        self.sliding_window, self.softcap = sliding_window, softcap
-        self.sinks, self.alibi_slopes = sinks, alibi_slopes
-        self.batch_invariant = batch_invariant
         self.tensors = (
             *(q, k_cache, v_cache, scale_view(k_cache), scale_view(v_cache)),
             *(batch.query_start, batch.context_lens, batch.block_tables),
             *(q if sinks is None else sinks, q if alibi_slopes is None else alibi_slopes),
         )
         self.numbers = (
-            *(scale if softcap > 0 else scale * float(LOG2_E.value), softcap),
+            *(scale if softcap > 0 else scale * _LOG2_E, softcap),
             *(q.stride(0), q.stride(1), out.stride(0), out.stride(1)),
             batch.block_tables.stride(0),
         )
 
-    def tiling(self, schedule: Schedule) -> Tiling:
-        group = self.q.shape[1] // self.num_kv_heads
-        return Tiling(
-            BLOCK_M=schedule.block_m,
-            BLOCK_N=schedule.block_n,
-            GROUP=group,
-            HEADS=min(group, schedule.block_m),
-            K_DIM=self.k_dim,
-            V_DIM=self.v_dim,
-            K_BLOCK=max(16, triton.next_power_of_2(self.k_dim)),
-            V_BLOCK=max(16, triton.next_power_of_2(self.v_dim)),
-            BLOCK_SIZE=self.batch.block_size,
-            NUM_KV_HEADS=self.num_kv_heads,
-            WINDOW=max(0, self.sliding_window),
-            SOFTCAP=self.softcap > 0,
-            ALIBI=self.alibi_slopes is not None,
-            SINKS=self.sinks is not None,
-            QUANTIZED=is_quantized(self.cache.dtype),
-            # One size for all batches, if they say how many rows there can be: each is compiled anew.
-            MAX_ROWS=max(FEWEST_ROWS, triton.next_power_of_2(max(self.batch.num_rows, self.batch.max_rows))),
-            UPCAST=UPCAST,
-        )
-
-    def run(self, first_row: int, num_rows: int, first_token: int, end_token: int, max_query_len: int) -> None:
-        """Attention of rows `first_row : first_row + num_rows`, whose tokens begin at `first_token`."""
-        if end_token == first_token:
-            return
-        group = self.q.shape[1] // self.num_kv_heads
-        problem = Problem(
-            num_rows=num_rows,
-            num_tokens=end_token - first_token,
-            max_query_len=max_query_len,
-            max_context_len=self.batch.max_context_len,
-            group=group,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=triton.next_power_of_2(max(self.k_dim, self.v_dim)),
-            element_bytes=self.q.element_size(),
-            cache_bytes=self.cache.element_size(),
-            block_size=self.batch.block_size,
-            num_processors=num_processors(self.q.device),
-        )
-        schedule = self.schedule or choose_schedule(problem, batch_invariant=self.batch_invariant)
-        tiling = self.tiling(schedule)
-        rows = (first_row, num_rows)
-        if schedule.by_share:
-            self._run_shares(schedule, tiling, rows, end_token)
+    def run(self, run: _Run) -> None:
+        """Attention of these rows."""
+        if run.scratch is not None:
+            self._run_shares(run, *run.scratch)
         else:
-            self._run_tiles(schedule, tiling, rows, (first_token, end_token))
+            self._run_tiles(run)
 
-    def _scratch(self, num_states: int, tiling: Tiling) -> tuple[torch.Tensor, torch.Tensor]:
-        values = torch.empty(num_states * tiling.V_BLOCK, dtype=torch.float32, device=self.q.device)
-        return values, torch.empty(num_states * 2, dtype=torch.float32, device=self.q.device)
-
-    def _run_shares(self, schedule: Schedule, tiling: Tiling, rows: tuple[int, int], end_token: int) -> None:
+    def _run_shares(self, run: _Run, partial: torch.Tensor, stats: torch.Tensor) -> None:
+        schedule, tiling, batch = run.schedule, run.tiling, self.batch
         num_programs = num_processors(self.q.device) * schedule.programs_per_processor
-        partial, stats = self._scratch(num_programs * 2 * tiling.BLOCK_M, tiling)
         share_kernel[(num_programs,)](
-            *(self.out, partial, stats, *self.tensors, *self.numbers, *rows),
+            *(self.out, partial, stats, *self.tensors, *self.numbers, *run.rows),
             S=tiling,
             num_warps=schedule.num_warps,
             num_stages=schedule.num_stages,
         )
         reduce_shares_kernel[(num_programs, tiling.HEADS)](
-            *(self.out, partial, stats, self.batch.query_start, self.batch.context_lens, self.tensors[8]),
-            *(self.out.stride(0), self.out.stride(1), *rows, end_token),
+            *(self.out, partial, stats, batch.query_start, batch.context_lens, self.tensors[8]),
+            *(self.out.stride(0), self.out.stride(1), *run.rows, run.end_token),
             S=tiling,
             num_warps=4,
         )
 
-    def _run_tiles(self, schedule: Schedule, tiling: Tiling, rows: tuple[int, int], tokens: tuple[int, int]) -> None:
-        num_tokens, num_heads = tokens[1] - tokens[0], self.q.shape[1]
-        max_chunks = -(-self.batch.max_context_len // schedule.chunk) if schedule.split else 1
+    def _run_tiles(self, run: _Run) -> None:
+        schedule, tiling, batch = run.schedule, run.tiling, self.batch
+        num_tokens, num_heads = run.num_tokens, self.q.shape[1]
+        max_chunks = -(-batch.max_context_len // schedule.chunk) if schedule.split else 1
         partial, stats = (
-            self._scratch(num_tokens * num_heads * max_chunks, tiling) if schedule.split else (self.out,) * 2
+            _scratch(num_tokens * num_heads * max_chunks, tiling, self.q.device) if schedule.split else (self.out,) * 2
         )
-        tile_kernel[(num_tokens // tiling.BLOCK_Q + rows[1] + 1, tiling.HEAD_TILES, max_chunks)](
-            *(self.out, partial, stats, *self.tensors, *self.numbers, *rows, *tokens, max_chunks),
+        tile_kernel[(num_tokens // tiling.BLOCK_Q + run.num_rows + 1, tiling.HEAD_TILES, max_chunks)](
+            *(self.out, partial, stats, *self.tensors, *self.numbers, *run.rows),
+            *(run.first_token, run.end_token, max_chunks),
             CHUNK=schedule.chunk,
             SPLIT=schedule.split,
             S=tiling,
@@ -169,8 +229,8 @@ class _Launch:
         )
         if schedule.split:
             reduce_chunks_kernel[(num_tokens, num_heads)](
-                *(self.out, partial, stats, self.batch.query_start, self.batch.context_lens, self.tensors[8]),
-                *(self.out.stride(0), self.out.stride(1), *rows, tokens[0], max_chunks),
+                *(self.out, partial, stats, batch.query_start, batch.context_lens, self.tensors[8]),
+                *(self.out.stride(0), self.out.stride(1), *run.rows, run.first_token, max_chunks),
                 CHUNK=schedule.chunk,
                 S=tiling,
                 num_warps=4,
@@ -209,27 +269,41 @@ def paged_attention(
     Raises:
         ValueError: shapes or dtypes that the kernels cannot take; the message says which.
     """
-    _check(q, k_cache, v_cache, batch, scale)
+    if scale <= 0.0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    if not k_cache.is_contiguous() or not v_cache.is_contiguous():
+        raise ValueError("the KV cache must be contiguous")
+    # What follows from these is found out in the first layer of a kind: it costs the host more than the launches do.
+    key = (
+        *(q.shape, k_cache.shape, v_cache.shape, q.dtype, k_cache.dtype, v_cache.dtype),
+        *(sliding_window, softcap > 0, sinks is None, alibi_slopes is None, batch_invariant, schedule),
+    )
+    runs = batch.plans.get(key)
+    if runs is None:
+        _check(q, k_cache, v_cache, batch)
+        kind = _Kind(
+            num_heads=q.shape[1],
+            num_kv_heads=k_cache.shape[1],
+            k_dim=q.shape[2],
+            v_dim=head_dim_of(v_cache),
+            dtype=q.dtype,
+            cache_dtype=k_cache.dtype,
+            device=q.device,
+            sliding_window=sliding_window,
+            has_softcap=softcap > 0,
+            has_sinks=sinks is not None,
+            has_alibi=alibi_slopes is not None,
+            batch_invariant=batch_invariant,
+            schedule=schedule,
+        )
+        runs = batch.plans[key] = _plan(kind, batch, q.shape[0])
     if q.stride(2) != 1:
         q = q.contiguous()
     if out is None:
         out = torch.empty((*q.shape[:2], head_dim_of(v_cache)), dtype=q.dtype, device=q.device)
     launch = _Launch(
-        *(q, k_cache, v_cache, batch, out),
-        scale=scale,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        batch_invariant=batch_invariant,
-        schedule=schedule,
+        *(q, k_cache, v_cache, batch, out), scale=scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes
     )
-    # Decodes and the rest in launches of their own: the former's tiles are too low for the latter, and the latter's
-    # would spend a prefill's arithmetic on each decode.
-    num_decodes = batch.num_rows if batch.max_query_len <= 1 else batch.num_decodes
-    if num_decodes in {0, batch.num_rows}:
-        launch.run(0, batch.num_rows, 0, q.shape[0], batch.max_query_len)
-    else:
-        launch.run(0, num_decodes, 0, num_decodes, 1)
-        launch.run(num_decodes, batch.num_rows - num_decodes, num_decodes, q.shape[0], batch.max_query_len)
+    for run in cast("tuple[_Run, ...]", runs):
+        launch.run(run)
     return out

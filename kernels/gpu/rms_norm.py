@@ -16,10 +16,9 @@ MAX_HIDDEN_SIZE = 32768  # a row is held in registers: 64 numbers a thread at 16
 @triton.jit
 def _rms_norm_kernel(
     x_ptr,  # [num_tokens, hidden_size], rows x_stride apart
-    residual_ptr,  # likewise; None: nothing to add
+    residual_ptr,  # likewise, to become the sum; None: nothing to add
     weight_ptr,  # [hidden_size]
-    out_ptr,  # [num_tokens, hidden_size], contiguous, as is total_ptr
-    total_ptr,  # None where residual_ptr is
+    out_ptr,  # [num_tokens, hidden_size], contiguous
     x_stride,
     residual_stride,
     hidden_size,
@@ -33,9 +32,10 @@ def _rms_norm_kernel(
     # Before the sum is needed, so that both loads are in flight together.
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + row * residual_stride + columns, mask=mask, other=0.0)
+        residual_ptrs = residual_ptr + row * residual_stride + columns
+        residual = tl.load(residual_ptrs, mask=mask, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x_ptr.dtype.element_ty)  # what is kept is what is normed
-        tl.store(total_ptr + row * hidden_size + columns, x, mask=mask)
+        tl.store(residual_ptrs, x, mask=mask)
     y = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(y * y, axis=0) / hidden_size + eps)
     tl.store(out_ptr + row * hidden_size + columns, (y * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
@@ -48,12 +48,10 @@ def num_warps_of(block: int) -> int:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See `kernels.rms_norm.rms_norm`."""
-    return _launch(x, None, weight, eps)[0]
+    return _launch(x, None, weight, eps)
 
 
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See `kernels.rms_norm.add_rms_norm`."""
     return _launch(x, residual, weight, eps)
 
@@ -72,18 +70,15 @@ def can(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor) ->
     )
 
 
-def _launch(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
     num_tokens, hidden_size = x.shape
     out = torch.empty((num_tokens, hidden_size), dtype=x.dtype, device=x.device)
-    total = None if residual is None else torch.empty_like(out)
     if num_tokens:
         block = triton.next_power_of_2(hidden_size)
         _rms_norm_kernel[(num_tokens,)](
-            *(x, residual, weight, out, total),
+            *(x, residual, weight, out),
             *(x.stride(0), 0 if residual is None else residual.stride(0), hidden_size, eps),
             BLOCK=block,
             num_warps=num_warps_of(block),
         )
-    return out, x if total is None else total
+    return out

@@ -36,7 +36,7 @@ def _apply_diff_kernel(
     tl.store(state_ptr + row * ROW_WORDS + column + word, words, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _gather_step_kernel(
     state_ptr,  # [num_state_rows, ROW_WORDS] int32
     packed_ptr,  # int32
@@ -50,6 +50,7 @@ def _gather_step_kernel(
     min_p_ptr,  # [num_rows] float32
     seeds_ptr,  # [num_rows] int64
     draw_positions_ptr,  # [num_rows] int64
+    num_tokens,
     ROW_WORDS: tl.constexpr,
     ROWS: tl.constexpr,  # offsets in the packed step, as the next five
     STARTS: tl.constexpr,
@@ -69,25 +70,28 @@ def _gather_step_kernel(
     # New tokens.
     begin = tl.load(packed_ptr + QUERY_START + row)
     num_new = tl.load(packed_ptr + QUERY_START + row + 1) - begin
+    context_len = tl.load(packed_ptr + CONTEXT_LENS + row)
     position = tl.load(packed_ptr + STARTS + row) + column
     is_new = column < num_new
-    token_id = tl.load(standing_ptr + TOKEN_IDS + position, mask=is_new, other=0)
-    block_id = tl.load(standing_ptr + BLOCKS + position // BLOCK_SIZE, mask=is_new, other=0)
-    slot = block_id.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+    is_real = is_new & (context_len > 0)  # else a padding row's, which is nobody's
+    token_id = tl.load(standing_ptr + TOKEN_IDS + position, mask=is_real, other=0)
+    block_id = tl.load(standing_ptr + BLOCKS + position // BLOCK_SIZE, mask=is_real, other=0)
+    slot = tl.where(is_real, block_id.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE, -1)
     tl.store(input_ids_ptr + begin + column, tl.maximum(token_id, 0).to(tl.int64), mask=is_new)
     tl.store(positions_ptr + begin + column, position.to(tl.int64), mask=is_new)
     tl.store(slot_mapping_ptr + begin + column, slot, mask=is_new)
+    # Padding behind the last row's tokens, of which each program takes a part.
+    part = row * tl.num_programs(1) + tl.program_id(1)
+    behind = tl.load(packed_ptr + QUERY_START + tl.num_programs(0)) + part * BLOCK + tl.arange(0, BLOCK)
+    is_behind = behind < num_tokens
+    tl.store(input_ids_ptr + behind, tl.zeros([BLOCK], tl.int64), mask=is_behind)
+    tl.store(positions_ptr + behind, tl.zeros([BLOCK], tl.int64), mask=is_behind)
+    tl.store(slot_mapping_ptr + behind, tl.zeros([BLOCK], tl.int64) - 1, mask=is_behind)
     # The block table, as far as it is used.
-    context_len = tl.load(packed_ptr + CONTEXT_LENS + row)
     is_used = (column * BLOCK_SIZE < context_len) & (column < MAX_BLOCKS)
     block_ids = tl.load(standing_ptr + BLOCKS + column, mask=is_used, other=0)
     tl.store(block_tables_ptr + row.to(tl.int64) * MAX_BLOCKS + column, block_ids, mask=is_used)
     if tl.program_id(1) == 0:
-        # A padding row, which has no context, comes with a padding token: behind the true ones, `row` of them.
-        if context_len == 0:
-            tl.store(input_ids_ptr + row, 0)
-            tl.store(positions_ptr + row, 0)
-            tl.store(slot_mapping_ptr + row, -1)
         sampled = tl.load(packed_ptr + SAMPLE_ROWS + row)
         samples = sampled >= 0
         param_ptr = state_ptr + tl.maximum(sampled, 0).to(tl.int64) * ROW_WORDS
@@ -162,6 +166,7 @@ def gather_step(  # noqa: PLR0917,RUF100 - as its meaning's
         rows.min_p,
         rows.seeds,
         rows.draw_positions,
+        tokens.input_ids.shape[0],
         ROW_WORDS=layout.row_words,
         ROWS=layout.rows,
         STARTS=layout.starts,

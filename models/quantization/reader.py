@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from ...kernels import cpu_build
 from ...kernels.huge_pages import release_file_pages
 from ...kernels.linear_quantized import LinearWeight, QuantizedWeight, quantize
 from ..errors import UnsupportedModelError, WeightsError
@@ -18,6 +20,8 @@ from .formats import MalformedError, is_quantized, read_layer
 from .mxfp4 import MXFP4Reader
 from .partition import part_of
 from .scheme import Scheme
+
+log = logging.getLogger(__name__)
 
 Quantization = Literal["auto", "int8", "int4"]
 
@@ -35,8 +39,10 @@ class QuantizingReader(WeightReader):
     token embedding. The embedding itself, norms and biases stay floating.
     """
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, to: Literal["int8", "int4"]) -> None:
-        super().__init__(folder, dtype=dtype, device=device)
+    def __init__(
+        self, folder: Path, *, dtype: torch.dtype, device: torch.device, to: Literal["int8", "int4"], **options: Any
+    ) -> None:
+        super().__init__(folder, dtype=dtype, device=device, **options)
         self._to = to
 
     def _read_linear(
@@ -45,8 +51,12 @@ class QuantizingReader(WeightReader):
         bits, group_size = _BITS_AND_GROUP["int8" if name == HEAD else self._to]
         floating = self._read(name, shape, part)
         quantized = self._quantize(name, floating, bits, group_size)
-        release_file_pages(floating)
+        self._release(floating)
         return quantized
+
+    def _release(self, floating: torch.Tensor) -> None:
+        """Done with what was read."""
+        release_file_pages(floating)
 
     def _made_linear(self, name: str, parts: list[torch.Tensor]) -> LinearWeight:
         """See `WeightReader._made_linear`."""
@@ -62,6 +72,13 @@ class QuantizingReader(WeightReader):
         """See `WeightReader.tied_head`."""
         self.settle()
         return self._quantize(HEAD, embedding, *_BITS_AND_GROUP["int8"])
+
+
+class RandomQuantizingReader(QuantizingReader, RandomReader):
+    """Quantises random weights: what a checkpoint's would take, in time and memory, without one."""
+
+    def _release(self, floating: torch.Tensor) -> None:
+        """There is no file whose pages it would be."""
 
 
 class QuantizedReader(WeightReader):
@@ -128,7 +145,8 @@ def inseparable_inputs(folder: Path, quantization: Scheme | RandomWeights | Lite
         return 1  # they are floating once they have been read
     if isinstance(quantization, Scheme):
         return max(1, quantization.group_size)  # -1: all inputs share one, of which each rank has a copy
-    return 1 if quantization is None or isinstance(quantization, RandomWeights) else _BITS_AND_GROUP[quantization][1]
+    to = quantization.quantized_to if isinstance(quantization, RandomWeights) else quantization
+    return 1 if to is None else _BITS_AND_GROUP[to][1]
 
 
 def open_weights(
@@ -140,13 +158,27 @@ def open_weights(
 ) -> WeightReader:
     """The reader for a checkpoint: a GGUF file, quantised as `Scheme` says, to be quantised, floating, or for none."""
     if isinstance(quantization, RandomWeights):
-        return RandomReader(folder, dtype=dtype, device=device, seed=quantization.seed)
+        if quantization.quantized_to is None:
+            return RandomReader(folder, dtype=dtype, device=device, seed=quantization.seed)
+        return RandomQuantizingReader(
+            folder, dtype=dtype, device=device, to=quantization.quantized_to, seed=quantization.seed
+        )
     if is_gguf(folder):
         return GGUFReader(folder, dtype=dtype, device=device)
     if quantization is None:
         return WeightReader(folder, dtype=dtype, device=device)
     if isinstance(quantization, Scheme) and quantization.method == "mxfp4":
         return MXFP4Reader(folder, dtype=dtype, device=device)
+    _warn_of_slow_products(device)
     if isinstance(quantization, Scheme):
         return QuantizedReader(folder, dtype=dtype, device=device, scheme=quantization)
     return QuantizingReader(folder, dtype=dtype, device=device, to=quantization)
+
+
+def _warn_of_slow_products(device: torch.device) -> None:
+    if device.type == "cpu" and cpu_build.library() is None:
+        log.warning(
+            "weights.slow_quantised reason='there are no C kernels' consequence='each step widens every quantised "
+            "matrix to float32, slower than without quantisation' remedy='install gcc or clang (an earlier line says "
+            "what failed), or take the floating weights'"
+        )

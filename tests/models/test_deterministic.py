@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from paged_runner import PagedRunner, run_paged
 from tiny_models import random_token_ids, save_tiny_model
+from unconnected_ranks import member
 
 from octavo.kernels import cpu_build, linear_deterministic
 from octavo.kernels import mixture as mixture_kernels
@@ -195,3 +196,16 @@ def test_attention_and_mixtures_hear_that_they_are_asked(
             layer.mlp.stack_experts()
     run_paged(model, PROMPT)
     assert asked == [True] * len(model.layers) * (2 if model_type == "gpt_oss" else 1)
+
+
+def test_logits_that_ranks_have_put_together_are_capped_whatever_each_has_of_the_vocabulary(tmp_path: Path) -> None:
+    save_tiny_model("gemma2", tmp_path, seed=5, vocab_size=257)
+    group = member(0, 2)
+    group._gather_columns = lambda x: (x, x)  # type: ignore[method-assign]  # as if the other had computed the same
+    model = deterministic(tmp_path, group=group)
+    assert isinstance(model, Decoder)
+    hidden = torch.randn(3, model._hidden_size, generator=torch.Generator().manual_seed(1))
+    logits = model.compute_logits(hidden)
+    assert logits.shape == (3, 257)
+    assert torch.equal(logits[:, 129:], logits[:, :128])
+    assert all(torch.equal(model.compute_logits(hidden[row : row + 1])[0], logits[row]) for row in range(3))

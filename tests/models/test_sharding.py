@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import unconnected_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import save_tiny_model
@@ -119,12 +120,18 @@ def test_alone_nothing_is_exchanged() -> None:
     group = ParallelGroup(ParallelConfig())
     x = torch.ones(2, 3)
     assert group.all_reduce(x) is x and group.all_gather_columns(x) is x
-    assert group.minimum(7) == 7 and group.num_ranks_on_host() == 1 and group.speaks
+    assert group.minimum(7) == 7 and group.place_on_host() == (0, 1) and group.num_ranks_on_host() == 1 and group.speaks
     group.send_tokens([1, 2])
     group.check_same([1], "tokens")
     group.agree_on("the dtype", "float32")
     assert not torch.distributed.is_initialized()
     group.leave()
+
+
+def test_ranks_on_one_host_are_counted_in_their_order() -> None:
+    group = unconnected_ranks.member(2, 4)
+    group._of_all = lambda here: [here, here + 1, here, here]  # type: ignore[method-assign]
+    assert group.place_on_host() == (1, 3)
 
 
 @given(size=st.integers(1, 12), vocab_size=st.integers(1, 200))

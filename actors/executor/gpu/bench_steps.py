@@ -111,7 +111,7 @@ def rows(
         num_threads=num_threads,
     )
     started = time.perf_counter()
-    loaded = Device(config)
+    loaded = _loaded(config, device)
     load_s = time.perf_counter() - started
     for cache in loaded.kv_caches:
         if cache.k.is_floating_point() and cache.k.itemsize > 1:
@@ -151,6 +151,22 @@ def rows(
                 )
     for num_tokens in prompts:
         yield _prompt_row(runner, num_tokens, rounds)
+
+
+def _loaded(config: ExecutorConfig, device: torch.device) -> Device:
+    """The model, and on a GPU its kernels, which are compiled on all cores meanwhile."""
+    if device.type != "cuda":
+        return Device(config)
+    from .compile_ahead import CompileAhead  # triton need not be there without a GPU
+    from .fake_cuda import GpuFacts
+
+    ahead = CompileAhead.begin(config, GpuFacts.of(device))
+    try:
+        loaded = Device(config)
+        ahead.finish()
+    finally:
+        ahead.cancel()
+    return loaded
 
 
 def _config(  # noqa: PLR0917,RUF100 - where, what, how many and how long

@@ -13,15 +13,15 @@ an `Answer` goes out.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import inspect
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +29,26 @@ import msgspec
 import structlog
 import torch
 
+from ....kernels.gpu.compile_variants import compile_variants
+from ....kernels.gpu.fake_cuda import KernelVariant
+from ....messages.errors import OctavoError
 from ....models import registry
 from ....models.decoder import Decoder
+from ....models.errors import ModelLoadError
 from ....models.interface import CausalLM
 from ...runtime.parent_death import die_with_parent
 from .. import device as device_module
 from ..config import ExecutorConfig
-from .fake_cuda import GpuFacts, KernelVariant, fake_cuda
+from .fake_cuda import GpuFacts, fake_cuda
 
 log = structlog.get_logger("octavo.executor")
 
 _PATIENCE_S = 60.0
 """How long warm-up waits for what is still being compiled; one after the other it would not take much longer."""
 
-_PROGRAM = (sys.executable, "-m", "octavo.actors.executor.gpu.compile_ahead")
+_THEN = "kernels are compiled as they are launched"
 
-_SLOWEST = (
-    "choose_kernel",
-    "tile_kernel",
-    "share_kernel",
-    "bracket_kernel",
-    "_up_kernel",
-    "_down_kernel",
-    "reduce_shares_kernel",
-)
-"""Are compiled first, so that none of them is left when the other processes are done."""
+_PROGRAM = (sys.executable, "-m", "octavo.actors.executor.gpu.compile_ahead")
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -72,12 +67,18 @@ class Answer(msgspec.Struct, frozen=True):
         num_variants: of kernels, that warm-up will launch.
         num_compiled: of those, how many were not in Triton's cache yet.
         find_s, compile_s: seconds of finding them, and of compiling them.
+        num_launchers: of all variants, how many have the C function in Triton's cache that launches them.
+        left_out: why nothing was compiled; empty if something was.
+        failures: what the compiler said of variants that do not compile, some of it.
     """
 
     num_variants: int
     num_compiled: int
     find_s: float
     compile_s: float
+    num_launchers: int = 0
+    left_out: str = ""
+    failures: tuple[str, ...] = ()
 
 
 class CompileAhead:
@@ -88,9 +89,18 @@ class CompileAhead:
 
     @classmethod
     def begin(cls, config: ExecutorConfig, facts: GpuFacts) -> CompileAhead:
-        """Begin, unless all has been compiled by an earlier start."""
+        """Begin, unless all has been compiled by an earlier start, or it cannot be found out what will be launched."""
         mark = _mark(config, facts)
         if mark.exists():
+            return cls(None, mark)
+        try:
+            why_not = registry.why_no_random_weights(
+                config.model_path, model_impl=config.model_impl, trust_remote_code=config.trust_remote_code
+            )
+        except ModelLoadError:
+            return cls(None, mark)  # which loading will raise as well
+        if why_not:
+            log.info("executor.compile_ahead", left_out=why_not, then=_THEN)
             return cls(None, mark)
         num_processes = max(1, len(os.sched_getaffinity(0)) - 1)  # one core loads weights
         question = msgspec.json.encode(Question(config, facts, num_processes, os.getpid()))
@@ -123,9 +133,19 @@ class CompileAhead:
         except (subprocess.TimeoutExpired, msgspec.DecodeError) as error:
             _end(process)
             why = errors.decode(errors="replace")[-2000:] if isinstance(error, msgspec.DecodeError) else str(error)
-            log.warning("executor.compile_ahead", error=why, then="kernels are compiled as they are launched")
+            log.warning("executor.compile_ahead", error=why, then=_THEN)
             return None
-        log.info("executor.compile_ahead", **msgspec.structs.asdict(answer))
+        if answer.left_out:
+            log.info("executor.compile_ahead", left_out=answer.left_out, then=_THEN)
+        else:
+            log.info(
+                "executor.compile_ahead",
+                **{
+                    name: value
+                    for name, value in msgspec.structs.asdict(answer).items()
+                    if name not in {"left_out", "failures"} or value
+                },
+            )
         return answer
 
     def cancel(self) -> None:
@@ -155,7 +175,7 @@ def _mark(config: ExecutorConfig, facts: GpuFacts) -> Path:
     from ....kernels import gpu
 
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(msgspec.json.encode((config, msgspec.structs.replace(facts, free_bytes=0))))
+    digest.update(msgspec.json.encode((config, dataclasses.replace(facts, free_bytes=0))))
     digest.update(f"{triton.__version__} {torch.__version__}".encode())
     here = Path(config.model_path) / "config.json"
     for path in (here, *sorted(Path(gpu.__file__).parent.glob("*.py"))):
@@ -166,8 +186,11 @@ def _mark(config: ExecutorConfig, facts: GpuFacts) -> Path:
 def find_variants(config: ExecutorConfig, facts: GpuFacts) -> list[KernelVariant]:
     """Which variants of kernels a model's warm-up asks for, in its order; leaves the process on a GPU that is none.
 
-    Of layers of a kind one is enough. A checkpoint with quantised weights is taken for one without, so that its
-    products are not among what is found.
+    Of layers of a kind one is enough. What quantises floating weights at load is quantised here as well; a checkpoint
+    that holds quantised weights is taken for one without, so that its products are not among what is found.
+
+    Raises:
+        OctavoError: the model cannot be loaded, or not with random weights.
     """
     from ..runner import load_runner
 
@@ -211,45 +234,33 @@ def _kind(value: Any) -> Any:
 _SCALARS = (bool, int, float, str, type, torch.dtype, torch.device)
 
 
-def compile_variants(variants: list[KernelVariant], num_processes: int) -> int:
-    """Compile them, side by side; returns how many of them were not in Triton's cache.
-
-    The processes are forks of this one: what was imported and found out is theirs at once.
-    """
-    _VARIANTS[:] = sorted(variants, key=lambda variant: variant.name not in _SLOWEST)
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(
-        min(num_processes, len(variants)) or 1, mp_context=fork, initializer=die_with_parent, initargs=(os.getpid(),)
-    ) as processes:
-        return sum(processes.map(_compile, range(len(variants))))
-
-
-_VARIANTS: list[KernelVariant] = []  # of this process and its forks, as kernels cannot be sent
-
-
-def _compile(index: int) -> bool:
-    from triton import knobs
-
-    hits: list[bool] = []
-
-    def on_compiled(*, cache_hit: bool, **_: Any) -> None:
-        hits.append(cache_hit)
-
-    knobs.compilation.listener = on_compiled
-    _VARIANTS[index].compile()
-    return hits == [False]
-
-
 def main() -> None:
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
     die_with_parent(question.parent_pid)
+    sys.stdout.write(msgspec.json.encode(answer_to(question)).decode())
+
+
+def answer_to(question: Question) -> Answer:
+    """Find the variants and compile them; for a process of its own."""
     began = time.monotonic()
-    variants = find_variants(question.config, question.facts)
+    try:
+        variants = find_variants(question.config, question.facts)
+    except OctavoError as error:  # which loading will raise too, or it goes another way
+        return Answer(0, 0, round(time.monotonic() - began, 2), 0.0, left_out=str(error))
     found = time.monotonic()
-    num_compiled = compile_variants(variants, question.num_processes)
-    answer = Answer(len(variants), num_compiled, round(found - began, 2), round(time.monotonic() - found, 2))
-    sys.stdout.write(msgspec.json.encode(answer).decode())
+    compiled = list(
+        compile_variants(variants, question.num_processes, begin_process=partial(die_with_parent, os.getpid()))
+    )
+    failures = sorted({each.failure for each in compiled if each.failure})
+    return Answer(
+        num_variants=len(variants),
+        num_compiled=sum(each.is_new for each in compiled),
+        find_s=round(found - began, 2),
+        compile_s=round(time.monotonic() - found, 2),
+        num_launchers=sum(each.has_launcher for each in compiled),
+        failures=tuple(failures[:3]),
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from ....kernels.step_inputs import StepLayout
 from ....messages.ids import RequestId
 from ....messages.step import ExecuteStep, StartRequest
 from ..sampling_state import SamplingState
+from .mixed_sizes import MixedSize, MixedSizes
 from .packed_step import Int64, PackedStep, Standing, fill
 from .step_diff import Int32, StepDiff
 
@@ -26,10 +27,12 @@ class DeviceBatch:
     Args:
         layout: of steps and rows.
         num_state_rows: requests that can stand at once.
+        mixed_sizes: that steps with chunks are padded to, where one fits.
     """
 
-    def __init__(self, layout: StepLayout, num_state_rows: int) -> None:
+    def __init__(self, layout: StepLayout, num_state_rows: int, mixed_sizes: MixedSizes | None = None) -> None:
         self._layout = layout
+        self._mixed_sizes = mixed_sizes or MixedSizes(layout.max_rows, ())
         self._free_rows = list(range(num_state_rows - 1, -1, -1))
         self._standing: dict[RequestId, Standing] = {}
         self._row_of: dict[RequestId, int] = {}
@@ -48,11 +51,15 @@ class DeviceBatch:
         self._dropped: set[RequestId] = set()  # since the last step
         self._every_row = np.arange(layout.max_rows + 1, dtype=np.int32)
         self._every_one = np.ones(layout.max_rows, dtype=np.int32)
+        self._zeros = np.zeros(layout.max_rows, dtype=np.int32)
         # Where every row has sampled, only these go on while rows decode, and some of them leave; the two arrays above
         # are brought up to date when that ends.
         self._context_lens: Int32 | None = None
         self._max_context_len = 0
         self._shape = 0
+        # What the sections held when a step of that shape was packed first: others of it copy that in one go.
+        self._template: Int32 = np.zeros(layout.diff, dtype=np.int32)
+        self._template_shape = -1
 
     def __contains__(self, request_id: RequestId) -> bool:
         return request_id in self._standing
@@ -127,12 +134,15 @@ class DeviceBatch:
             yield row, num_blocks[row], block_ids
             num_blocks[row] += len(block_ids)
 
-    def pack(self, step: ExecuteStep, diff: StepDiff, words: Int32, shape: int = -1) -> PackedStep:
+    def pack(
+        self, step: ExecuteStep, diff: StepDiff, words: Int32, shape: int = -1, *, pads: bool = True
+    ) -> PackedStep:
         """Write the packed step to `words`, and count its tokens as computed and its samples as tokens.
 
         Args:
             words: `diff.packed_words` at least; every word up to there is written that has to be.
             shape: of the step that `words` has held last; -1 for none.
+            pads: a step with chunks may be laid out for one of the mixed sizes.
         """
         if step.request_ids != self._key:
             self._turn_to(step.request_ids, is_decode=step.num_tokens.count(1) == len(step.num_tokens))
@@ -143,7 +153,7 @@ class DeviceBatch:
             if self._context_lens is not None:
                 return self._pack_next_decodes(step, diff, words, shape)
             query_start = self._every_row[: len(self._rows) + 1]
-            return self._pack_any(step, diff, words, self._every_one[: len(self._rows)], query_start)
+            return self._pack_any(diff, words, self._every_one[: len(self._rows)], query_start, pads=pads)
         self._catch_up()
         num_ones = step.num_tokens.count(1)  # nearly always the first ones: only the others need to be read
         longer = np.array(step.num_tokens[num_ones:], dtype=np.int32)
@@ -152,12 +162,10 @@ class DeviceBatch:
         num_new = np.concatenate((self._every_one[:num_ones], longer))
         ends = longer.cumsum(dtype=np.int32) + np.int32(num_ones)
         query_start = np.concatenate((self._every_row[: num_ones + 1], ends))
-        return self._pack_any(step, diff, words, num_new, query_start)
+        return self._pack_any(diff, words, num_new, query_start, pads=pads)
 
-    def _pack_any(
-        self, step: ExecuteStep, diff: StepDiff, words: Int32, num_new: Int32, query_start: Int32
-    ) -> PackedStep:
-        layout, rows = self._layout, self._rows
+    def _pack_any(self, diff: StepDiff, words: Int32, num_new: Int32, query_start: Int32, *, pads: bool) -> PackedStep:
+        rows = self._rows
         before = self._num_computed[rows]
         context_lens = before + num_new
         self._num_computed[rows] = context_lens
@@ -188,13 +196,12 @@ class DeviceBatch:
         if has_sampled_all and not self._num_failed:
             self._context_lens = context_lens
             self._shape += not is_decode  # what decodes behind these is not of their shape
-        fill(words, layout.rows, layout.starts, rows, 0)
-        fill(words, layout.starts, layout.query_start, before, 0)
-        fill(words, layout.query_start, layout.context_lens, query_start, num_tokens)
-        fill(words, layout.context_lens, layout.sample_rows, context_lens, 0)
-        fill(words, layout.sample_rows, layout.sample_columns, sampling_rows, -1)
-        fill(words, layout.sample_columns, layout.sample_tokens, columns, 0)
-        fill(words, layout.sample_tokens, layout.diff, sample_tokens, 0)
+        num_decodes = len(rows) if max_query_len <= 1 else int(np.argmax(num_new != 1))
+        size = None
+        if pads and len(rows) and not is_decode:
+            size = self._mixed_sizes.find(num_decodes, len(rows) - num_decodes, num_tokens - num_decodes)
+        self._write_rows(words, size, num_decodes, (rows, before, query_start, context_lens))
+        self._write_samples(words, size, num_decodes, (sampling_rows, columns, sample_tokens))
         return PackedStep(
             num_words=diff.pack(words),
             num_pieces=diff.num_pieces,
@@ -202,11 +209,42 @@ class DeviceBatch:
             num_tokens=num_tokens,
             max_query_len=max_query_len,
             max_context_len=self._max_context_len,
-            num_decodes=len(rows) if max_query_len <= 1 else int(np.argmax(num_new != 1)),
+            num_decodes=num_decodes,
             sampled=sampled,
             is_decode=is_decode,
             shape=shape,
+            padded_to=size,
         )
+
+    def _write_rows(
+        self, words: Int32, size: MixedSize | None, num_decodes: int, values: tuple[Int64, Int32, Int32, Int32]
+    ) -> None:
+        """The sections of a step's rows, for a size with a gap behind the decodes."""
+        layout, (rows, before, query_start, context_lens) = self._layout, values
+        end = query_start[-1]
+        if size is not None:
+            gap, at = size.num_decodes - num_decodes, num_decodes
+            zeros = self._zeros[:gap]
+            rows = np.concatenate((rows[:at], zeros, rows[at:]), dtype=np.int64)
+            before = np.concatenate((before[:at], zeros, before[at:]))
+            context_lens = np.concatenate((context_lens[:at], zeros, context_lens[at:]))
+            query_start = np.concatenate((self._every_row[: size.num_decodes], query_start[at:] + np.int32(gap)))
+            end = query_start[-1]
+        fill(words, layout.rows, layout.starts, rows, 0)
+        fill(words, layout.starts, layout.query_start, before, 0)
+        fill(words, layout.query_start, layout.context_lens, query_start, end)
+        fill(words, layout.context_lens, layout.sample_rows, context_lens, 0)
+
+    def _write_samples(
+        self, words: Int32, size: MixedSize | None, num_decodes: int, values: tuple[Int64, Int32, Int32]
+    ) -> None:
+        """The sections of a step's samples, which lie one behind the other in any case."""
+        layout, (rows, columns, tokens) = self._layout, values
+        if size is not None:
+            tokens = np.where(tokens < num_decodes, tokens, tokens + np.int32(size.num_decodes - num_decodes))
+        fill(words, layout.sample_rows, layout.sample_columns, rows, -1)
+        fill(words, layout.sample_columns, layout.sample_tokens, columns, 0)
+        fill(words, layout.sample_tokens, layout.diff, tokens, 0)
 
     def _pack_next_decodes(self, step: ExecuteStep, diff: StepDiff, words: Int32, shape: int) -> PackedStep:
         """The same rows once more, each with the token that was sampled last; `_pack_any` would say the same, later."""
@@ -215,16 +253,15 @@ class DeviceBatch:
         self._context_lens = context_lens = before + _ONE
         self._max_context_len += 1
         count = len(before)
-        if shape != self._shape:
+        if self._shape not in {shape, self._template_shape}:
             query_start = self._every_row[: count + 1]
-            fill(words, layout.rows, layout.starts, self._rows, 0)
-            fill(words, layout.starts, layout.query_start, before, 0)
-            fill(words, layout.query_start, layout.context_lens, query_start, count)
-            fill(words, layout.context_lens, layout.sample_rows, context_lens, 0)
-            fill(words, layout.sample_rows, layout.sample_columns, self._rows, -1)
-            fill(words, layout.sample_columns, layout.sample_tokens, context_lens, 0)
-            fill(words, layout.sample_tokens, layout.diff, query_start[:-1], 0)
+            self._write_rows(words, None, count, (self._rows, before, query_start, context_lens))
+            self._write_samples(words, None, count, (self._rows, context_lens, query_start[:-1]))
+            self._template[:] = words[: layout.diff]
+            self._template_shape = self._shape
         else:
+            if shape != self._shape:
+                words[: layout.diff] = self._template
             words[layout.starts : layout.starts + count] = before
             words[layout.context_lens : layout.context_lens + count] = context_lens
             words[layout.sample_columns : layout.sample_columns + count] = context_lens
@@ -260,7 +297,9 @@ class DeviceBatch:
             self._shape += 1
         else:
             self._catch_up()
-        self._of_rows = [standing for run in runs for standing in of_rows[run]] if len(runs) != 1 else of_rows[runs[0]]
+        self._of_rows = []  # a new one: plans hold the last
+        for run in runs:
+            self._of_rows += of_rows[run]
         self._of_rows += [self._standing[request_id] for request_id in added]
         new_rows = np.array([self._row_of[request_id] for request_id in added], dtype=np.int64)
         self._rows = np.concatenate([*(rows[run] for run in runs), new_rows])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ....kernels import device_sampling
+from ....kernels import device_sampling, logit_processing
 from ....kernels.attention_batch import AttentionBatch
 from ....kernels.step_inputs import RowInputs, StepLayout, TokenInputs, append_tokens, apply_diff, gather_step
 from ..device import Device
+from .mixed_sizes import MixedSize
 from .packed_step import PackedStep
 
 PACKED_WORDS = 1 << 16
@@ -17,24 +18,37 @@ PACKED_WORDS = 1 << 16
 class ForwardPass:
     """The tensors of the standing batch and of one step, and what is done with them; for the stream's `submit`.
 
-    Nothing here waits for the device, and nothing depends on what it computed: a graph can hold `decode`.
+    Nothing here waits for the device, and nothing depends on what it computed: a graph can hold `decode` and `mixed`.
 
     Args:
         device: model and KV cache.
         layout: of steps and rows.
         num_state_rows: requests that can stand at once.
+        max_rows: most rows that attention is launched for at once, padding included; None: those of the layout.
+        most_padded_tokens: of any size that `mixed` is called with.
     """
 
-    def __init__(self, device: Device, layout: StepLayout, num_state_rows: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        layout: StepLayout,
+        num_state_rows: int,
+        *,
+        max_rows: int | None = None,
+        most_padded_tokens: int = 0,
+    ) -> None:
         self._device, self._model, self._layout = device, device.model, layout
+        self._max_rows = max_rows or layout.max_rows
         where = device.model.device
         self._where = where
         self._state = torch.zeros((num_state_rows, layout.row_words), dtype=torch.int32, device=where)
         self._packed = torch.zeros(layout.diff + PACKED_WORDS, dtype=torch.int32, device=where)
         self._rows = RowInputs.empty(layout, where)
-        self._tokens = TokenInputs.empty(layout.section, where)  # of decode steps, whose addresses graphs remember
+        # Of steps that graphs compute, which remember the addresses.
+        self._tokens = TokenInputs.empty(max(layout.section, most_padded_tokens), where)
         self._sampled = torch.zeros(layout.section, dtype=torch.int64, device=where)
-        self._hidden: torch.Tensor | None = None  # of the last decode step, [layout.section, hidden_size]
+        self._counts = logit_processing.count_buffer(layout, device.model.vocab_size, where)
+        self._hidden: torch.Tensor | None = None  # what such a step sampled from, [layout.section, hidden_size]
 
     def load(self, words: torch.Tensor, step: PackedStep) -> None:
         """Bring a step's words to the device and apply its diff.
@@ -65,15 +79,34 @@ class ForwardPass:
                 num_decodes=num_rows,
             ),
         )
+        self._sample_from(hidden)
+
+    def mixed(self, size: MixedSize) -> None:
+        """Decodes and chunks, padding included, from what was loaded to what is sampled."""
+        tokens, layout = self._tokens.first(size.num_tokens), self._layout
+        gather_step(self._state, self._packed, self._rows, tokens, size.num_rows, max(1, size.num_chunk_tokens), layout)
+        batch = self._batch(
+            tokens,
+            num_rows=size.num_rows,
+            max_query_len=size.num_chunk_tokens,
+            max_context_len=layout.max_model_len,
+            num_decodes=size.num_decodes,
+        )
+        hidden = self._forward(tokens, batch)
+        first = layout.sample_tokens
+        self._sample_from(hidden.index_select(0, self._packed[first : first + size.num_rows]))
+
+    def _sample_from(self, hidden: torch.Tensor) -> None:
+        """Keep these hidden states, one of each sample, and choose the tokens."""
         if self._hidden is None:
-            self._hidden = hidden.new_zeros((layout.section, hidden.shape[1]))
-        self._hidden[:num_rows].copy_(hidden)
+            self._hidden = hidden.new_zeros((self._layout.section, hidden.shape[1]))
+        self._hidden[: len(hidden)].copy_(hidden)
         self.sample(self._model.compute_logits(hidden))
 
-    def decoded_logits(self, num_rows: int) -> torch.Tensor:
-        """Of the last `decode`, once more: a graph keeps its hidden states, not its logits."""
-        assert self._hidden is not None, "decode() comes first"
-        return self._model.compute_logits(self._hidden[:num_rows])
+    def logits_again(self, num_samples: int) -> torch.Tensor:
+        """Of the last `decode` or `mixed`, once more: a graph keeps its hidden states, not its logits."""
+        assert self._hidden is not None, "decode() or mixed() comes first"
+        return self._model.compute_logits(self._hidden[:num_samples])
 
     def compute(self, step: PackedStep) -> torch.Tensor:
         """Hidden states `[num_tokens, hidden_size]` of any step that was loaded."""
@@ -96,7 +129,11 @@ class ForwardPass:
         return self._model.compute_logits(hidden)
 
     def sample(self, logits: torch.Tensor) -> torch.Tensor:
-        """Choose a token from each row of `logits`, the step's samples in order, and append it; `[n]` int64."""
+        """Choose a token from each row of `logits`, the step's samples in order, and append it; `[n]` int64.
+
+        The logits are edited in place.
+        """
+        self.edit(logits)
         count, rows = len(logits), self._rows
         sampled = self._sampled[:count]
         device_sampling.sample_on_device(
@@ -111,6 +148,11 @@ class ForwardPass:
         )
         append_tokens(self._state, self._packed, sampled, self._layout)
         return sampled
+
+    def edit(self, logits: torch.Tensor) -> torch.Tensor:
+        """Apply to `logits`, in place, what the requests of the step's samples ask for (`logit_edits`)."""
+        logit_processing.process_logits(logits, self._state, self._packed, self._counts, self._layout)
+        return logits
 
     def sampled(self, count: int) -> torch.Tensor:
         """The first tokens of the last step, `[count]` int64."""
@@ -146,7 +188,7 @@ class ForwardPass:
             max_query_len=max_query_len,
             max_context_len=max_context_len,
             num_decodes=num_decodes,
-            max_rows=layout.max_rows,
+            max_rows=self._max_rows,
         )
 
     def _forward(self, tokens: TokenInputs, batch: AttentionBatch) -> torch.Tensor:

@@ -1,37 +1,53 @@
-"""CUDA graphs of decode steps: hundreds of launches that cost the host one."""
+"""CUDA graphs of steps of some sizes: hundreds of launches that cost the host one."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 
+from .mixed_sizes import MixedSize
+
 
 class Graphs:
-    """Decode steps of some sizes; a step of fewer rows is padded to the next.
+    """Decode steps of some sizes, and steps with chunks of prompts; a step of fewer rows or tokens is padded.
 
     On a CPU a size is a plain call of the same function over the same tensors.
 
     Args:
         decode: computes a decode step of so many rows; touches tensors at the same addresses each time.
         sizes: numbers of rows; empty for no graphs.
-        device: where `decode` computes.
+        device: where the steps are computed.
+        mixed: the same of a step with chunks.
+        mixed_sizes: of those that are captured.
     """
 
-    def __init__(self, decode: Callable[[int], None], sizes: Sequence[int], device: torch.device) -> None:
-        self._decode = decode
+    def __init__(
+        self,
+        decode: Callable[[int], None],
+        sizes: Sequence[int],
+        device: torch.device,
+        *,
+        mixed: Callable[[MixedSize], None] | None = None,
+        mixed_sizes: Iterable[MixedSize] = (),
+    ) -> None:
         self._sizes = sorted(set(sizes))
+        self._works: dict[int | MixedSize, Callable[[], None]] = {size: partial(decode, size) for size in self._sizes}
+        if mixed is not None:
+            self._works |= {size: partial(mixed, size) for size in mixed_sizes}
         self._device = device
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int | MixedSize, torch.cuda.CUDAGraph] = {}
         self.num_captured = 0
 
     @property
     def sizes(self) -> Sequence[int]:
+        """Of decode steps."""
         return self._sizes
 
     def size_for(self, num_rows: int) -> int | None:
-        """The smallest size that holds so many rows; None if none does."""
+        """The smallest size that holds so many rows of a decode step; None if none does."""
         index = bisect_left(self._sizes, num_rows)
         return self._sizes[index] if index < len(self._sizes) else None
 
@@ -42,22 +58,27 @@ class Graphs:
         loaded last must be a step without rows.
         """
         pool = None
-        for size in reversed(self._sizes):
-            self._decode(size)
+        for size in sorted(self._works, key=_num_tokens, reverse=True):
+            work = self._works[size]
+            work()
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
                 graph = torch.cuda.CUDAGraph()
                 # Of this thread alone: others may use CUDA meanwhile (NCCL's watchdog asks for its events).
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    self._decode(size)
+                    work()
                 pool = pool or graph.pool()
                 self._graphs[size] = graph
             self.num_captured += 1
 
-    def run(self, size: int) -> None:
-        """Compute a decode step of one of the sizes; one that is not captured, launch by launch."""
+    def run(self, size: int | MixedSize) -> None:
+        """Compute a step of one of the sizes; one that is not captured, launch by launch."""
         graph = self._graphs.get(size)
         if graph is None:
-            self._decode(size)
+            self._works[size]()
         else:
             graph.replay()
+
+
+def _num_tokens(size: int | MixedSize) -> int:
+    return size.num_tokens if isinstance(size, MixedSize) else size

@@ -126,4 +126,5 @@ class Launched:
             prompt_logprobs=self.prompt_logprobs,
             failed=tuple((standing.request_id, why) for standing, why in tokens.failed),
             execute_ns=execute_ns,
+            nonfinite=tokens.nonfinite,
         )

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ....messages.ids import RequestId
 from ..sampling_state import SamplingState
+from .mixed_sizes import MixedSize
 from .step_diff import Int32
 
 Int64 = npt.NDArray[np.int64]
@@ -24,6 +25,7 @@ class Standing:
         sampling: its state in the `Sampler`.
         is_plain: the device can sample it from now on, and nothing but a token is asked for.
         has_failed: no token could be sampled for it, so there is nothing to go on with.
+        is_edited: the device changes its logits before a token is chosen.
     """
 
     request_id: RequestId
@@ -32,6 +34,7 @@ class Standing:
     sampling: SamplingState
     is_plain: bool
     has_failed: bool = False
+    is_edited: bool = False
 
 
 @dataclass(slots=True)
@@ -45,6 +48,8 @@ class PackedStep:
         sampled: the requests that sample, in the order of the step's rows.
         is_decode: every row computes one token and samples, so that row i is sample i.
         shape: steps of the same number differ in what each decode step counts up by one, and in their diff.
+        padded_to: the size that rows and tokens are laid out for; None: they lie one behind the other, without padding
+            among them.
     """
 
     num_words: int
@@ -57,6 +62,7 @@ class PackedStep:
     sampled: Sequence[Standing]
     is_decode: bool
     shape: int
+    padded_to: MixedSize | None = None
 
 
 def fill(words: Int32, begin: int, end: int, values: Int32 | Int64, behind: int) -> None:

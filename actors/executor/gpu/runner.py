@@ -20,7 +20,9 @@ from .device_batch import DeviceBatch
 from .forward_pass import ForwardPass
 from .graphs import Graphs
 from .launched import Launched, Staging
-from .packed_step import Standing
+from .logit_edits import NO_EDITS, edits_of
+from .mixed_sizes import MixedSize, MixedSizes
+from .packed_step import PackedStep, Standing
 from .sampling_plan import SamplingPlan, plan_sampling
 from .step_diff import StepDiff
 from .stream import Stream, stream_of
@@ -30,8 +32,9 @@ from .warm_up import warm_up_steps
 class GpuRunner:
     """Launches steps on the device and collects what came of them, in the same order; for the executor's own thread.
 
-    Requests whose logits have to be changed before a token is chosen (penalties, bias, masks), or that ask for what the
-    device does not report, are sampled by the `Sampler`. A step with such a request is complete when `launch` returns.
+    Bias, penalties and `min_tokens` are the device's to apply (`logit_edits`). Requests with masks (allowed tokens, bad
+    words of several tokens), with more bias than there is room for, or that ask for what the device does not report are
+    sampled by the `Sampler`. A step with such a request is complete when `launch` returns.
 
     Args:
         device: model and KV cache.
@@ -40,8 +43,10 @@ class GpuRunner:
         pipeline_depth: steps in flight; requests that ended stand until the step that drops them.
         block_size: tokens in a KV block.
         graph_sizes: rows of decode steps to capture, see `Graphs`.
+        graph_tokens: tokens of prompts' chunks in one step to capture beside decodes, see `MixedSizes`.
         check_ranks: compare what the ranks that share the model sample.
         stream: where the device's work goes; None: where the model is.
+        forward: what launches it, for measurements; None: what the device computes with.
     """
 
     def __init__(
@@ -53,8 +58,10 @@ class GpuRunner:
         pipeline_depth: int,
         block_size: int,
         graph_sizes: Sequence[int] = (),
+        graph_tokens: Sequence[int] = (),
         check_ranks: bool = False,
         stream: Stream | None = None,
+        forward: ForwardPass | None = None,
     ) -> None:
         self.device = device
         self.max_launched = pipeline_depth
@@ -62,11 +69,17 @@ class GpuRunner:
         self._check_ranks = check_ranks
         where = device.model.device
         self._stream = stream or stream_of(where)
-        self._layout = StepLayout(max((max_num_seqs, *graph_sizes)), device.plan.max_model_len, block_size)
+        max_rows, mixed_sizes = max((max_num_seqs, *graph_sizes)), MixedSizes(max_num_seqs, graph_tokens)
+        self._layout = StepLayout(max(max_rows, mixed_sizes.most_rows), device.plan.max_model_len, block_size)
         num_state_rows = max_num_seqs * (pipeline_depth + 1)
-        self._batch = DeviceBatch(self._layout, num_state_rows)
-        self._forward = ForwardPass(device, self._layout, num_state_rows)
-        self._graphs = Graphs(self._forward.decode, graph_sizes, where)
+        self._batch = DeviceBatch(self._layout, num_state_rows, mixed_sizes)
+        self._forward = forward or ForwardPass(
+            device, self._layout, num_state_rows, max_rows=max_rows, most_padded_tokens=mixed_sizes.most_tokens
+        )
+        self._graphs = Graphs(
+            self._forward.decode, graph_sizes, where, mixed=self._forward.mixed, mixed_sizes=mixed_sizes
+        )
+        self._is_warming_up = False
         self._sampler = Sampler(device.model.vocab_size, where)
         self._plan: SamplingPlan | None = None
         self._wants_prompt_logprobs: dict[RequestId, tuple[int, list[int]]] = {}
@@ -122,18 +135,20 @@ class GpuRunner:
         launched_ns = time.monotonic_ns()
         diff = self._apply(step)
         staging = self._take_staging()
+        wants = self._wants_prompt_logprobs
+        is_reported = bool(wants) and not wants.keys().isdisjoint(step.request_ids)
+        pads = not (is_reported or self._is_warming_up)
         if diff.packed_words <= len(staging.words_array):
             words = staging.words
-            packed = self._batch.pack(step, diff, staging.words_array, staging.shape)
+            packed = self._batch.pack(step, diff, staging.words_array, staging.shape, pads=pads)
             staging.shape = packed.shape
         else:
             words = torch.empty(diff.packed_words, dtype=torch.int32, pin_memory=self._pins)
-            packed = self._batch.pack(step, diff, words.numpy())
+            packed = self._batch.pack(step, diff, words.numpy(), pads=pads)
         plan = self._plan_of(step, packed.sampled)
         launched = Launched(step, packed, plan, staging=staging, words=words, launched_ns=launched_ns)
         self._launched.append(launched)
-        wants = self._wants_prompt_logprobs
-        if plan.on_device and (not wants or wants.keys().isdisjoint(step.request_ids)):
+        if plan.on_device and not is_reported:
             launched.completion = self._stream.submit(partial(self._run, launched))
         else:
             launched.completion = self._stream.submit(partial(self._run_with_sampler, launched))
@@ -162,6 +177,7 @@ class GpuRunner:
 
     def warm_up(self) -> None:
         """Compile every kernel and capture every graph, so that no step has to, and the first is like any other."""
+        self._is_warming_up = True  # whatever a graph computes later is launched here, as what does not fit one will be
         for step in warm_up_steps(
             max_num_seqs=self._max_num_seqs,
             max_num_batched_tokens=self._max_num_batched_tokens,
@@ -170,6 +186,7 @@ class GpuRunner:
             num_blocks=self.device.plan.num_blocks,
         ):
             self.execute(step)  # the last is without rows, as `capture` wants it
+        self._is_warming_up = False
         self._stream.submit(torch.inference_mode()(self._graphs.capture)).wait()
         self._num_made_ready = self.num_compiled + self.num_captured
 
@@ -186,9 +203,13 @@ class GpuRunner:
         for start, block_table in zip(step.start, step.block_tables, strict=True):
             token_ids = memoryview(start.token_ids).cast("i")
             request_id, params, num_prompt_tokens = start.request_id, start.params, start.num_prompt_tokens
-            self._sampler.add(request_id, params, token_ids, num_prompt_tokens, start.eos_token_ids)
+            edits = edits_of(start, self.device.model.vocab_size)
+            self._sampler.add(
+                *(request_id, params, token_ids, num_prompt_tokens, start.eos_token_ids), is_edited=edits is not None
+            )
             standing = self._batch.start(start, len(block_table), self._sampler.state_of(request_id))
-            diff.write_start(standing.row, start, block_table, standing.sampling.seed)
+            standing.is_edited = edits not in (None, NO_EDITS)
+            diff.write_start(standing.row, start, block_table, standing.sampling.seed, edits or NO_EDITS)
             if params.prompt_logprobs is not None and len(token_ids) == num_prompt_tokens:
                 self._wants_prompt_logprobs[request_id] = (params.prompt_logprobs, token_ids.tolist())
         diff.write_blocks(self._batch.append_blocks(step))
@@ -230,20 +251,24 @@ class GpuRunner:
         if not packed.num_rows:
             return
         num_samples = len(packed.sampled)
-        size = self._graphs.size_for(packed.num_rows) if packed.is_decode else None
+        size = self._size_for(packed)
         logits: torch.Tensor | None = None
         if size is not None:
             self._graphs.run(size)
+            if not num_samples:
+                return
         else:
             hidden = forward.compute(packed)
             if not num_samples:
                 return
             logits = forward.sampling_logits(packed, hidden)
             forward.sample(logits)
+            if plan.reports_edited:
+                logits = forward.sampling_logits(packed, hidden)  # once more, as the model computed them
         words = forward.sampled(num_samples)
         if plan.num_top is not None:
             if logits is None:
-                logits = forward.decoded_logits(num_samples)
+                logits = forward.logits_again(num_samples)
             words = forward.with_logprobs(words, logits, plan.num_top)
         launched.results[: len(words)].copy_(words, non_blocking=True)
 
@@ -252,19 +277,28 @@ class GpuRunner:
         """A step whose tokens the `Sampler` chooses, or that reports on its prompts."""
         forward, packed, plan = self._forward, launched.packed, launched.plan
         forward.load(launched.words, packed)
-        size = self._graphs.size_for(packed.num_rows) if packed.is_decode else None
+        size = self._size_for(packed)
         if size is not None:
             self._graphs.run(size)  # samples as well, and what it has appended is written over
-            logits = forward.decoded_logits(packed.num_rows)
+            logits = forward.logits_again(len(packed.sampled))
         else:
             hidden = forward.compute(packed)
             launched.prompt_logprobs = self._prompt_logprobs(launched, hidden)
             logits = forward.sampling_logits(packed, hidden)
         for standing in packed.sampled:
             standing.sampling.num_output_tokens = self._batch.num_output_tokens(standing) - 1
-        sampled = self._sampler.sample(logits, plan.request_ids)
+        raw = logits
+        if any(standing.is_edited for standing in packed.sampled):
+            logits = forward.edit(raw.clone())
+        sampled = self._sampler.sample(logits, plan.request_ids, raw=raw)
         forward.append(torch.tensor(sampled.token_ids, dtype=torch.int64))
         launched.sampled = sampled
+
+    def _size_for(self, packed: PackedStep) -> int | MixedSize | None:
+        """What is computed in place of the step, padding included; None: it is launched as it comes."""
+        if packed.is_decode:
+            return self._graphs.size_for(packed.num_rows)
+        return packed.padded_to
 
     def _prompt_logprobs(
         self, launched: Launched, hidden: torch.Tensor

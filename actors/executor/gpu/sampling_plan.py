@@ -35,6 +35,7 @@ class SamplingPlan:
         on_device: the device's sampler can do all of them; otherwise the `Sampler` does.
         num_top: alternatives computed beside each token, None for no log-probabilities.
         asked: `(index, num_top)` of the requests that report log-probabilities.
+        reports_edited: of some of those the logits are changed, which log-probabilities are taken of as they were.
     """
 
     standing: Sequence[Standing]
@@ -43,6 +44,7 @@ class SamplingPlan:
     on_device: bool
     num_top: int | None
     asked: tuple[tuple[int, int], ...]
+    reports_edited: bool
 
     @property
     def num_words(self) -> int:
@@ -66,7 +68,7 @@ def plan_sampling(
         has_special: some of them may not be plain.
     """
     asked = []
-    on_device = True
+    on_device, reports_edited = True, False
     for index, each in enumerate(standing if has_special else ()):
         if each.is_plain:
             continue
@@ -74,6 +76,7 @@ def plan_sampling(
         if logprobs is not None:
             asked.append((index, min(logprobs, vocab_size)))
             on_device &= 0 <= logprobs <= MAX_TOP_LOGPROBS
+            reports_edited |= each.is_edited
         on_device &= not sampling.is_processed
     num_top = None
     if asked and on_device:
@@ -86,6 +89,7 @@ def plan_sampling(
         on_device=on_device,
         num_top=num_top,
         asked=tuple(asked),
+        reports_edited=reports_edited,
     )
 
 
@@ -95,6 +99,7 @@ class StepTokens:
 
     Attributes:
         failed: rows from which no token could be chosen, which are in none of the others, and why.
+        nonfinite: of those, the requests whose logits were no numbers.
     """
 
     request_ids: tuple[RequestId, ...] = ()
@@ -102,10 +107,13 @@ class StepTokens:
     stopped: tuple[RequestId, ...] = ()
     logprobs: tuple[tuple[RequestId, TokenLogprobs], ...] = ()
     failed: tuple[tuple[Standing, str], ...] = ()
+    nonfinite: tuple[RequestId, ...] = ()
 
 
 def read_tokens(plan: SamplingPlan, words: Int64, *, any_failed: bool) -> StepTokens:
     """Take the device's words apart: `[num_samples]` tokens, then log-probabilities (`ForwardPass.with_logprobs`).
+
+    The device leaves no row without a token unless its logits are no numbers.
 
     Args:
         any_failed: some request has failed in an earlier step, and may be among these.
@@ -113,24 +121,26 @@ def read_tokens(plan: SamplingPlan, words: Int64, *, any_failed: bool) -> StepTo
     count = len(plan.standing)
     tokens: list[int] = words[:count].tolist()
     logprobs = _read_logprobs(plan, tokens, words[count : plan.num_words]) if plan.num_top is not None else []
-    return _step_tokens(plan, tokens, logprobs, {}, any_failed)
+    return _step_tokens(plan, tokens, logprobs, {}, None, any_failed)
 
 
 def from_sampler(plan: SamplingPlan, sampled: SampledTokens, *, any_failed: bool) -> StepTokens:
     """The same of what the `Sampler` chose."""
-    return _step_tokens(plan, sampled.token_ids, sampled.logprobs, dict(sampled.failed), any_failed)
+    why, nonfinite = dict(sampled.failed), frozenset(sampled.nonfinite)
+    return _step_tokens(plan, sampled.token_ids, sampled.logprobs, why, nonfinite, any_failed)
 
 
-def _step_tokens(
+def _step_tokens(  # noqa: PLR0917 - what was sampled, one by one
     plan: SamplingPlan,
     tokens: list[int],
     logprobs: list[tuple[RequestId, TokenLogprobs]],
     why: dict[RequestId, str],
+    nonfinite: frozenset[RequestId] | None,  # None: every row without a token is
     any_failed: bool,
 ) -> StepTokens:
     """See who stops, and leave out rows without a token, and those of requests that had none in an earlier step.
 
-    `min_tokens` is reached wherever the device samples; elsewhere end tokens are masked until it is.
+    End tokens are excluded until `min_tokens` is reached.
     """
     stopped: tuple[RequestId, ...] = ()
     if plan.any_stop and not plan.any_stop.isdisjoint(tokens):
@@ -155,6 +165,7 @@ def _step_tokens(
         stopped=tuple(request_id for request_id in stopped if request_id not in gone),
         logprobs=tuple(entry for entry in logprobs if entry[0] not in gone),
         failed=tuple(failed),
+        nonfinite=tuple(each.request_id for each, _ in failed if nonfinite is None or each.request_id in nonfinite),
     )
 
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from ....kernels.step_inputs import PIECE_ENTRY_WORDS, PIECE_WORDS, StepLayout
+from ....kernels.step_inputs import MAX_EDITS, PIECE_ENTRY_WORDS, PIECE_WORDS, StepLayout
 from ....messages.step import StartRequest
+from .logit_edits import NO_EDITS, LogitEdits
 
 Int32 = npt.NDArray[np.int32]
 
-_PARAMS = struct.Struct("<fiffqii")  # see `octavo.kernels.step_inputs.PARAM_WORDS`
+_PARAMS = struct.Struct("<fiffqiifffii12x")  # see `octavo.kernels.step_inputs.PARAM_WORDS`
 
 
 @dataclass(slots=True)
@@ -40,18 +41,28 @@ class StepDiff:
         """Words that the whole packed step takes."""
         return self.layout.diff + len(self.table) + self.num_words
 
-    def write_start(self, row: int, start: StartRequest, block_table: Sequence[int], seed: int) -> None:
-        """All that a row holds: parameters, blocks, tokens.
+    def write_start(
+        self, row: int, start: StartRequest, block_table: Sequence[int], seed: int, edits: LogitEdits = NO_EDITS
+    ) -> None:
+        """All that a row holds: parameters, blocks, tokens, edits.
 
         Args:
             seed: as a signed number.
         """
         params = start.params
         top_k = params.top_k if 0 < params.top_k < 2**31 else 0  # outside of int32 it means all, as 0 does
-        words = _PARAMS.pack(params.temperature, top_k, params.top_p, params.min_p, seed, start.num_prompt_tokens, 0)
+        words = _PARAMS.pack(
+            *(params.temperature, top_k, params.top_p, params.min_p, seed, start.num_prompt_tokens),
+            *(edits.min_tokens, edits.repetition, edits.frequency, edits.presence),
+            *(len(edits.biased), len(edits.stops)),
+        )
         self._write(row, 0, np.frombuffer(words, dtype=np.int32))
         self._write(row, self.layout.blocks, np.array(block_table, dtype=np.int32))
         self._write(row, self.layout.token_ids, np.frombuffer(start.token_ids, dtype=np.int32))
+        if edits.biased or edits.stops:
+            bias = np.array(list(edits.biased.values()), dtype=np.float32)
+            self._write(row, self.layout.edits, np.array([*edits.biased, *edits.stops], dtype=np.int32))
+            self._write(row, self.layout.edits + MAX_EDITS, bias.view(np.int32))
 
     def write_blocks(self, appended: Iterable[tuple[int, int, Sequence[int]]]) -> None:
         """Blocks that are appended to block tables.

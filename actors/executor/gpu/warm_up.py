@@ -27,7 +27,7 @@ def warm_up_steps(
     *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, block_size: int, num_blocks: int
 ) -> Iterator[ExecuteStep]:
     """Prompts of 1, 2, 4 ... tokens up to what a step may have; then chunks of such lengths at the end of a long
-    context, a decode beside them; then every way to sample. The last step has no rows.
+    context, a decode beside them; then as many rows as there can be, and every way to sample. The last has no rows.
 
     All share the cache's first blocks, whose contents are of no account: every step is right by itself.
     """
@@ -40,6 +40,12 @@ def warm_up_steps(
     context, few = min(longest, _LONG_CONTEXT), min(2, max_num_seqs, max_num_batched_tokens)
     for count in _doubling(min(max_num_batched_tokens - few + 1, context)):
         yield from _alone([1] * (few - 1) + [count], [context] * few, _GREEDY, block_size)
+    # As many rows sampled as there can be, beside a chunk: products with quantised weights, of which the output
+    # projection may be one of another kind than the layers', are compiled for up to 16, 32 and 64 rows.
+    most_rows = min(max_num_seqs, max_num_batched_tokens - 1) if longest > 1 else 0
+    for num_rows in _doubling(most_rows) if most_rows > 0 else ():
+        counts = [1] * (num_rows - 1) + [2]
+        yield from _alone(counts, counts, _GREEDY, block_size)
     for params in _WAYS:
         chunk = [1] * (few - 1) + [min(16, longest, max_num_batched_tokens - few + 1)]
         yield from _alone(chunk, chunk, params, block_size)

@@ -81,9 +81,30 @@ def test_cores_that_were_asked_for_are_taken_as_they_are() -> None:
     assert choose("3,0-1", busy=3.0, quota=1.0) == Choice((3, 0, 1), 3, "asked for")
 
 
+def test_executors_that_are_given_one_list_take_a_part_each() -> None:
+    parts = [choose("0-3", place=(index, 2)) for index in range(2)]
+    assert parts == [Choice((0, 1), 2, "asked for"), Choice((2, 3), 2, "asked for")]
+    assert [choose("3,1,0", place=(index, 3), num_threads=1).cpus for index in range(3)] == [(3,), (1,), (0,)]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads cannot be bound here")
+def test_cores_that_were_asked_for_are_claimed_and_kept_though_others_have_them(tmp_path: Path) -> None:
+    core = min(os.sched_getaffinity(0))
+    first = CpuAffinity(str(core), None, Claims(tmp_path / "cores"))
+    assert not Claims(tmp_path / "cores").claim(core)
+    second = CpuAffinity(str(core), None, Claims(tmp_path / "cores"))
+    assert second.choice == Choice((core,), 1, f"asked for, though other engines are bound to {core}")
+    first.release()
+    second.release()
+    assert Claims(tmp_path / "cores").claim(core)
+
+
 @pytest.mark.parametrize(
     ("asked", "given", "message"),
     [
+        ("0-2", {"place": (0, 2)}, "names 3 cores for num_threads=1 in each of 2 executors that share them: name 2"),
+        ("0", {"place": (0, 2)}, "names 1 cores for num_threads=1 in each of 2 executors that share them: name 2"),
+        ("0-1", {"place": (1, 2), "num_threads": 2}, "num_threads=2 in each of 2 executors that share them: name 4"),
         ("first", {}, "or auto, or off"),
         ("0,9", {}, "may not use 9; it may use 0, 1, 2, 3"),
         ("0-1", {"num_threads": 3}, "names 2 cores for num_threads=3"),

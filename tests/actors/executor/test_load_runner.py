@@ -30,7 +30,9 @@ def load(monkeypatch: pytest.MonkeyPatch, where: str, *, pp_size: int = 1, **of_
     monkeypatch.setattr(runner, "Device", lambda config, group: device)
     monkeypatch.setattr(runner, "StepRunner", Made)
     monkeypatch.setattr(runner, "GpuRunner", MadeAhead)
-    config = ExecutorConfig(model_path="model", cuda_graph_sizes=(1, 8), max_num_batched_tokens=99, pipeline_depth=3)
+    config = ExecutorConfig(
+        model_path="model", cuda_graph_sizes=(1, 8), cuda_graph_tokens=(7,), max_num_batched_tokens=99, pipeline_depth=3
+    )
     made: Any = runner.load_runner(config)
     assert made.is_warm
     return made
@@ -39,14 +41,14 @@ def load(monkeypatch: pytest.MonkeyPatch, where: str, *, pp_size: int = 1, **of_
 def test_on_a_gpu_steps_are_launched_ahead_and_decodes_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     made = load(monkeypatch, "cuda:1")
     assert type(made) is MadeAhead
-    assert made.fields["graph_sizes"] == (1, 8)
+    assert (made.fields["graph_sizes"], made.fields["graph_tokens"]) == ((1, 8), (7,))
     assert (made.fields["max_num_batched_tokens"], made.fields["pipeline_depth"]) == (99, 3)
 
 
 def test_a_model_that_looks_at_numbers_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     made = load(monkeypatch, "cuda", fits_graphs=False)
     assert type(made) is MadeAhead
-    assert made.fields["graph_sizes"] == ()
+    assert made.fields["graph_sizes"] == made.fields["graph_tokens"] == ()
 
 
 @pytest.mark.parametrize(("where", "pp_size"), [("cpu", 1), ("cuda", 2)])

@@ -17,6 +17,7 @@ from octavo.actors.executor.config import ExecutorConfig
 from octavo.actors.executor.device import Device, resolve_device
 from octavo.actors.executor.gpu_memory import share_out
 from octavo.actors.executor.memory_profile import ExecutorMemory, largest_step, measured_memory, small_caches
+from octavo.kernels.logit_processing import memory_bytes
 from octavo.messages.errors import InvalidConfigError
 from octavo.models.parallel import alone
 
@@ -77,6 +78,7 @@ def test_readings_add_up_to_what_is_gone() -> None:
     assert measured.weights == 15 * gib
     assert measured.activations == 2 * gib
     assert measured.runtime == gib
+    assert measured.state >= memory_bytes(10 * (config.pipeline_depth + 1), 1000) > 4 * 64 * 1000
     assert measured.graphs == 0
     assert share_out(measured, memory_utilization=0.9).kv_bytes == 126 * gib - 20 * gib - measured.state
 

@@ -29,6 +29,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}, {}),
     "smollm3": ("smollm3", {}, {}),
     "gemma2": ("gemma2", {}, {}),
+    "gemma2-deterministic-odd-vocabulary": (
+        "gemma2",
+        {"vocab_size": 257, "num_hidden_layers": 4},
+        {"deterministic": True},
+    ),
     "gemma3": ("gemma3_text", {}, {}),
     "mixtral": ("mixtral", {}, {}),
     "qwen3-moe": ("qwen3_moe", {"num_hidden_layers": 3, "mlp_only_layers": [1], "norm_topk_prob": True}, {}),

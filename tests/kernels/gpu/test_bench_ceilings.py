@@ -8,6 +8,7 @@ import torch
 from octavo.kernels.gpu import bench_attention_peers, bench_ceilings
 from octavo.kernels.gpu.bench_attention_peers import Shape, make_inputs, reference, relative_error, rows
 from octavo.kernels.gpu.bench_ceilings import read_all
+from octavo.kernels.gpu.device_time import Timed
 
 CPU = torch.device("cpu")
 SMALL = (Shape(2, 1, 20, 4, 2, 16), Shape(1, 9, 0, 4, 2, 16), Shape(1, 5, 12, 4, 2, 16))
@@ -52,11 +53,11 @@ def test_a_peer_that_is_absent_is_one_row_and_one_that_fails_a_row_for_each_shap
 
 
 def test_figures_are_timed_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_attention_peers, "median_ms", lambda run: 2.0)
-    monkeypatch.setattr(bench_ceilings, "median_ms", lambda run: 2.0)
+    monkeypatch.setattr(bench_attention_peers, "device_time", lambda run: Timed(2000.0, "eager"))
+    monkeypatch.setattr(bench_ceilings, "device_time", lambda run: Timed(2000.0))
     (row,) = rows(CPU, peer="torch_attention", shapes=SMALL[:1])
     assert row["us"] == 2000.0
-    assert row["note"].startswith("error ")
+    assert row["note"].startswith("error ") and row["note"].endswith("; eager")
     assert "WRONG" not in row["note"]
     found = bench_ceilings.rows(CPU, num_bytes=8192 * 4, size=8)
     assert [entry["kernel"] for entry in found] == ["read", "copy", "product"] * 2

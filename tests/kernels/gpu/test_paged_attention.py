@@ -300,3 +300,61 @@ def test_nothing_is_compiled_in_the_interpreter() -> None:
     assert launch.UPCAST
     assert launch.compilations() == 0
     assert launch.num_processors(torch.device("cpu")) > 0
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_rows_of_one_token_and_no_context_give_zeros_wherever_they_stand(invariant: bool) -> None:
+    """As a graph of decodes and chunks is padded: behind the decodes, and behind the chunks, whose bounds are loose."""
+    rows = [(1, 30), (1, 2), (1, 16), (1, 16), (9, 40), (5, 5)]
+    case = make_case(rows, padded_rows=2, padded_tokens=6)
+    context_lens = case.batch.context_lens.clone()
+    context_lens[2:4] = 0
+    padded = dataclasses.replace(
+        case.batch, context_lens=context_lens, max_query_len=20, max_context_len=100, num_decodes=4
+    )
+    expected = case.reference()
+    expected[2:4] = 0.0
+    ours = attend(dataclasses.replace(case, batch=padded), batch_invariant=invariant)
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
+    assert ours[2:4].eq(0.0).all()
+    assert ours[-6:].eq(0.0).all()
+
+
+def test_layers_of_a_kind_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[Problem] = []
+
+    def choose(problem: Problem, *, batch_invariant: bool) -> attention_config.Schedule:
+        planned.append(problem)
+        return choose_schedule(problem, batch_invariant=batch_invariant)
+
+    monkeypatch.setattr(paged_attention_module, "choose_schedule", choose)
+    case = make_case(MIXED)
+    first = attend(case)
+    assert len(planned) == 2  # decodes, and the others
+    assert torch.equal(attend(case), first)
+    assert len(planned) == 2
+    windowed = attend(case, sliding_window=7)
+    assert len(planned) == 4
+    assert torch.equal(attend(case, sliding_window=7), windowed)
+    assert torch.equal(attend(case), first)
+    assert len(planned) == 4
+    assert not torch.equal(first, windowed)
+    attend(make_case(MIXED))  # another batch
+    assert len(planned) == 6
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("by_share", [False, True])
+def test_a_step_without_rows_gives_zeros_where_a_graph_is_captured_for_some(invariant: bool, by_share: bool) -> None:
+    """Which is what is loaded then: cuts are where the graph has them, and no row has a token."""
+    case = make_case([(1, 9), (1, 2), (1, 5), (7, 20), (3, 3)], padded_rows=2)
+    nothing = dataclasses.replace(
+        case.batch,
+        query_start=torch.zeros_like(case.batch.query_start),
+        context_lens=torch.zeros_like(case.batch.context_lens),
+        max_query_len=4 if by_share else 60,
+        max_context_len=200,
+        num_decodes=3,
+    )
+    ours = attend(dataclasses.replace(case, batch=nothing), batch_invariant=invariant)
+    assert ours.eq(0.0).all()

@@ -14,9 +14,12 @@ from octavo.kernels.attention_batch import AttentionBatch
 from octavo.kernels.gpu import paged_attention as module
 from octavo.kernels.kv_quantization import row_width
 
+PROCESSORS = 132  # of an H200
 REGISTERS_OF_A_PROCESSOR = 65536
 TYPES = {
     torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "i8",
     torch.float32: "fp32",
     torch.int32: "i32",
     torch.float8_e4m3fn: "fp8e4nv",
@@ -56,29 +59,38 @@ def launched(
     query_len: int,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    q_dtype: torch.dtype = torch.bfloat16,
     block_size: int = 16,
+    num_rows: int = 256,
+    context_len: int = 4096,
     **options: Any,
 ) -> Variant:
-    """The main kernel of one call with 8 KV heads and groups of 4."""
+    """The main kernel of one call with 8 KV heads and groups of 4.
+
+    Args:
+        dtype, q_dtype: of the cache, and of the queries.
+        query_len, context_len: of each row.
+    """
     shares, tiles = (Launches(getattr(module, name), name) for name in ("share_kernel", "tile_kernel"))
     with monkeypatch.context() as patch:
         patch.setattr(module, "share_kernel", shares)
         patch.setattr(module, "tile_kernel", tiles)
+        patch.setattr(module, "num_processors", lambda device: PROCESSORS)
         for name in ("reduce_shares_kernel", "reduce_chunks_kernel"):
             patch.setattr(module, name, Launches(getattr(module, name), name))
         meta = {"device": "meta"}
         cache = torch.empty(64, 8, block_size, row_width(head_dim, dtype), dtype=dtype, **meta)
         batch = AttentionBatch(
-            query_start=torch.empty(257, dtype=torch.int32, **meta),
-            context_lens=torch.empty(256, dtype=torch.int32, **meta),
-            block_tables=torch.empty(256, 64, dtype=torch.int32, **meta),
-            slot_mapping=torch.empty(256 * query_len, dtype=torch.int64, **meta),
+            query_start=torch.empty(num_rows + 1, dtype=torch.int32, **meta),
+            context_lens=torch.empty(num_rows, dtype=torch.int32, **meta),
+            block_tables=torch.empty(num_rows, 64, dtype=torch.int32, **meta),
+            slot_mapping=torch.empty(num_rows * query_len, dtype=torch.int64, **meta),
             block_size=block_size,
             max_query_len=query_len,
-            max_context_len=4096,
-            num_decodes=256 if query_len == 1 else 0,
+            max_context_len=context_len,
+            num_decodes=num_rows if query_len == 1 else 0,
         )
-        q = torch.empty(256 * query_len, 32, head_dim, dtype=torch.bfloat16, **meta)
+        q = torch.empty(num_rows * query_len, 32, head_dim, dtype=q_dtype, **meta)
         module.paged_attention(q, cache, cache, batch, scale=0.1, **options)
     (variant,) = shares.variants + tiles.variants
     return variant
@@ -100,7 +112,25 @@ CALLS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "prefill, all masks": (128, 512, {**PROCESSOR_OPTIONS, "sinks": torch.ones(32), "alibi_slopes": torch.ones(32)}),
     "prefill, 96 wide, blocks of 256": (96, 512, {"block_size": 256}),
     "decode, 80 wide, blocks of 256": (80, 1, {"block_size": 256}),
+    "decode, int8": (128, 1, {"dtype": torch.int8}),
+    "prefill, int8": (128, 512, {"dtype": torch.int8}),
+    "decode, float16": (128, 1, {"dtype": torch.float16, "q_dtype": torch.float16}),
+    "prefill, float16": (128, 512, {"dtype": torch.float16, "q_dtype": torch.float16}),
+    "prefill, few rows, batch-invariant": (128, 256, {"num_rows": 1, "batch_invariant": True}),
+    "decode, few rows, batch-invariant": (128, 1, {"num_rows": 1, "batch_invariant": True}),
+    **{
+        f"short chunk, {kind}": (head_dim, query_len, {"num_rows": 1, "context_len": 32768, **options})
+        for kind, head_dim, query_len, options in (
+            ("16 tokens", 128, 16, {}),
+            ("64 tokens", 128, 64, {}),
+            ("64 wide", 64, 64, {}),
+            ("256 wide", 256, 64, {}),
+            ("fp8", 128, 64, {"dtype": torch.float8_e4m3fn}),
+            ("all masks", 128, 64, {**PROCESSOR_OPTIONS, "sinks": torch.ones(32), "alibi_slopes": torch.ones(32)}),
+        )
+    },
 }
+BY_SHARE = ("decode", "short chunk")
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +140,26 @@ def reports() -> dict[str, tuple[Variant, Report]]:
     return dict(zip(CALLS, zip(variants, compile_all(variants), strict=True), strict=True))
 
 
-def test_prefills_use_wgmma(reports: dict[str, tuple[Variant, Report]]) -> None:
+def test_prefills_and_short_chunks_of_long_prompts_use_wgmma(reports: dict[str, tuple[Variant, Report]]) -> None:
     for name, (variant, report) in reports.items():
-        assert variant.kernel.endswith("tile_kernel") == name.startswith("prefill")
-        if name.startswith("prefill"):
+        is_by_tile = not name.startswith(BY_SHARE) or "batch-invariant" in name
+        assert variant.kernel.endswith("tile_kernel") == is_by_tile, name
+        if not name.startswith("decode"):
             assert report.uses_wgmma, name
+
+
+def test_short_chunks_of_long_prompts_are_computed_sixty_four_rows_at_a_time(
+    reports: dict[str, tuple[Variant, Report]],
+) -> None:
+    chunks = {name: variant for name, (variant, _) in reports.items() if name.startswith("short chunk")}
+    assert {variant.constexprs["S"].BLOCK_M for variant in chunks.values()} == {64}
+
+
+def test_what_is_split_for_few_rows_whatever_the_batch_is_among_what_is_compiled(
+    reports: dict[str, tuple[Variant, Report]],
+) -> None:
+    split = {name for name, (variant, _) in reports.items() if variant.constexprs.get("SPLIT")}
+    assert split == {name for name in reports if "few rows, batch-invariant" in name}
 
 
 def test_nothing_spills(reports: dict[str, tuple[Variant, Report]]) -> None:
@@ -126,11 +171,11 @@ def test_shared_memory_fits(reports: dict[str, tuple[Variant, Report]]) -> None:
         assert report.shared_bytes <= MAX_SHARED_BYTES, name
 
 
-def test_a_processor_holds_as_many_decode_programs_as_are_launched_for_it(
+def test_a_processor_holds_as_many_programs_by_share_as_are_launched_for_it(
     reports: dict[str, tuple[Variant, Report]],
 ) -> None:
     for name, (variant, report) in reports.items():
-        if name.startswith("decode"):
+        if variant.kernel.endswith("share_kernel"):
             registers = -(-report.num_registers // 8) * 8 * 32 * variant.num_warps
             assert 2 * registers <= REGISTERS_OF_A_PROCESSOR, name
             assert 2 * (report.shared_bytes + 1024) <= MAX_SHARED_BYTES + 1024, name  # 1 KiB of each is the system's
@@ -139,6 +184,6 @@ def test_a_processor_holds_as_many_decode_programs_as_are_launched_for_it(
 def test_keys_and_values_are_copied_sixteen_bytes_at_a_time(reports: dict[str, tuple[Variant, Report]]) -> None:
     for name, (_, report) in reports.items():
         wide, narrow = report.ptx.count(", 0x10"), report.ptx.count(", 0x4,")
-        if "fp8" not in name:  # whose rows of 132 bytes are aligned to four
+        if "fp8" not in name and "int8" not in name:  # whose rows of 132 bytes are aligned to four
             assert wide >= 16, name
             assert narrow == 0, name

@@ -44,16 +44,18 @@ def deterministic() -> Variant:
     )
 
 
-def codes(bits: int, block_m: int, *, halves: bool = False, zeros: bool = True) -> Variant:
+def codes(
+    bits: int, block_m: int, *, halves: bool = False, zeros: bool = True, split: bool = False, dtype: str = "bf16"
+) -> Variant:
     return Variant(
         f"{_QUANTIZED}:_codes_kernel",
         {
-            **{"x_ptr": "*bf16", "codes_ptr": "*i16" if bits == 4 else "*i8", "scales_ptr": "*bf16"},
-            **{"zeros_ptr": "*i16", "offsets_ptr": "*fp32", "out_ptr": "*bf16", **_SIZES},
+            **{"x_ptr": f"*{dtype}", "codes_ptr": "*i16" if bits == 4 else "*i8", "scales_ptr": "*bf16"},
+            **{"zeros_ptr": "*i16", "offsets_ptr": "*fp32", "out_ptr": "*fp32" if split else f"*{dtype}", **_SIZES},
             **{"code_stride": "i32:16", "num_groups": "i32:16", "group_size": "i32:16", "inputs_per_split": "i32:16"},
         },
         {
-            **{"BITS": bits, "HAS_ZEROS": zeros, "HAS_OFFSETS": not zeros, "HAS_HALVES": halves, "SPLIT": False},
+            **{"BITS": bits, "HAS_ZEROS": zeros, "HAS_OFFSETS": not zeros, "HAS_HALVES": halves, "SPLIT": split},
             **{"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 64 if halves else 128},
         },
         num_warps=4,
@@ -98,7 +100,9 @@ VARIANTS: dict[str, Variant] = {
         {"HAS_BIAS": True, "SPLIT_K": 4, "BLOCK": 256},
     ),
     "deterministic": deterministic(),
-    **{f"{bits} bits, {block_m} rows": codes(bits, block_m) for bits in (4, 8) for block_m in (16, 64)},
+    **{f"{bits} bits, {block_m} rows": codes(bits, block_m) for bits in (4, 8) for block_m in (16, 32, 64)},
+    **{f"{bits} bits, 16 rows, split": codes(bits, 16, split=True) for bits in (4, 8)},
+    **{f"{bits} bits, 64 rows, float16": codes(bits, 64, dtype="fp16") for bits in (4, 8)},
     "4 bits, groups of 32": codes(4, 16, halves=True),
     "4 bits, offsets": codes(4, 64, halves=True, zeros=False),
     **{f"widen {bits} bits": widen(bits) for bits in (4, 8)},

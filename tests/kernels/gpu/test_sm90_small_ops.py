@@ -7,7 +7,7 @@ import functools
 import pytest
 from sm90 import Report, Variant, compile_all
 
-from octavo.kernels.step_inputs import StepLayout
+from octavo.kernels.step_inputs import MAX_EDITS, StepLayout
 
 PACKAGE = "octavo.kernels.gpu."
 SIZES = {"stride": "i32:16", "vocab_size": "i32:16", "num_chunks": "i32"}
@@ -86,6 +86,7 @@ VARIANTS = {
             **dict.fromkeys(("block_tables_ptr", "top_k_ptr"), "*i32"),
             **dict.fromkeys(("temperature_ptr", "top_p_ptr", "min_p_ptr"), "*fp32"),
             **dict.fromkeys(("seeds_ptr", "draw_positions_ptr"), "*i64"),
+            "num_tokens": "i32",
         },
         {
             **SAMPLES,
@@ -99,10 +100,21 @@ VARIANTS = {
         {**STATE, "token_ids_ptr": "*i64", "num_samples": "i32"},
         {**SAMPLES, "BLOCK": 128},
     ),
+    "logit_processing": Variant(
+        PACKAGE + "logit_processing:_process_logits_kernel",
+        {
+            **{"logits_ptr": "*fp32", **STATE, "counts_ptr": "*i32"},
+            **{"num_samples": "i32", "stride": "i32:16", "vocab_size": "i32:16"},
+        },
+        {
+            **{**SAMPLES, "EDITS": LAYOUT.edits, "MAX_EDITS": MAX_EDITS, "BLOCK": 1024},
+        },
+        num_warps=8,
+    ),
     "rms_norm": Variant(
         PACKAGE + "rms_norm:_rms_norm_kernel",
         {
-            **dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "total_ptr"), "*bf16"),
+            **dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "out_ptr"), "*bf16"),
             **dict.fromkeys(("x_stride", "residual_stride", "hidden_size"), "i32:16"),
             "eps": "fp32",
         },

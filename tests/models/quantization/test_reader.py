@@ -1,16 +1,18 @@
 """Checkpoints of each format against the floats that they stand for."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from paged_runner import greedy_paged
+from paged_runner import assert_greedy_tokens_agree, greedy_paged, run_paged
 from quantized_checkpoints import Format, write_both
 from safetensors.torch import load_file, save_file
 from tiny_models import random_token_ids, save_tiny_model
 
+from octavo.kernels import cpu_build
 from octavo.kernels.linear_quantized import QuantizedWeight, linear_quantized
 from octavo.models.errors import QuantizedModelError, UnsupportedModelError, WeightsError
 from octavo.models.quantization.reader import QuantizingReader, open_weights
@@ -96,6 +98,26 @@ def test_each_format_gives_the_exact_floats_their_products_and_their_tokens(
     prompt = random_token_ids(20)
     ours = greedy_paged(load_model(quantized, dtype="float32"), prompt, 12)
     assert ours == greedy_paged(load_model(floating, dtype="float32"), prompt, 12)
+
+
+@pytest.mark.skipif(
+    cpu_build.library() is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="there are no products in whole numbers",
+)
+@pytest.mark.parametrize("made", ["gptq-4", "awq", "compressed-8", "gptq-8-desc-act"])
+def test_in_bfloat16_products_in_whole_numbers_give_the_tokens_too(made: str, source: Path, tmp_path: Path) -> None:
+    quantized, floating = make(source, tmp_path, FORMATS[made])
+    prompt = random_token_ids(20)
+    model = load_model(quantized, dtype="bfloat16")
+    tokens = prompt + greedy_paged(model, prompt, 12)
+    exact = run_paged(load_model(floating, dtype="float32"), tokens)
+    assert 2 < float(exact.std()) < 3  # beside which the tolerance is what bfloat16 loses
+    assert_greedy_tokens_agree(exact, tokens, len(prompt), tolerance=0.25)
+    in_floats = run_paged(load_model(quantized, dtype="bfloat16", deterministic=True), tokens, [len(prompt)])
+    ours = run_paged(model, tokens, [len(prompt)])
+    assert not torch.equal(ours[20:], in_floats[20:])  # one row at a time; many only where floats have no wider vectors
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        assert not torch.equal(ours[:20], in_floats[:20])
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gemma3_text"])
@@ -221,3 +243,29 @@ def test_quantising_is_refused_where_it_cannot_be_done(source: Path, tmp_path: P
         load_model(quantized, model_impl="transformers")
     with pytest.raises(UnsupportedModelError, match=r"--quantization int4.*transformers"):
         load_model(source, quantization="int4", model_impl="transformers")
+
+
+@pytest.mark.parametrize("to", ["awq", "int8", None])
+@pytest.mark.parametrize("has_library", [True, False])
+def test_quantised_weights_without_the_c_kernels_are_loaded_with_a_warning_that_says_what_to_do(
+    to: str | None,
+    has_library: bool,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = make(source, tmp_path, FORMATS["awq"])[0] if to == "awq" else source
+    monkeypatch.setattr(cpu_build, "library", lambda: object() if has_library else None)
+    quantization = read_scheme(folder) if to == "awq" else to
+    with (
+        caplog.at_level(logging.WARNING),
+        open_weights(
+            folder,
+            dtype=torch.float32,
+            device=CPU,
+            quantization=quantization,  # type: ignore[arg-type]
+        ),
+    ):
+        pass
+    assert ("install gcc or clang" in caplog.text) == (to is not None and not has_library)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from octavo.actors.executor.gpu.bench_host import HostLoop, Timeline, percentile
+from octavo.actors.executor.gpu.bench_host import HostLoop, Timeline, percentile, scenarios
+from octavo.actors.executor.gpu.counted_forward import Launches
 
 
 class TickingClock:
@@ -73,3 +74,43 @@ def test_percentiles_are_values_that_were_measured() -> None:
     values = [50, 10, 40, 20, 30]
     assert [percentile(values, share) for share in (0.0, 0.2, 0.5, 0.8, 0.99, 1.0)] == [10, 10, 30, 40, 50, 50]
     assert percentile([7], 0.5) == 7
+
+
+def test_a_step_is_done_no_sooner_than_it_is_launched_and_the_device_waits_meanwhile() -> None:
+    clock, launches = SetClock(), Launches()
+    device = Timeline(clock, step_ns=100, token_ns=2, launch_ns=5, launches=launches)
+
+    def work(count: int, chunk_tokens: int) -> None:
+        launches.count += count
+        launches.chunk_tokens += chunk_tokens
+
+    device.submit(lambda: work(4, 10)).wait()  # launched in 20, computed in 120
+    assert (clock.at_ns, device.idle_ns, device.busy_ns, device.charged_ns) == (120, 0, 120, 20)
+    device.submit(lambda: work(60, 10)).wait()  # launched in 300, computed in 120
+    assert (clock.at_ns, device.idle_ns, device.busy_ns, device.charged_ns) == (420, 180, 240, 320)
+    device.submit(lambda: work(2, 0))
+    device.submit(lambda: work(16, 0)).wait()  # launched while the one before is computed
+    assert (clock.at_ns, device.idle_ns) == (420 + 200, 180)
+    assert device.num_launches == [4, 60, 2, 16]
+
+
+def test_steps_with_chunks_cost_hundreds_of_launches_or_a_graph() -> None:
+    found = {}
+    for name, options in scenarios(40).items():
+        loop = HostLoop(
+            num_running=20,
+            step_ns=200_000,
+            clock=TickingClock(),
+            launch_ns=5000,
+            **options | {"output_tokens": (5, 20)},
+        )
+        loop.run(20)
+        found[name] = loop.run(40)
+    launched, graphs = found["in chunks, launched"], found["in chunks, graphs"]
+    assert launched.launches > 300
+    assert graphs.launches < 6
+    assert launched.idle_share > 0.8 > 0.1 > graphs.idle_share
+    assert launched.launching_ns > 300 * 5000
+    # Launching is in none of the stages.
+    assert sum(launched.of_steps()) < 2 * sum(graphs.of_steps())
+    assert launched.num_sampled == graphs.num_sampled

@@ -14,15 +14,27 @@ from typing import Any
 
 import pytest
 
+from octavo.actors.executor.gpu.mixed_sizes import MixedSizes
+
 SCRIPT = Path(__file__).parents[3] / "gpu_dry_run.py"
 
 SERVED: dict[str, dict[str, Any]] = {
-    "dense, graphs": {"preset": "qwen3-0.6b", "cuda_graph_sizes": [1, 8, 256], "max_num_batched_tokens": 4096},
+    "dense, graphs": {
+        **{"preset": "qwen3-0.6b", "cuda_graph_sizes": [1, 8, 256], "cuda_graph_tokens": [64, 512]},
+        "max_num_batched_tokens": 4096,
+    },
     "more rows, fp8 cache": {
         **{"preset": "llama-3.1-8b", "num_layers": 1, "num_steps": 15, "kv_cache_dtype": "fp8"},
         **{"max_num_seqs": 512, "max_num_batched_tokens": 8192, "cuda_graph_sizes": [512]},
     },
-    "mixture, windows, sinks": {"preset": "gpt-oss-20b", "num_steps": 15, "cuda_graph_sizes": [1, 64]},
+    "mixture, windows, sinks": {
+        **{"preset": "gpt-oss-20b", "num_steps": 15, "cuda_graph_sizes": [1, 64], "cuda_graph_tokens": [128]},
+        "max_num_seqs": 64,
+    },
+    "quantised": {
+        **{"preset": "qwen3-0.6b", "num_layers": 1, "num_steps": 15, "quantization": "int4"},
+        "cuda_graph_sizes": [1, 64],
+    },
     "deterministic mixture": {"preset": "qwen3-30b-a3b", "num_layers": 1, "num_steps": 15, "deterministic": True},
 }
 
@@ -56,7 +68,10 @@ def test_no_kernel_is_compiled_and_no_graph_captured_once_it_is_ready(
 
 @pytest.mark.parametrize("name", SERVED)
 def test_no_kernel_is_compiled_while_a_graph_is_captured(name: str, answers: dict[str, dict[str, Any]]) -> None:
-    assert answers[name]["num_captured"] == len(SERVED[name].get("cuda_graph_sizes", []))
+    served = SERVED[name]
+    mixed = list(MixedSizes(served.get("max_num_seqs", 256), served.get("cuda_graph_tokens", ())))
+    assert answers[name]["num_captured"] == len(served.get("cuda_graph_sizes", [])) + len(mixed)
+    assert (answers[name]["num_mixed_replays"] > 3) == bool(mixed)
     assert answers[name]["captured"] == []
 
 

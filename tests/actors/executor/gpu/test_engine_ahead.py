@@ -85,6 +85,18 @@ def test_draws_do_not_depend_on_the_schedule(folder: Path, penalty: float) -> No
         assert asyncio.run(run(folder, params, fields)) == alone, way
 
 
+def test_what_is_compiled_by_a_step_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_servable("qwen3", folder)
+
+    async def main() -> None:
+        async with engine_on(folder) as engine:
+            assert engine.stats().num_late_compilations == 0
+            monkeypatch.setattr(GpuRunner, "num_late", 2)
+            assert engine.stats().num_late_compilations == 2
+
+    asyncio.run(main())
+
+
 def test_siblings_and_cancelled_requests_leave_the_others_as_they_are(folder: Path) -> None:
     save_servable("qwen3", folder)
     params = SamplingParams(temperature=0.8, seed=5, n=3, max_tokens=20, ignore_eos=True)

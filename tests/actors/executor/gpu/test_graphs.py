@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from octavo.actors.executor.gpu.graphs import Graphs
+from octavo.actors.executor.gpu.mixed_sizes import MixedSize
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -73,3 +74,28 @@ def test_sizes_are_captured_from_the_largest_in_one_pool_each_after_a_run_of_its
     cuda.log.clear()
     graphs.run(2)
     assert cuda.log == [("replay", 1)]
+
+
+def test_steps_with_chunks_share_the_pool_and_come_in_the_order_of_their_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = FakeCuda(monkeypatch)
+    sizes = (MixedSize(4, 64), MixedSize(1, 2))
+    graphs = Graphs(
+        lambda size: cuda.log.append(("decode", size)),
+        (1, 8),
+        CUDA,
+        mixed=lambda size: cuda.log.append(("mixed", size)),
+        mixed_sizes=sizes,
+    )
+    assert graphs.size_for(3) == 8
+    graphs.capture()
+    worked = [entry for entry in cuda.log if entry[0] in {"decode", "mixed"}]
+    in_order = [("mixed", sizes[0]), ("decode", 8), ("mixed", sizes[1]), ("decode", 1)]
+    assert worked == [entry for entry in in_order for _ in range(2)]  # once before, and once in the capture
+    assert [entry[2] for entry in cuda.log if entry[0] == "begin"] == [None, "the pool", "the pool", "the pool"]
+    assert graphs.num_captured == 4
+    cuda.log.clear()
+    graphs.run(sizes[1])
+    graphs.run(8)
+    assert cuda.log == [("replay", 2), ("replay", 1)]

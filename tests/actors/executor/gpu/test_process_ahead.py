@@ -37,9 +37,12 @@ if any(part.endswith("runtime.nursery") for part in sys.orig_argv):
         def submit(self, work):
             return OnThread(self.pool.submit(work))
 
+    class LateRunner(GpuRunner):
+        num_late = 3  # as if so many kernels had been compiled by steps
+
     def load_runner(config, group):
         open("MARKER", "a").close()
-        return GpuRunner(
+        return LateRunner(
             Device(config, group),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -80,12 +83,17 @@ def test_streams_are_those_of_transformers_and_go_on_when_the_executor_is_killed
     async def main() -> None:
         async with engine_on(folder, in_process=False, pipeline_depth=2) as engine:
             assert await generate(engine) == expected
+            while engine.stats().num_late_compilations != 3:  # it tells four times a second
+                await asyncio.sleep(0)
             streams = asyncio.create_task(generate(engine))
             while engine.stats().num_running < len(PROMPTS) and not streams.done():
                 await asyncio.sleep(0)
             executor_process().kill()
             assert await streams == expected
             assert await generate(engine) == expected
+            while engine.stats().num_late_compilations < 2 * 3:  # of the one that was killed, and of its successor
+                await asyncio.sleep(0)
+            assert engine.stats().num_late_compilations == 2 * 3
 
     asyncio.run(asyncio.wait_for(main(), 300))
     assert (tmp_path / "launches ahead").exists()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from launch_tools import (
     GRAPH_SIZES,
+    GRAPH_TOKENS,
     LateStream,
     config_of,
     gpu_runner,
@@ -18,9 +19,11 @@ from launch_tools import (
     streams,
     timeless,
 )
-from recorded_steps import workload
+from recorded_steps import MAX_SEQS, workload
 from tiny_models import greedy_reference, save_tiny_model
 
+from octavo.actors.executor.gpu.mixed_sizes import MixedSize
+from octavo.actors.executor.gpu.runner import GpuRunner
 from octavo.messages.ids import BlockId, Epoch, RequestId, StepId
 from octavo.messages.sampling import SamplingParams
 from octavo.messages.step import ExecuteStep, StartRequest
@@ -54,14 +57,23 @@ def decode_step(index: int, *request_ids: int, **fields) -> ExecuteStep:
 
 
 @pytest.mark.parametrize("requests", [plain_workload, workload], ids=["plain", "with penalties"])
-@pytest.mark.parametrize("graph_sizes", [(), GRAPH_SIZES], ids=["eager", "padded"])
-def test_every_step_is_answered_as_by_the_runner_that_waits(folder: Path, requests, graph_sizes) -> None:
+@pytest.mark.parametrize(
+    "graphs",
+    [
+        {"graph_sizes": ()},
+        {"graph_sizes": GRAPH_SIZES},
+        {"graph_sizes": GRAPH_SIZES, "graph_tokens": GRAPH_TOKENS},
+        {"graph_sizes": (3,), "graph_tokens": (9,)},
+    ],
+    ids=["eager", "padded decodes", "padded prompts", "what fits is padded"],
+)
+def test_every_step_is_answered_as_by_the_runner_that_waits(folder: Path, requests, graphs) -> None:
     config = config_of(folder)
     served = serve(step_runner(config), requests())
     assert served.num_preemptions > 0 or requests is workload
     for num_ahead in (1, 2, 3):
         for stream in (None, LateStream()):
-            runner = gpu_runner(config, graph_sizes=graph_sizes, stream=stream)
+            runner = gpu_runner(config, stream=stream, **graphs)
             assert timeless(replay(runner, served.steps, num_ahead)) == timeless(served.results)
 
 
@@ -109,10 +121,73 @@ def test_a_step_with_the_samplers_requests_is_complete_when_it_is_launched(folde
     runner = gpu_runner(config_of(folder), stream=LateStream())
     plain = runner.launch(prompt_step(0, 0, [5, 6, 7], SamplingParams(temperature=0.0)))
     assert not runner.is_done(plain)
-    biased = runner.launch(prompt_step(1, 1, [5, 6, 7], SamplingParams(temperature=0.0, logit_bias={17: 100.0})))
-    assert runner.is_done(biased)
+    masked = runner.launch(prompt_step(1, 1, [5, 6, 7], SamplingParams(temperature=0.0, allowed_token_ids=(17,))))
+    assert runner.is_done(masked)
     runner.collect(plain)
-    assert runner.collect(biased).token_ids == (17,)
+    assert runner.collect(masked).token_ids == (17,)
+
+
+EDITED = {
+    "repetition": SamplingParams(temperature=0.0, repetition_penalty=1.3),
+    "drawn, all penalties": SamplingParams(
+        temperature=0.9, seed=5, repetition_penalty=0.8, frequency_penalty=0.4, presence_penalty=-0.3, top_p=0.9
+    ),
+    "bias": SamplingParams(temperature=0.7, seed=6, logit_bias={17: 4.0, 18: 3.5, 40: -100.0}),
+    "a bad word of one token": SamplingParams(temperature=0.8, seed=7, bad_words_token_ids=((9,), (17,))),
+    "log-probabilities": SamplingParams(temperature=0.0, logprobs=3, repetition_penalty=1.7, logit_bias={5: 9.0}),
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_bias_and_penalties_keep_no_step_waiting_and_give_the_tokens_of_the_sampler(folder: Path, name: str) -> None:
+    """Some of its outputs have been another executor's, others have come to be in steps that are still in flight."""
+    steps = [
+        prompt_step(0, 0, [5, 6, 7, 6], EDITED[name]),
+        prompt_step(1, 1, [8, 9], SamplingParams(temperature=0.0)),
+        *(decode_step(index, 0, 1) for index in range(2, 9)),
+        decode_step(9, 1, drop=(RequestId(0),)),
+    ]
+    start = prompt_step(10, 2, [5, 6, 7, 6, 30, 31, 31], EDITED[name])
+    again = msgspec.structs.replace(start.start[0], num_prompt_tokens=4)
+    steps += [msgspec.structs.replace(start, start=(again,)), *(decode_step(index, 1, 2) for index in range(11, 16))]
+    expected = replay(step_runner(config_of(folder)), steps, 1)
+    for graph_sizes in ((), GRAPH_SIZES):
+        runner = gpu_runner(config_of(folder), graph_sizes=graph_sizes, stream=LateStream())
+        launched = [runner.launch(step) for step in steps[:3]]
+        assert not any(map(runner.is_done, launched))
+        runner.reset()
+        assert timeless(replay(runner, steps, 3)) == timeless(expected)
+    plain = [prompt_step(0, 0, [5, 6, 7, 6], SamplingParams(temperature=0.0)), *steps[1:9]]
+    assert streams(replay(step_runner(config_of(folder)), plain, 1))[RequestId(0)] != streams(expected)[RequestId(0)]
+
+
+def test_edited_requests_beside_one_of_the_samplers_keep_their_tokens(folder: Path) -> None:
+    """What was sampled on the device while it was alone counts when it is not, and the other way round."""
+    masked = SamplingParams(temperature=0.9, seed=2, allowed_token_ids=tuple(range(40)), frequency_penalty=1.0)
+    too_many = SamplingParams(
+        temperature=0.9, seed=3, repetition_penalty=1.2, logit_bias=dict.fromkeys(range(256), 1.0)
+    )
+    least = SamplingParams(temperature=0.9, seed=4, min_tokens=6, stop_token_ids=tuple(range(128)), logprobs=1)
+    steps = [
+        prompt_step(0, 0, [5, 6, 7], EDITED["drawn, all penalties"]),
+        prompt_step(1, 1, [5, 6, 7], EDITED["log-probabilities"]),
+        decode_step(2, 0, 1),
+        decode_step(3, 0, 1),
+        prompt_step(4, 2, [8, 9, 9], masked),
+        decode_step(5, 0, 1, 2),
+        decode_step(6, 0, 2),
+        decode_step(7, 0, 1, drop=(RequestId(2),)),
+        prompt_step(8, 3, [8, 9, 9], too_many),
+        decode_step(9, 0, 1, 3),
+        decode_step(10, 0, 1, drop=(RequestId(3),)),
+        prompt_step(11, 2, [8, 9, 9], least),
+        *(decode_step(index, 0, 1, 2) for index in range(12, 19)),
+    ]
+    expected = replay(step_runner(config_of(folder)), steps, 1)
+    assert any(executed.stopped for executed in expected)
+    for graph_sizes in ((), GRAPH_SIZES):
+        runner = gpu_runner(config_of(folder), graph_sizes=graph_sizes, stream=LateStream())
+        assert timeless(replay(runner, steps, 3)) == timeless(expected)
 
 
 def test_more_steps_than_the_pipeline_holds_wait_for_the_oldest(folder: Path) -> None:
@@ -124,15 +199,15 @@ def test_more_steps_than_the_pipeline_holds_wait_for_the_oldest(folder: Path) ->
     assert timeless(results) == timeless(replay(step_runner(config_of(folder)), steps, 1))
 
 
-def test_min_tokens_are_the_samplers_and_what_comes_after_them_the_devices(folder: Path) -> None:
+def test_min_tokens_keep_no_step_waiting(folder: Path) -> None:
     config = config_of(folder)
     free = [step_runner(config).execute(prompt_step(0, 0, [5, 6, 7], SamplingParams(temperature=0.0))).token_ids[0]]
     params = SamplingParams(temperature=0.0, min_tokens=3, stop_token_ids=tuple(range(0, 256, 2)) + tuple(free))
     steps = [prompt_step(0, 0, [5, 6, 7], params), *(decode_step(index, 0) for index in range(1, 8))]
     runner = gpu_runner(config, stream=LateStream())
-    launched = [runner.launch(step) for step in steps]
-    assert runner.is_done(launched[2])
-    assert not runner.is_done(launched[-1])
+    launched = [runner.launch(step) for step in steps[:3]]
+    assert not any(map(runner.is_done, launched))
+    launched += [runner.launch(step) for step in steps[3:]]
     results = [runner.collect(each) for each in launched]
     assert timeless(results) == timeless(replay(step_runner(config), steps, 1))
     assert not any(token in params.stop_token_ids for executed in results[:3] for token in executed.token_ids)
@@ -176,10 +251,51 @@ def test_a_row_without_a_token_fails_once_and_the_others_go_on(
         ((RequestId(1), "the model computed no usable logits for this request: NaN, infinity, or nothing finite"),)
     ]
     assert results[3].failed
+    assert [executed.nonfinite for executed in results if executed.nonfinite] == [(RequestId(1),)]
+    assert results[3].nonfinite
     assert results[3].request_ids == results[4].request_ids == results[6].request_ids == (RequestId(0),)
     assert streams(results)[RequestId(0)] == streams(expected)[RequestId(0)]
     assert results[8].token_ids == expected[8].token_ids  # started anew, under the same id
     assert results[9].token_ids[0] == expected[9].token_ids[0]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.8, seed=3, top_k=9),
+        SamplingParams(temperature=0.0, allowed_token_ids=(3, 4, 5, 6)),
+    ],
+    ids=["greedy", "drawn", "by the sampler"],
+)
+def test_a_model_that_computes_no_numbers_is_told_from_requests_that_fail(
+    folder: Path, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler gives an executor up for `nonfinite` rows, and for no others."""
+    steps = [prompt_step(0, 0, [5, 6, 7], params), prompt_step(1, 1, [8, 9], params), decode_step(2, 0, 1)]
+    both = RequestId(0), RequestId(1)
+    for make in (step_runner, lambda config: gpu_runner(config, stream=LateStream())):
+        runner = make(config_of(folder))
+        replay(runner, steps[:2], 1)
+        compute_logits = runner.device.model.compute_logits
+        monkeypatch.setattr(
+            runner.device.model, "compute_logits", lambda hidden, compute=compute_logits: compute(hidden) * torch.nan
+        )
+        (executed,) = replay(runner, steps[2:], 1)
+        assert executed.nonfinite == both
+        assert tuple(request_id for request_id, _ in executed.failed) == both
+        assert executed.request_ids == ()
+
+
+def test_a_request_that_excludes_every_token_is_no_fault_of_the_model(folder: Path) -> None:
+    impossible = SamplingParams(temperature=0.0, allowed_token_ids=(5,), bad_words_token_ids=((5,),))
+    step = prompt_step(0, 0, [5, 6, 7], impossible)
+    for make in (step_runner, gpu_runner):
+        executed = make(config_of(folder)).execute(step)
+        ((request_id, why),) = executed.failed
+        assert request_id == RequestId(0)
+        assert "exclude every token" in why
+        assert executed.nonfinite == ()
 
 
 @pytest.mark.parametrize(
@@ -253,11 +369,59 @@ def test_an_error_on_the_device_loses_no_memory_of_the_host(folder: Path, monkey
         runner.reset()
 
 
+@pytest.mark.parametrize(("model_type", "seed"), [("qwen3", 1), ("gemma3_text", 2), ("qwen3_moe", 4)])
+def test_a_padded_step_computes_what_the_step_would_and_touches_nothing_else(
+    model_type: str, seed: int, tmp_path: Path
+) -> None:
+    save_tiny_model(model_type, tmp_path, seed=7)
+    config = config_of(tmp_path)
+    runners = [
+        gpu_runner(config, graph_sizes=()),
+        gpu_runner(config, graph_sizes=GRAPH_SIZES, graph_tokens=GRAPH_TOKENS, stream=LateStream()),
+    ]
+    steps = serve(step_runner(config), plain_workload(), seed).steps
+    sizes = count_sizes(runners[1])
+    eager, padded = (replay(runner, steps, 3) for runner in runners)
+    assert timeless(padded) == timeless(eager)
+    mixed = [step for step in steps if max(step.num_tokens, default=0) > 1]
+    assert len([size for size in sizes if isinstance(size, MixedSize)]) >= len(mixed) >= 8
+    # Keys and values of every block, and all that the device holds of every request.
+    for one, other in zip(runners[0].device.kv_caches, runners[1].device.kv_caches, strict=True):
+        assert torch.equal(one.k, other.k)
+        assert torch.equal(one.v, other.v)
+    assert torch.equal(runners[0]._forward._state, runners[1]._forward._state)
+
+
+def count_sizes(runner: GpuRunner) -> list[int | MixedSize]:
+    """What its graphs compute from now on."""
+    sizes: list[int | MixedSize] = []
+    run = runner._graphs.run
+
+    def noted(size: int | MixedSize) -> None:
+        sizes.append(size)
+        run(size)
+
+    runner._graphs.run = noted  # type: ignore[method-assign]
+    return sizes
+
+
+def test_a_step_that_reports_on_its_prompt_is_not_padded(folder: Path) -> None:
+    runner = gpu_runner(config_of(folder), graph_tokens=GRAPH_TOKENS)
+    sizes = count_sizes(runner)
+    runner.execute(prompt_step(0, 0, [5, 6, 7], SamplingParams(temperature=0.0, prompt_logprobs=1)))
+    assert sizes == []
+    runner.execute(prompt_step(1, 1, [5, 6, 7], SamplingParams(temperature=0.0)))
+    runner.execute(decode_step(2, 0, 1))
+    assert sizes == [MixedSize(MAX_SEQS, GRAPH_TOKENS[0]), 2]
+
+
 def test_warm_up_captures_every_size_once_and_leaves_no_trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(folder)
-    runner = gpu_runner(config)
+    runner = gpu_runner(config, graph_tokens=GRAPH_TOKENS)
+    sizes = count_sizes(runner)
     runner.warm_up()
-    assert runner.num_captured == len(GRAPH_SIZES)
+    assert not [size for size in sizes if isinstance(size, MixedSize)]  # launched: what fits no graph will be, too
+    assert runner.num_captured == len(GRAPH_SIZES) + len(GRAPH_TOKENS)
     assert runner.num_late == 0
     steps = serve(step_runner(config), plain_workload()).steps
     assert timeless(replay(runner, steps, 3)) == timeless(replay(gpu_runner(config), steps, 3))

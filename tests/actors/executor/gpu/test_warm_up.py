@@ -53,3 +53,10 @@ def test_prompts_of_every_length_short_chunks_of_long_ones_and_every_way_to_samp
     asked = {start.params.logprobs for step in planned for start in step.start}
     assert asked >= set(TOP_LOGPROBS)
     assert any(start.params.top_p < 1.0 for step in planned for start in step.start)
+
+
+def test_every_number_of_rows_is_sampled_beside_a_chunk() -> None:
+    """A step of decodes alone is a graph, and tells nothing of one that is not."""
+    planned = steps(max_num_seqs=64, max_num_batched_tokens=65)
+    mixed = {len(step.request_ids) for step in planned if step.num_tokens and max(step.num_tokens) == 2}
+    assert mixed >= {1, 2, 4, 8, 16, 32, 64}
