@@ -98,11 +98,16 @@ class StartedOnNode(Message, frozen=True):
 
 
 class ExitedOnNode(Message, frozen=True):
-    """Node -> edge 0: an executor has ended, or could not be started."""
+    """Node -> edge 0: an executor has ended, or could not be started.
+
+    Attributes:
+        is_innocent: as of `ProcessExited`.
+    """
 
     child: str
     incarnation: int
     why: str
+    is_innocent: bool = False
 
 
 class Listening(Message, frozen=True):

@@ -90,11 +90,37 @@ class EngineStuck(Message, frozen=True):
     incarnation: int
 
 
+class EdgeShed(Message, frozen=True):
+    """Engine -> edge: it took no more of what it was told, so the rest of that is void, and so is all it had asked for.
+
+    Until its `ShedHeard` it hears of no step and no end, and nothing that it says about requests counts.
+
+    Attributes:
+        incarnation: of the engine.
+        number: of the time that this happened.
+    """
+
+    incarnation: int
+    number: int
+
+
+class ShedHeard(Message, frozen=True):
+    """Edge -> engine: what comes behind this is all that it waits for, each request with the tokens that reached it.
+
+    Attributes:
+        number: of the `EdgeShed` that it answers.
+    """
+
+    number: int
+
+
 class EngineReport(Message, frozen=True):
     """Engine -> edges, a few times a second: the accounts of scheduler and KV allocator.
 
     Attributes:
         step_age_ns: since the last step ended, or work came.
+        num_edges_shed: times that an edge took no more of what it was told.
+        messages_dropped: `(reason, number)` of those that the engine's port threw away.
         Others: as in `SchedulerStats` and `AllocatorStats`; totals are of this incarnation.
     """
 
@@ -118,6 +144,8 @@ class EngineReport(Message, frozen=True):
     num_numerics_losses: int = 0
     step_sizes: tuple[int, ...] = ()
     step_tokens: int = 0
+    num_edges_shed: int = 0
+    messages_dropped: tuple[tuple[str, int], ...] = ()
 
 
 class EngineUp(Message, frozen=True):

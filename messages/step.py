@@ -83,6 +83,8 @@ class ExecuteStep(Message, frozen=True):
 class StepExecuted(Message, frozen=True):
     """Executor -> scheduler: the tokens of one step; scheduler -> detokenizer: the very same, once it is accepted.
 
+    Where there are several detokenizers, each hears of its own rows alone, and nothing of a step that has none of them.
+
     Results of another epoch or step than the scheduler waits for go no further, nor do malformed ones. What the
     scheduler concludes from a step (`RequestEnded`) comes behind the step itself. So whoever hears of tokens hears of
     every one that the scheduler counts, once and in order, whatever becomes of executors.

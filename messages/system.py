@@ -18,8 +18,9 @@ class ExecutorLost(Message, frozen=True):
     Attributes:
         epoch: the next epoch, which the replacement serves.
         why: for logs.
-        is_innocent: no request is to be held to be the cause: the executor was stopped from outside, or it computed
-            what are no numbers, which is seen row by row.
+        is_innocent: no request is to be held to be the cause: the executor was stopped from outside, ended with its
+            nursery or its host, was not let run, could not load, or computed what are no numbers, which is seen row by
+            row.
         is_out_of_memory: what it was to compute at once was too much.
     """
 
@@ -97,6 +98,8 @@ class Beat(Message, frozen=True):
         longest_ns: the longest step that ended since the last beat; 0 if none did.
         longest_tokens: tokens of that step.
         epoch: of the steps that it takes; 0 for other children than executors.
+        messages_dropped: `(reason, number)` of those that its ports threw away so far; of executors and nodes.
+        num_late_compilations: kernels compiled and graphs captured since an executor was ready.
     """
 
     child: str
@@ -107,6 +110,8 @@ class Beat(Message, frozen=True):
     longest_ns: int = 0
     longest_tokens: int = 0
     epoch: Epoch = Epoch(0)
+    messages_dropped: tuple[tuple[str, int], ...] = ()
+    num_late_compilations: int = 0
 
 
 class ProcessExited(Message, frozen=True):
@@ -116,12 +121,14 @@ class ProcessExited(Message, frozen=True):
         child, incarnation: which.
         why: how it ended.
         was_refused: the system had no room for another process; the child is no worse for it.
+        is_innocent: nothing that it did was the cause: it was never there, or its nursery ended, or its host.
     """
 
     child: str
     incarnation: int
     why: str
     was_refused: bool = False
+    is_innocent: bool = False
 
 
 class ProcessHalted(Message, frozen=True):
@@ -133,6 +140,22 @@ class ProcessHalted(Message, frozen=True):
 
     child: str
     incarnation: int
+
+
+class ProcessObserved(Message, frozen=True):
+    """Carrier -> supervisor: what a child was at since the look before; of one that is silent, or long at a step.
+
+    Attributes:
+        child, incarnation: which.
+        ran_ns: for how long it computed.
+        hindered_ns: for how long it would have, but was given no processor, or the kernel had it wait (for a disk, for
+            memory); or its host was out of reach.
+    """
+
+    child: str
+    incarnation: int
+    ran_ns: int
+    hindered_ns: int
 
 
 class ProcessStarted(Message, frozen=True):

@@ -16,8 +16,16 @@ from ...messages.base import Message
 from ...messages.ids import Epoch, RequestId
 from ...messages.kv import ResetPrefixCache
 from ...messages.nodes import Listening
-from ...messages.processes import EngineReport, PeerLeft, PeerStarted, RememberQuarantined, SetUpEngine
-from ...messages.request import CancelRequest, StopMatched, SubmitRequest
+from ...messages.processes import (
+    EdgeShed,
+    EngineReport,
+    PeerLeft,
+    PeerStarted,
+    RememberQuarantined,
+    SetUpEngine,
+    ShedHeard,
+)
+from ...messages.request import CancelRequest, RequestEnded, StopMatched, SubmitRequest
 from ...messages.step import PlanDue, StepExecuted
 from ...messages.system import Beat, Drain, EngineReady, ExecutorLost
 from ..journal.actor import Journal
@@ -29,16 +37,22 @@ from ..runtime.clock import MonotonicClock
 from ..runtime.in_process import InProcessRuntime
 from ..runtime.logs import configure_logs
 from ..runtime.port import LinkEvent, Port
+from ..runtime.port_record import drops_of
 from ..runtime.routes import ROUTES, Address
 from ..scheduler.config import SchedulerConfig
 from ..scheduler.core import Quarantine, SchedulerCore
-from .peers import Edges, Executors, Peers, edge_of, incarnation_of
+from .peers import Edges, Executors, Peers, edge_of, incarnation_of, is_of
+from .report import Reporter
+from .shed_edges import ShedEdges
 
 log = structlog.get_logger("octavo.engine")
 
 BEAT_S = 0.25
 
-_FROM_EDGES = (SubmitRequest, CancelRequest, StopMatched, ResetPrefixCache, RememberQuarantined)
+_MAX_BEATS_WAITING = 1024
+"""An edge 0 that takes nothing for minutes needs no more of them when it goes on."""
+
+_FROM_EDGES = (SubmitRequest, CancelRequest, StopMatched, ResetPrefixCache, RememberQuarantined, ShedHeard)
 _FROM_SUPERVISOR = (*_FROM_EDGES, Drain, ExecutorLost, SetUpEngine, PeerStarted, PeerLeft)
 
 
@@ -124,7 +138,7 @@ class EngineProcess:
         self._scheduler: SchedulerCore | None = None
         self._quarantine = Quarantine()
         self._num_messages = 0
-        self._last_step = (0, 0)  # steps so far, and when that was first seen
+        self._reporter = Reporter(spec.incarnation)
         allowed = {"edge": _FROM_EDGES, EDGE: _FROM_SUPERVISOR, "executor": (StepExecuted,)}
         keys = spec.tcp.read_keys() if spec.tcp is not None else None
         self._port = Port(spec.name, spec.incarnation, keys=keys, allowed=allowed, allow_plain_loopback=keys is None)
@@ -133,7 +147,8 @@ class EngineProcess:
         self._peers: dict[str, int] = {}
         for name, incarnation in (*spec.edges, *spec.executors):
             self._connect(name, incarnation)
-        self._edges = Edges([name for name, _ in spec.edges], self.send)
+        self._shed = ShedEdges()
+        self._edges = Edges([name for name, _ in spec.edges], self.send, self._shed)
         self._executors = Executors([name for name, _ in spec.executors], self.send)
         for peer in spec.elsewhere:
             self._start_peer(peer)
@@ -157,12 +172,21 @@ class EngineProcess:
             self.ended.set_result(0)
 
     def send(self, peer: str, message: Message) -> None:
-        """Send, or give up: with a message lost, only a new engine knows that everybody has the same picture."""
+        """Send; an edge that does not take it is shed.
+
+        With a message to an executor lost, only a new engine knows that everybody has the same picture: it gives up.
+        """
         if self.ended.done():
             return  # what came behind the lost one would look as if nothing were missing
-        if not self._carrier.send(peer, message):
-            log.error("engine.cannot_send", peer=peer, message=type(message).__name__)
-            self.ended.set_result(1)
+        if self._carrier.send(peer, message):
+            return
+        if peer in self._edges.names:
+            self._shed_edge(peer)
+            if not isinstance(message, StepExecuted | RequestEnded | EngineReport):
+                self._carrier.send(peer, message)  # what it needs to know in any case
+            return
+        log.error("engine.cannot_send", peer=peer, message=type(message).__name__)
+        self.ended.set_result(1)
 
     def _connect(self, name: str, incarnation: int, endpoint: str = "", server_key: str = "") -> None:
         self._peers[name] = incarnation
@@ -216,6 +240,10 @@ class EngineProcess:
                 self._lose_edge(message)
             elif isinstance(message, SubmitRequest) and not self._may_submit(message.request_id):
                 continue  # the last words of an edge that has left
+            elif isinstance(message, ShedHeard):
+                self._shed.take_answer(peer, message.number)
+            elif peer in self._shed and isinstance(message, SubmitRequest | CancelRequest | StopMatched):
+                continue  # it will say so again
             elif isinstance(message, RememberQuarantined):
                 self._quarantine.remember(message)
             elif isinstance(message, ResetPrefixCache):
@@ -235,6 +263,7 @@ class EngineProcess:
         if peer.name.startswith("executor"):
             group = self._executors
             self._executors.repeat_to(peer.name)
+        self._shed.forget(peer.name)
         if peer.name not in group.names:
             group.names.append(peer.name)
 
@@ -252,19 +281,47 @@ class EngineProcess:
             self._port.disconnect(edge.name)
             if edge.name in self._edges.names:
                 self._edges.names.remove(edge.name)
+            self._shed.forget(edge.name)
         # Behind what came before and waits in the mailbox.
-        asyncio.get_running_loop().call_soon(self._cancel_requests_of, edge)
+        asyncio.get_running_loop().call_soon(self._cancel_requests_of, edge.name, edge.incarnation)
 
-    def _cancel_requests_of(self, edge: PeerLeft) -> None:
-        """Nobody waits any more for what an edge asked for."""
+    def _cancel_requests_of(self, edge: str, incarnation: int) -> bool:
+        """Nobody waits any more for what an edge asked for; returns whether there was any of it."""
         assert self._scheduler is not None
-        for request_id in self._scheduler.live_request_ids():
-            if (edge_of(request_id), incarnation_of(request_id)) == (edge.name, edge.incarnation):
-                self._scheduler_mailbox.post(CancelRequest(request_id))
+        theirs = [
+            request_id for request_id in self._scheduler.live_request_ids() if is_of(request_id, edge, incarnation)
+        ]
+        for request_id in theirs:
+            self._scheduler_mailbox.post(CancelRequest(request_id))
+        return bool(theirs)
+
+    # ---- edges that take no more ----
+
+    def _shed_edge(self, name: str) -> None:
+        """Go on without an edge until it says again what it waits for."""
+        self._shed.add(name)
+        log.error("edge.shed", edge=name, num_untaken=self._port.num_queued(name), total=self._shed.num_shed)
+        self._connect(name, self._peers[name])  # what it had not taken is dropped
+
+    def _tell_shed_edges(self, scheduler: SchedulerCore) -> None:
+        """Cancel what edges asked for before they were shed, and tell each once all traces of it are gone."""
+        for name in self._shed.untold:
+            if not self._cancel_requests_of(name, self._peers[name]) and not len(self._scheduler_mailbox):
+                self._shed.note_ended(name, scheduler.stats().num_steps)
+            stats = scheduler.stats()
+            if not self._shed.is_due(name, stats.num_steps - stats.num_steps_in_flight):
+                continue
+            told = EdgeShed(self._spec.incarnation, self._shed.number_of(name))
+            if self._carrier.send(name, told):
+                self._shed.note_told(name)
+            else:
+                self._connect(name, self._peers[name])
 
     def _on_link(self, event: LinkEvent) -> None:
         if event.what in ("refused", "overrun", "malformed", "gap"):
             log.warning("link", peer=event.peer, what=event.what, why=event.why)
+        if event.what == "refused":
+            self._shed.note_told(event.peer, is_told=False)
 
     def _on_actor_failure(self, address: Address, error: Exception) -> None:
         log.error("actor.failed", actor=address, exc_info=error)
@@ -273,40 +330,20 @@ class EngineProcess:
 
     def _tick(self) -> None:
         now_ns = self._clock.now_ns()
-        self._port.send(EDGE, Beat(self._spec.name, self._spec.incarnation, progress=self._num_messages))
+        if EDGE not in self._shed or self._port.num_queued(EDGE) < _MAX_BEATS_WAITING:
+            self._port.send(EDGE, Beat(self._spec.name, self._spec.incarnation, progress=self._num_messages))
         if self._scheduler is not None:
             if 0 < self._scheduler.next_deadline_ns <= now_ns:
                 self._scheduler_mailbox.wake()
             if self._journal is not None:
                 self._journal.flush_if_due(now_ns)
-            self._edges.post(self._report(self._scheduler, now_ns))
+            self._tell_shed_edges(self._scheduler)
+            report = self._reporter.report(
+                self._scheduler,
+                self._allocator,
+                num_edges_shed=self._shed.num_shed,
+                messages_dropped=drops_of(self._port.counters),
+                now_ns=now_ns,
+            )
+            self._edges.post(report)
         self._ticker = asyncio.get_running_loop().call_later(BEAT_S, self._tick)
-
-    def _report(self, core: SchedulerCore, now_ns: int) -> EngineReport:
-        scheduler, allocator = core.stats(), self._allocator.stats()
-        num_executed = scheduler.num_steps - scheduler.num_steps_in_flight
-        is_working = scheduler.num_running or scheduler.num_waiting
-        if num_executed != self._last_step[0] or not is_working:
-            self._last_step = (num_executed, now_ns)
-        return EngineReport(
-            incarnation=self._spec.incarnation,
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            num_held_blocks=allocator.num_held,
-            num_blocks=allocator.num_blocks,
-            num_preemptions=scheduler.num_preemptions,
-            prefix_cache_queries=scheduler.prefix_cache_queries,
-            prefix_cache_hits=scheduler.prefix_cache_hits,
-            prompt_tokens=scheduler.prompt_tokens,
-            generation_tokens=scheduler.generation_tokens,
-            num_steps=scheduler.num_steps,
-            num_steps_in_flight=scheduler.num_steps_in_flight,
-            num_dropped_messages=scheduler.num_dropped_messages + allocator.num_dropped_messages,
-            num_executor_losses=scheduler.num_executor_losses,
-            num_requeued=scheduler.num_requeued + scheduler.num_resumed,
-            num_quarantined=scheduler.num_quarantined,
-            num_numerics_losses=scheduler.num_numerics_losses,
-            step_sizes=scheduler.step_sizes,
-            step_tokens=scheduler.step_tokens,
-            step_age_ns=now_ns - self._last_step[1],
-        )

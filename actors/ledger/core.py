@@ -64,7 +64,7 @@ class LedgerCore:
     is bounded by the live requests, whose number the front end bounds.
 
     Attributes:
-        num_resubmitted: recipes given to a new engine, in all.
+        num_resubmitted: recipes given to a new engine, or to one that had dropped them, in all.
         num_dropped_messages: of a dead engine, or ends of requests that had ended.
     """
 
@@ -128,6 +128,11 @@ class LedgerCore:
         self._recipes.clear()
         self._outputs.clear()
         return again
+
+    def say_again(self) -> list[LedgerOutbox]:
+        """What the same engine must hear if it has dropped all that was live."""
+        self.num_resubmitted += self.num_live
+        return self._everything()
 
     def check(self) -> None:
         """Assert that both tables hold the same recipes."""

@@ -30,9 +30,15 @@ def endpoint_of(run_dir: str, name: str, incarnation: int) -> str:
     return f"ipc://{run_dir}/{name.replace(' ', '-')}.{incarnation}"
 
 
+def mark_of(run_dir: str, name: str, incarnation: int) -> Path:
+    """Where one start of a process notes who it is (`process_mark`), beside its endpoint."""
+    return Path(endpoint_of(run_dir, name, incarnation).removeprefix("ipc://") + ".pid")
+
+
 def remove_socket(run_dir: str, name: str, incarnation: int) -> None:
-    """Remove what a process that was killed has left of its endpoint, if it has."""
+    """Remove what a process that was killed has left of its endpoint and its mark, if it has."""
     Path(endpoint_of(run_dir, name, incarnation).removeprefix("ipc://")).unlink(missing_ok=True)
+    mark_of(run_dir, name, incarnation).unlink(missing_ok=True)
 
 
 def edges_listening(run_dir: str) -> dict[str, int]:

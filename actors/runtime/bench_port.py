@@ -45,6 +45,7 @@ from ..kv_allocator.core import KVAllocatorCore
 from ..scheduler.config import SchedulerConfig
 from ..scheduler.core import SchedulerCore
 from .asyncio_port import attach
+from .percentile import percentile
 from .port import Port
 from .wire import Decoder, Encoder
 
@@ -68,10 +69,6 @@ def executed(step: ExecuteStep, execute_ns: int = 6_000_000) -> StepExecuted:
     """Its answer."""
     tokens = tuple(300 + row * 97 % 30_000 for row in range(len(step.request_ids)))
     return StepExecuted(step.epoch, step.step_id, step.request_ids, tokens, execute_ns=execute_ns)
-
-
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 def cpu_us(call: Callable[[], object], num_calls: int = 2000) -> float:

@@ -30,6 +30,7 @@ from .envelope import (
     unseal,
 )
 from .incoming_link import IncomingLink
+from .name_claims import Claim, NameClaims
 from .port_limits import PortLimits
 from .port_record import PortRecord
 from .strangers import Strangers
@@ -57,6 +58,7 @@ class Door:
         name, incarnation: of this process.
         schema: this build's message hash.
         allowed: what each peer may send; nobody else is heard.
+        self_announced: roles of which the newest start takes the name at once, as nobody else tells of it.
         allow_list: CURVE keys that may connect, if there is a list.
         has_keys: whether connections may carry a CURVE key.
         record: where everything odd is counted.
@@ -73,7 +75,9 @@ class Door:
         allow_list: AllowList | None,
         has_keys: bool,
         record: PortRecord,
+        self_announced: Collection[str] = (),
     ) -> None:
+        self._self_announced = frozenset(self_announced)
         self.router: zmq.Socket[bytes] | None = None
         self.strangers: Strangers | None = None
         self.has_more = False  # the last reading stopped at its bound: no edge will announce the rest
@@ -90,7 +94,7 @@ class Door:
         self._report = record.report
         self._incoming: dict[str, IncomingLink] = {}  # by name
         self._by_routing_id: dict[bytes, IncomingLink] = {}
-        self._lowest: dict[str, int] = {}  # incarnation below which a peer is stale
+        self._claims = NameClaims()
         self._keys_of: dict[str, str] = {}  # by name: the only key that may speak for it
         self._is_discarding = False
 
@@ -106,7 +110,7 @@ class Door:
 
     def expect(self, peer: str, incarnation: int) -> None:
         """From now on a peer is stale below this incarnation."""
-        self._lowest[peer] = max(incarnation, self._lowest.get(peer, 0))
+        self._claims.announce(peer, incarnation)
         link = self._incoming.get(peer)
         if link is not None and link.incarnation < incarnation:
             self._retire(link)
@@ -167,7 +171,7 @@ class Door:
         if head.version != PROTOCOL_VERSION or head.kind != DATA:
             is_hello = head.kind == HELLO and not router.get(zmq.RCVMORE)
             if is_hello:
-                self._on_hello(router, link.routing_id, link.key, head, frame)
+                self._on_hello(link.routing_id, link.key, head, frame)
             else:
                 self._discard_rest(router)
                 self._count("version" if head.version != PROTOCOL_VERSION else "malformed", link.name)
@@ -228,9 +232,7 @@ class Door:
                     key = str(frame.get("User-Id"))
                 except zmq.ZMQError:  # an ipc connection: the directory's mode speaks for it
                     key = ""
-            self._on_hello(router, routing_id, key, head, frame.bytes)
-            if self.strangers is not None and routing_id in self._by_routing_id:
-                self.strangers.welcome(int(frame.get(zmq.SRCFD)))
+            self._on_hello(routing_id, key, head, frame.bytes, int(frame.get(zmq.SRCFD)))
             return
         self._count("foreign")
         if head.kind == DATA:  # a connection that was made again: ask for the hello
@@ -246,7 +248,7 @@ class Door:
             self._count("malformed", link.name)
             return
         if head.kind == HELLO and is_alone:
-            self._on_hello(router, routing_id, link.key, head, frame)
+            self._on_hello(routing_id, link.key, head, frame)
             return
         if not link.is_stale:
             return  # counted when it broke
@@ -270,7 +272,10 @@ class Door:
 
     # Hello
 
-    def _on_hello(self, router: zmq.Socket[bytes], routing_id: bytes, key: str, head: Head, frame: bytes) -> None:
+    def _on_hello(self, routing_id: bytes, key: str, head: Head, frame: bytes, descriptor: int = -1) -> None:
+        """Take a hello; a stranger's comes with the descriptor of its connection."""
+        router = self.router
+        assert router is not None
         if head.version != PROTOCOL_VERSION:
             self._refuse(
                 router,
@@ -284,30 +289,89 @@ class Door:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             self._count("malformed")
             return
-        code, why = self._judge(hello, head.incarnation, key)
+        inode = 0
+        if self.strangers is not None:
+            descriptor = self.strangers.descriptor_of(routing_id) if descriptor < 0 else descriptor
+            self.strangers.read()  # that he came was said before he could say anything
+            inode = self.strangers.inode_of(descriptor)
+        self._consider(router, Claim(hello, head.incarnation, routing_id, key, descriptor, inode))
+
+    def _is_open(self, claim: Claim) -> bool:
+        """Whether the connection that a claim came by is there still."""
+        return self.strangers is not None and 0 < claim.inode == self.strangers.inode_of(claim.descriptor)
+
+    def _consider(self, router: zmq.Socket[bytes], claim: Claim) -> None:
+        """Welcome whoever said hello, or refuse it, or let it wait for the name that another has."""
+        hello = claim.hello
+        code, why = self._judge(hello, claim.incarnation, claim.key)
         if code:
-            self._refuse(router, routing_id, code, why, hello.name[:MAX_NAME_LENGTH])
+            self._refuse(router, claim.routing_id, code, why, hello.name[:MAX_NAME_LENGTH])
+        elif not self._must_wait(claim):
+            self._welcome(router, claim)
+        elif self.strangers is not None:
+            if self._claims.park(claim, self._is_open):
+                self._count("parked", hello.name, f"{claim.incarnation} was not announced, and another is connected")
+            else:
+                self._count("refused_hello", hello.name, "too many claim the name")
+                self.strangers.shut(claim.descriptor)
+
+    @property
+    def has_parked(self) -> bool:
+        """Whether anybody waits for a name."""
+        return self._claims.has_parked
+
+    def _must_wait(self, claim: Claim) -> bool:
+        """Whether another one has the name, is connected, and nobody has announced this one."""
+        link = self._incoming.get(claim.hello.name)
+        return (
+            link is not None
+            and claim.incarnation != link.incarnation
+            and claim.incarnation > self._claims.announced(claim.hello.name)
+            and not (role_of(claim.hello.name) in self._self_announced and claim.incarnation > link.incarnation)
+            and self.strangers is not None
+            and self.strangers.has_welcomed(link.routing_id)
+        )
+
+    def admit_parked(self) -> None:
+        """Judge again those that wait for a name: one may have been announced, or the other's connection has ended.
+
+        Not before all that has come is read: the last words of the other may be among it.
+        """
+        if not self.has_parked or self.has_more or self.router is None:
             return
+        for claim in self._claims.take_parked():
+            if claim.key and self._allow_list is not None and not self._allow_list.allows(claim.key):
+                self._refuse(self.router, claim.routing_id, "revoked", f"the key of {claim.hello.name} was withdrawn")
+            elif self._must_wait(claim):
+                self._claims.park(claim, self._is_open)
+            elif self._is_open(claim):
+                self._consider(self.router, claim)
+                self.has_more = True  # sending may have swallowed an edge
+
+    def _welcome(self, router: zmq.Socket[bytes], claim: Claim) -> None:
+        hello, routing_id, key = claim.hello, claim.routing_id, claim.key
         link = self._incoming.get(hello.name)
-        if link is not None and (link.session, link.incarnation) == (hello.session, head.incarnation):
+        if link is None or (link.session, link.incarnation) != (hello.session, claim.incarnation):
+            if link is not None:
+                self._displace(router, link)
+            link = self._claims.take_aside(claim)
+        if link is not None:
             self._by_routing_id.pop(link.routing_id, None)
             link.on_hello(hello, routing_id, key)
             self._counters["reconnected"] += 1
         else:
-            if link is not None:
-                self._retire(link)
-            decoder = Decoder(self._allowed.get(hello.name) or self._allowed[role_of(hello.name)])
             link = IncomingLink(
                 hello=hello,
-                incarnation=head.incarnation,
+                incarnation=claim.incarnation,
                 routing_id=routing_id,
                 key=key,
-                decoder=decoder,
+                decoder=Decoder(self._allowed.get(hello.name) or self._allowed[role_of(hello.name)]),
                 limits=self._limits,
             )
-            self._incoming[hello.name] = link
-            self._lowest[hello.name] = head.incarnation
             self._report(hello.name, "heard")
+        self._incoming[hello.name] = link
+        if self.strangers is not None and claim.descriptor >= 0:
+            self.strangers.welcome(claim.descriptor, routing_id)
         self._by_routing_id[routing_id] = link
         while len(self._by_routing_id) > 4 * self._limits.max_peers:  # retired ones, oldest first
             del self._by_routing_id[next(iter(self._by_routing_id))]
@@ -333,15 +397,13 @@ class Door:
             )
         if not self._may_speak_for(key, name):
             return "key", f"this key does not speak for {name!r}"
-        lowest = self._lowest.get(name, 0)
-        if incarnation < lowest:
+        announced = self._claims.announced(name)
+        if incarnation < announced:
             self._counters["stale_incarnation"] += 1
-            return "stale", f"{name} {incarnation} was replaced by {lowest}"
+            return "stale", f"{name} {incarnation} was replaced by {announced}"
         link = self._incoming.get(name)
         if link is None:
-            if len(self._incoming) >= self._limits.max_peers or (
-                name not in self._lowest and len(self._lowest) >= 16 * self._limits.max_peers
-            ):
+            if len(self._incoming) >= self._limits.max_peers:
                 return "full", f"{self._name} serves {self._limits.max_peers} peers already"
         elif incarnation == link.incarnation:
             if hello.session != link.session or key != link.key:
@@ -371,6 +433,15 @@ class Door:
         self.held_back.pop(link.name, None)
         if self._incoming.get(link.name) is link:
             del self._incoming[link.name]
+
+    def _displace(self, router: zmq.Socket[bytes], link: IncomingLink) -> None:
+        """Another has the name now; if it is not stale, this one may come back, and goes on where it was."""
+        if link.incarnation < self._claims.announced(link.name):
+            self._retire(link)
+            return
+        self.held_back.pop(link.name, None)
+        self._break(router, link)
+        self._claims.set_aside(link)
 
     def check_keys(self) -> None:
         """Look at the allow-list: links of withdrawn keys end."""

@@ -7,11 +7,13 @@ import ipaddress
 import os
 import socket
 import stat
+import sys
 from pathlib import Path
 
 from ...messages.errors import InvalidConfigError
 
-MAX_PATH_BYTES = 107  # of a Unix socket on Linux
+MAX_PATH_BYTES = 107 if sys.platform == "linux" else 103
+"""What `sockaddr_un.sun_path` holds, less the zero at its end."""
 
 
 def check_endpoint(endpoint: str, *, has_keys: bool, allow_plain_loopback: bool) -> None:

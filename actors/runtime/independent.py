@@ -65,6 +65,9 @@ class IndependentProcesses:
     def hosts(self, child: str) -> bool:
         return True
 
+    def is_out_of_reach(self, child: str) -> bool:
+        return False  # on this host
+
     def withdraw(self, child: str) -> None:
         """One that is not there yet is killed as soon as it is."""
 

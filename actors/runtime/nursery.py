@@ -16,7 +16,6 @@ import selectors
 import signal
 import socket
 import sys
-import time
 import traceback
 from pathlib import Path
 
@@ -98,7 +97,6 @@ class NurseryProcess:
             self._signal(request)
 
     def _prepare(self, request: Prepare) -> None:
-        begin_ns = time.monotonic_ns()
         try:
             for module in request.modules:
                 importlib.import_module(module)
@@ -109,7 +107,7 @@ class NurseryProcess:
         # What is here stays: a collection in a child would otherwise write to, and so copy, every page of it.
         gc.collect()
         gc.freeze()
-        self._send(Prepared(_num_threads(), time.monotonic_ns() - begin_ns))
+        self._send(Prepared(_num_threads()))
 
     def _spawn(self, request: Spawn) -> None:
         sys.stdout.flush()

@@ -50,11 +50,9 @@ class Prepared(msgspec.Struct, frozen=True, tag=True):
 
     Attributes:
         num_threads: of the nursery; more than 1 makes a fork unsafe.
-        elapsed_ns: what the imports took.
     """
 
     num_threads: int
-    elapsed_ns: int
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

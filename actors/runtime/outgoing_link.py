@@ -86,11 +86,6 @@ class OutgoingLink:
     def __len__(self) -> int:
         return len(self._waiting) + len(self._under_way)
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether the peer took everything (as far as it said: grants come in groups)."""
-        return not self._waiting and not self._under_way
-
     def send(self, body: bytes, tensors: Sequence[memoryview] = ()) -> bool:
         """Send a message, or queue it until there is room; False: the queue's bound is reached, or it was refused."""
         num_bytes = len(body)

@@ -13,6 +13,7 @@ upper layers begin again with a new incarnation, and nothing of the old one is t
 
 from __future__ import annotations
 
+import os
 import select
 import time
 from collections.abc import Callable, Sequence
@@ -63,6 +64,7 @@ class Port:
         allowed: what each peer may send here. Deny by default: an unknown peer is refused.
         allow_plain_loopback: let `tcp://127.0.0.1` do without keys.
         schema: this build's message hash (given by tests).
+        self_announced: roles whose newest start takes the place of one that is connected without being expected.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Port:
         limits: PortLimits | None = None,
         allow_plain_loopback: bool = False,
         schema: str = "",
+        self_announced: tuple[str, ...] = (),
     ) -> None:
         self.name = name
         self.incarnation = incarnation
@@ -92,6 +95,7 @@ class Port:
         self._epoll = select.epoll()
         self._ready: list[tuple[int, int]] = []  # what `wait` found, for `receive`
         self._on_ready: dict[int, _Reader] = {}
+        self._waker = -1  # an eventfd, once one was needed
         self._bound_path: Path | None = None
         self._bound: list[str] = []  # ipc, tcp
         self._outgoing: dict[str, _Line] = {}
@@ -113,6 +117,7 @@ class Port:
             allow_list=self._allow_list,
             has_keys=keys is not None,
             record=record,
+            self_announced=self_announced,
         )
 
     # Set-up
@@ -240,14 +245,30 @@ class Port:
         line.dealer.close(0)
 
     def expect(self, peer: str, incarnation: int) -> None:
-        """From now on a peer is stale below this incarnation; what an older one sends is dropped."""
+        """From now on a peer is stale below this incarnation; what an older one sends is dropped.
+
+        A newer one that nobody expects is welcomed only while no other of that name is connected.
+        """
         for key in [key for key in self._sessions if key[0] == peer and key[1] < incarnation]:
             del self._sessions[key]
         self._door.expect(peer, incarnation)
+        if self._door.has_parked:
+            self._wake()
 
     def vouch(self, peer: str, key: str) -> None:
         """From now on a peer's name may be used with this CURVE key alone; empty: by ipc or plain loopback alone."""
         self._door.vouch(peer, key)
+
+    def _wake(self) -> None:
+        """Have `receive` called, which welcomes whoever has waited for this."""
+        if self._waker < 0:
+            self._waker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._on_ready[self._waker] = self._note_woken
+            self._epoll.register(self._waker, select.EPOLLIN)
+        os.eventfd_write(self._waker, 1)
+
+    def _note_woken(self) -> None:
+        os.eventfd_read(self._waker)
 
     def close(self) -> None:
         """Close every socket at once; what was not delivered is dropped."""
@@ -266,6 +287,9 @@ class Port:
         if not self._context.closed:
             self._context.destroy(linger=0)
         self._epoll.close()
+        if self._waker >= 0:
+            os.close(self._waker)
+            self._waker = -1
 
     def _close_strangers(self) -> None:
         if self._door.strangers is not None:
@@ -363,6 +387,7 @@ class Port:
         if self._door.held_back:
             self._door.grant_held_back(now_ns)
         self._door.shut_strangers()
+        self._door.admit_parked()
         return messages
 
     def check_keys(self) -> None:

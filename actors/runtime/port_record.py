@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -19,6 +20,7 @@ COUNTERS = (
     "multipart",  # more or fewer frames than the head says
     "version",  # another protocol version in the middle of a session
     "refused_hello",
+    "parked",  # hellos of incarnations that nobody announced, while another has the name: they wait
     "stale_incarnation",
     "repeated",
     "gap",
@@ -33,6 +35,18 @@ COUNTERS = (
     "handshake_failed",
     "dropped_events",
 )
+
+
+NOT_DROPS = frozenset({"parked", "held_back", "reconnected", "resent", "dropped_events", "stranger"})
+"""Counters of something else than messages that were thrown away."""
+
+
+def drops_of(*counters: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """Messages that these ports threw away, by reason; reasons that had none are left out."""
+    totals: Counter[str] = Counter()
+    for each in counters:
+        totals.update(each)
+    return tuple((name, count) for name, count in totals.items() if count and name not in NOT_DROPS)
 
 
 class LinkEvent(msgspec.Struct, frozen=True):

@@ -83,10 +83,12 @@ class ProcessExit(msgspec.Struct, frozen=True):
     Attributes:
         status: exit code, or minus the number of the signal that killed it; None if nobody could tell.
         why: for logs and for those who wait for it.
+        is_innocent: it only went with its nursery, or with its host.
     """
 
     status: int | None
     why: str
+    is_innocent: bool = False
 
 
 class ChildProcess:
@@ -195,9 +197,10 @@ class ChildProcess:
         if not self._nursery.is_alive:
             self._status = _reap_if_ours(self.pid, self._status)
         why = describe_status(self._status)
-        if not self._nursery.is_alive:
+        is_innocent = not self._nursery.is_alive
+        if is_innocent:
             why += ", and its nursery is gone"
-        self._exit = ProcessExit(self._status, why)
+        self._exit = ProcessExit(self._status, why, is_innocent)
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -395,7 +398,6 @@ class Nursery:
         self._link: _NurseryLink | None = None
         self._starting = asyncio.Lock()
         self._is_closing = False
-        self.num_starts = 0
 
     @property
     def pid(self) -> int:
@@ -448,7 +450,6 @@ class Nursery:
             link = self._link
             if link is None or not link.is_alive:
                 link = self._link = _NurseryLink(self._handle_lost)
-                self.num_starts += 1
                 link.post(Prepare(self._modules))
             try:
                 prepared = await asyncio.wait_for(asyncio.shield(link.prepared), timeout_s)

@@ -10,14 +10,14 @@ import re
 import secrets
 import shutil
 import stat
-import sys
 import tempfile
 from pathlib import Path
 
 from ...messages.errors import OctavoError
+from .endpoints import MAX_PATH_BYTES
 
-MAX_SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103
-"""What `sockaddr_un.sun_path` holds, less the zero at its end."""
+MAX_NAME_BYTES = len("executor-99999.99999")
+"""Longest name of a socket in it; `edge-0` has the milliseconds since 1970 behind it."""
 
 _NAME = re.compile(r"[1-9][0-9]*-[0-9a-f]{8}")
 
@@ -39,16 +39,21 @@ class RunDir:
         base: the directory to put it under; None is `$XDG_RUNTIME_DIR`, else the directory for temporary files.
 
     Raises:
-        RunDirError: `octavo-<uid>` is somebody else's or a link, or nothing can be written there.
+        RunDirError: `octavo-<uid>` is somebody else's or a link, nothing can be written there, or the paths of sockets
+            would be too long.
     """
 
     def __init__(self, base: Path | None = None) -> None:
         home = (default_base() if base is None else base) / f"octavo-{os.getuid()}"
+        self.path = home / f"{os.getpid()}-{secrets.token_hex(4)}"
+        if len(os.fsencode(self.path)) + 1 + MAX_NAME_BYTES > MAX_PATH_BYTES:
+            raise RunDirError(
+                f"the path of a socket in {self.path} would have more than {MAX_PATH_BYTES} bytes: {_ADVICE}"
+            )
         home_fd = _open_home(home)
         try:
             fcntl.flock(home_fd, fcntl.LOCK_EX)  # between making a directory and locking it, nobody sweeps
             _sweep(home)
-            self.path = home / f"{os.getpid()}-{secrets.token_hex(4)}"
             self.path.mkdir(mode=0o700)
             self._lock_fd = _open_lock(self.path)
             fcntl.flock(self._lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -71,21 +76,6 @@ class RunDir:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
-
-    def socket_path(self, name: str) -> Path:
-        """Where the socket `name` belongs.
-
-        Raises:
-            RunDirError: the path is longer than a UNIX socket's may be.
-        """
-        path = self.path / name
-        num_bytes = len(os.fsencode(path))
-        if num_bytes > MAX_SOCKET_PATH_BYTES:
-            raise RunDirError(
-                f"the socket {path} has a path of {num_bytes} bytes, at most {MAX_SOCKET_PATH_BYTES} are possible: "
-                f"{_ADVICE}"
-            )
-        return path
 
     def remove(self) -> None:
         """Remove the directory and what is in it. Safe to call twice; a forked child removes nothing."""

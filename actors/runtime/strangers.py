@@ -29,6 +29,7 @@ class Strangers:
         self._router = router
         self._most = most
         self._held: dict[int, int] = {}  # inode of the connection by its descriptor, the oldest first
+        self._welcomed: dict[int, tuple[int, bytes]] = {}  # inode and routing id by descriptor
         # Unbounded, as its writer is the thread that carries everybody's messages: it must never wait for us.
         self.monitor: zmq.Socket[bytes] = router.context.socket(zmq.PAIR)
         self.monitor.set(zmq.RCVHWM, 0)
@@ -49,15 +50,34 @@ class Strangers:
                 return
             descriptor = int(event["value"])
             self._held.pop(descriptor, None)
+            self._welcomed.pop(descriptor, None)
             if event["event"] == zmq.EVENT_ACCEPTED:
                 # Closed already, or another file's by now: then the news of that is behind this.
                 with contextlib.suppress(OSError):
                     self._held[descriptor] = os.fstat(descriptor).st_ino
 
-    def welcome(self, descriptor: int) -> None:
+    def welcome(self, descriptor: int, routing_id: bytes) -> None:
         """Whoever speaks through this connection is no stranger any more."""
         self.read()  # that he came was said before he could say anything
+        self._welcomed[descriptor] = (self.inode_of(descriptor), routing_id)
         self._held.pop(descriptor, None)
+
+    def inode_of(self, descriptor: int) -> int:
+        """What tells a connection from others that had the same descriptor; 0: it is not there, as far as was told."""
+        return self._held.get(descriptor) or self._welcomed.get(descriptor, (0, b""))[0]
+
+    def has_welcomed(self, routing_id: bytes) -> bool:
+        """Whether one who was welcomed is still connected, as far as was told."""
+        return self.descriptor_of(routing_id) >= 0
+
+    def descriptor_of(self, routing_id: bytes) -> int:
+        """The connection of one who was welcomed; -1: there is none."""
+        return next((descriptor for descriptor, (_, other) in self._welcomed.items() if other == routing_id), -1)
+
+    def shut(self, descriptor: int) -> None:
+        """Shut a stranger's connection: if he means it, he comes again."""
+        if descriptor in self._held:
+            _shut(descriptor, self._held.pop(descriptor))
 
     def shut_oldest(self) -> int:
         """Shut as many connections as are too many, and return their number."""

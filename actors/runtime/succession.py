@@ -16,7 +16,7 @@ from .process_state import is_stopped
 from .process_title import has_title
 
 _NAME = "supervisor"
-_PID_BYTES = 20
+_PID_BYTES = _GENERATION_BYTES = 20
 
 
 class Succession:
@@ -28,11 +28,16 @@ class Succession:
     Args:
         run_dir: the directory.
 
+    Attributes:
+        generation: how many held the lock before this process had its turn, whether or not anybody heard of them; -1
+            until then.
+
     Raises:
         OSError: it is not there.
     """
 
     def __init__(self, run_dir: Path) -> None:
+        self.generation = -1
         self._fd = os.open(run_dir / _NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
     def take(self) -> None:
@@ -88,7 +93,9 @@ class Succession:
         return True
 
     def _sign(self) -> None:
-        os.pwrite(self._fd, f"{os.getpid():<{_PID_BYTES}}".encode(), 0)
+        last = os.pread(self._fd, _GENERATION_BYTES, _PID_BYTES)
+        self.generation = int(last) + 1 if last else 0
+        os.pwrite(self._fd, f"{os.getpid():<{_PID_BYTES}}{self.generation:<{_GENERATION_BYTES}}".encode(), 0)
 
     def release(self) -> None:
         """Let the next one have it."""

@@ -27,9 +27,11 @@ class Quarantine:
     def __len__(self) -> int:
         return len(self._until_ns)
 
-    def add(self, submit: SubmitRequest, now_ns: int) -> None:
-        """Remember a request from now on."""
-        self.remember(RememberQuarantined(_digest(submit), now_ns + PERIOD_NS))
+    def add(self, submit: SubmitRequest, now_ns: int) -> RememberQuarantined:
+        """Remember a request from now on; returns what another quarantine must hear to know the same."""
+        entry = RememberQuarantined(_digest(submit), now_ns + PERIOD_NS)
+        self.remember(entry)
+        return entry
 
     def entries(self) -> list[RememberQuarantined]:
         """What another quarantine must hear to know the same."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Protocol
 
 import structlog
@@ -16,6 +16,7 @@ from ...messages.system import (
     KillProcess,
     ProcessExited,
     ProcessHalted,
+    ProcessObserved,
     ProcessStarted,
     StartProcess,
     StopAll,
@@ -26,6 +27,7 @@ from ...messages.system import (
 from ..runtime.clock import Clock, MonotonicClock
 from ..runtime.process_state import is_stopped
 from ..runtime.processes import Nursery, ProcessExit, ProcessRefusedError, ProcessSpec, ProcessStartError
+from ..runtime.thread_times import Spent, ThreadTimes, read_threads, spent_between
 from .config import TICK_NS, ChildKind, SupervisorConfig
 from .core import SupervisorCore
 
@@ -58,6 +60,10 @@ class Elsewhere(Protocol):
         """Whether a child is one of those."""
         ...
 
+    def is_out_of_reach(self, child: str) -> bool:
+        """Whether nothing is heard of the host of a child, either."""
+        ...
+
     async def spawn(self, spec: ProcessSpec) -> Process:
         """Start a child, once there is a place for it; raises `ProcessStartError` if there is none in time."""
         ...
@@ -80,6 +86,7 @@ class Supervisor:
         modules: imported by the nursery, so that the children need not.
         elsewhere: who starts some of the children; None: the nursery starts all.
         clock: monotonic.
+        read_threads: what the threads of a process of this host were at, by pid.
         on_change: called after a message that changed whether the core is ready.
         on_exit: called with name and incarnation of each child that has ended, before the core hears of it.
     """
@@ -93,6 +100,7 @@ class Supervisor:
         modules: Sequence[str] = (),
         elsewhere: Elsewhere | None = None,
         clock: Clock | None = None,
+        read_threads: Callable[[int], Mapping[int, ThreadTimes]] = read_threads,
         on_change: Callable[[], None] = lambda: None,
         on_exit: Callable[[str, int], None] = lambda child, incarnation: None,
     ) -> None:
@@ -102,6 +110,8 @@ class Supervisor:
         self._make_spec = make_spec
         self._send = send
         self._clock = clock or MonotonicClock()
+        self._read_threads = read_threads
+        self._looks: dict[str, tuple[int, int, Mapping[int, ThreadTimes]]] = {}  # when, at which incarnation, and what
         self._on_change = on_change
         self._on_exit = on_exit
         self._elsewhere = elsewhere
@@ -190,7 +200,8 @@ class Supervisor:
         except ProcessStartError as error:
             self._doomed.pop(message.child, None)
             log.error("process.not_started", child=message.child, incarnation=message.incarnation, why=str(error))
-            self._note_exit(message, str(error), was_refused=isinstance(error, ProcessRefusedError))
+            was_refused = isinstance(error, ProcessRefusedError)
+            self._note_exit(message, str(error), was_refused=was_refused, is_innocent=True)
             return
         self._processes[message.child] = process
         self._incarnations[message.child] = message.incarnation
@@ -201,11 +212,13 @@ class Supervisor:
         ended = await process.wait()
         del self._processes[message.child], self._incarnations[message.child]
         log.info("process.exited", child=message.child, incarnation=message.incarnation, why=ended.why)
-        self._note_exit(message, ended.why)
+        self._note_exit(message, ended.why, is_innocent=ended.is_innocent)
 
-    def _note_exit(self, message: StartProcess, why: str, *, was_refused: bool = False) -> None:
+    def _note_exit(
+        self, message: StartProcess, why: str, *, was_refused: bool = False, is_innocent: bool = False
+    ) -> None:
         self._on_exit(message.child, message.incarnation)
-        self.handle(ProcessExited(message.child, message.incarnation, why, was_refused))
+        self.handle(ProcessExited(message.child, message.incarnation, why, was_refused, is_innocent))
 
     async def _start_nursery(self, message: StartProcess) -> None:
         try:
@@ -270,8 +283,8 @@ class Supervisor:
 
     def _tick(self) -> None:
         self._ticker = asyncio.get_running_loop().call_later(TICK_NS / 1e9, self._tick)
-        for child in self._find_halted():
-            self.handle(child)
+        for news in (*self._find_halted(), *self._observe_suspects()):
+            self.handle(news)
         self.handle(Tick())
 
     def _find_halted(self) -> list[ProcessHalted]:
@@ -288,6 +301,26 @@ class Supervisor:
                 if kind == "nursery"
             ]
         return halted
+
+    def _observe_suspects(self) -> list[ProcessObserved]:
+        """What children were at that may hang, since the last look at them."""
+        looks, self._looks = self._looks, {}
+        observed = []
+        for child, process in self._processes.items():
+            now_ns, incarnation = self._clock.now_ns(), self._incarnations[child]
+            if not self.core.is_suspect(child, now_ns):
+                continue
+            threads = self._read_threads(process.pid) if process.is_here else {}
+            self._looks[child] = (now_ns, incarnation, threads)
+            then_ns, incarnation_then, before = looks.get(child, (0, -1, {}))
+            if incarnation_then != incarnation:
+                continue
+            elapsed_ns = now_ns - then_ns
+            spent = spent_between(before, threads, elapsed_ns)
+            if not process.is_here and self._elsewhere is not None and self._elsewhere.is_out_of_reach(child):
+                spent = Spent(0, elapsed_ns)
+            observed.append(ProcessObserved(child, incarnation, spent.ran_ns, spent.hindered_ns))
+        return observed
 
     def _arm_waker(self) -> None:
         """Tick also when a child is due, not up to a tick later."""

@@ -21,7 +21,10 @@ class Child(msgspec.Struct):
         heard_ns: of the latest beat, or of readiness; -1 for never.
         ready_ns: since when it has been ready; -1 if it is not.
         progress, excused_ns: the latest progress, and for how long this process stood still since.
+        ran_ns, hindered_ns: as of `ProcessObserved`, since it was heard last.
+        step_hindered_ns, is_long_at_step: the same since the latest progress, and whether its step is worth a look.
         halted_ns, halt_seen_ns: since when it has been stopped by a signal, and when that was seen last; -1 for never.
+        cannot_load: whether it has said so.
         epoch: that it was started with.
         why: the latest loss, for those who must hear of it once the next incarnation is ready.
     """
@@ -35,8 +38,13 @@ class Child(msgspec.Struct):
     ready_ns: int = -1
     progress: int = 0
     excused_ns: int = 0
+    ran_ns: int = 0
+    hindered_ns: int = 0
+    step_hindered_ns: int = 0
+    is_long_at_step: bool = False
     halted_ns: int = -1
     halt_seen_ns: int = -1
+    cannot_load: bool = False
     epoch: Epoch = Epoch(0)
     why: str = ""
 

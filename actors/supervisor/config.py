@@ -33,12 +33,16 @@ class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         max_restarts: of the executor within `period_ns`; one more and the supervisor gives up.
         period_ns: the window in which restarts are counted.
-        proven_ns: one that was ready for so long and got somewhere may be restarted however often it happens.
+        proven_ns: one that was ready for so long and got somewhere may be restarted however often it happens. One that
+            this supervisor itself ended must also have served for as long as it took to start, or a loop of verdicts
+            would have no end.
         children: processes to keep alive; none where every actor lives in this process.
         max_restarts_of_others: as `max_restarts`, for each other kind of child.
         backoff_ns: before a restart: the first after a child that had become ready, then after each that had not; the
             last one from then on.
-        max_silence_ns: without a beat, of a child that is ready.
+        max_silence_ns: without a beat, of a child that is ready and neither computes nor would if it were let.
+        max_computing_silence_ns: the same of one that computes: it may be in a long call that lets no other thread run.
+        max_hindered_ns: so much more is given to one that is not let run, be it silent or at a step.
         max_silence_at_start_ns: without a beat, of one that is loading, when long calls may hold up its beats; and from
             `StartExecutor` until a loaded executor is ready for its epoch.
         max_engine_start_silence_ns: the same of an engine, which loads nothing, until its first beat.
@@ -58,6 +62,8 @@ class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_restarts_of_others: int = 8
     backoff_ns: tuple[int, ...] = (0, 100_000_000, 500_000_000, 2_000_000_000)
     max_silence_ns: int = 1_500_000_000
+    max_computing_silence_ns: int = 3_000_000_000
+    max_hindered_ns: int = 8_500_000_000
     max_silence_at_start_ns: int = 30_000_000_000
     max_engine_start_silence_ns: int = 3_000_000_000
     max_halt_ns: int = 300_000_000

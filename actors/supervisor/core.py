@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...messages.base import Message
 from ...messages.ids import Epoch
+from ...messages.processes import LoadFailed
 from ...messages.system import (
     Beat,
     EngineLost,
@@ -14,6 +15,7 @@ from ...messages.system import (
     KillProcess,
     ProcessExited,
     ProcessHalted,
+    ProcessObserved,
     ProcessStarted,
     StartExecutor,
     StartProcess,
@@ -27,14 +29,17 @@ from .config import START_ORDER, TICK_NS, ChildKind
 from .config import SupervisorConfig as SupervisorConfig  # noqa: PLC0414, others import it from here
 from .restart_budget import RestartBudget
 from .step_times import StepTimes
+from .verdicts import Verdict, judge_silence, judge_step, silence_ns, usual_silence_ns
 
 SupervisorInbox = (
     ExecutorReady
     | ExecutorFailed
+    | LoadFailed
     | EngineReady
     | Beat
     | ProcessStarted
     | ProcessHalted
+    | ProcessObserved
     | ProcessExited
     | Tick
     | StopAll
@@ -45,9 +50,6 @@ SupervisorOutbox = (
 
 _RESEND_NS = 500_000_000
 """Between two `StartExecutor`s to an executor that still names an older epoch."""
-
-_PATIENCE_WITH_ALL = 3
-"""So many times as long may children be silent if all of them are."""
 
 _HALT_GAP_NS = 3 * TICK_NS
 """Between two `ProcessHalted`s about the same halt, at most."""
@@ -66,7 +68,8 @@ class SupervisorCore:
 
     A child counts as lost, and its epoch as ended, from the moment that it is found dead or hung; the replacement
     starts after the exit, so two incarnations never live at once. What an older incarnation or epoch says changes
-    nothing.
+    nothing. Silence is no death by itself: a child that is not let run is given longer, and if that is of no avail, no
+    request is held to be the cause.
 
     Source: Erlang/OTP design principles, supervisor behaviour (`one_for_all`, `one_for_one`, intensity and period).
     """
@@ -154,6 +157,13 @@ class SupervisorCore:
         current = self._current(child, incarnation)
         return current is not None and current.state == "starting"
 
+    def is_suspect(self, child: str, now_ns: int) -> bool:
+        """Whether a child may soon count as hung, so that it matters what it is at: see `ProcessObserved`."""
+        suspect = self._children[child]
+        if not suspect.is_running or suspect.config.kind == "nursery":
+            return False
+        return suspect.is_long_at_step or 3 * silence_ns(suspect, now_ns) > usual_silence_ns(suspect, self._config)
+
     @property
     def is_stopped(self) -> bool:
         """Whether `StopAll` is done: no child is left."""
@@ -171,6 +181,8 @@ class SupervisorCore:
                 self._handle_executor_ready(message, now_ns)
             case ExecutorFailed():
                 self._handle_executor_failed(message, now_ns)
+            case LoadFailed():
+                self._handle_load_failed(message)
             case EngineReady():
                 self._handle_engine_ready(message, now_ns)
             case Beat():
@@ -179,6 +191,8 @@ class SupervisorCore:
                 self._handle_started(message, now_ns)
             case ProcessHalted():
                 self._handle_halted(message, now_ns)
+            case ProcessObserved():
+                self._handle_observed(message, now_ns)
             case ProcessExited():
                 self._handle_exited(message, now_ns)
             case Tick():
@@ -215,6 +229,13 @@ class SupervisorCore:
             is_out_of_memory=message.is_out_of_memory,
         )
 
+    def _handle_load_failed(self, message: LoadFailed) -> None:
+        child = self._current(message.child, message.incarnation)
+        if child is None or not child.is_running:
+            self._num_late_messages += 1
+        else:
+            child.cannot_load = True  # it ends itself
+
     def _handle_engine_ready(self, message: EngineReady, now_ns: int) -> None:
         engine = self._engine
         if engine is None or message.incarnation != engine.incarnation or engine.state != "starting":
@@ -232,18 +253,22 @@ class SupervisorCore:
             self._num_late_messages += 1
             return
         child.heard_ns = now_ns
+        child.ran_ns = child.hindered_ns = 0
         if child.config.kind == "edge":
             self._note_ready(child, now_ns)
         if beat.progress != child.progress:
             child.progress = beat.progress
-            child.excused_ns = 0
+            child.excused_ns = child.step_hindered_ns = 0
         if child.config.kind != "executor":
             return
         if beat.longest_ns:
             self._step_times.observe(beat.longest_tokens, beat.longest_ns, beat.progress)
         busy_ns = beat.busy_ns - child.excused_ns
-        if child.state == "ready" and busy_ns > self._step_times.limit_ns(beat.busy_tokens, beat.progress):
-            self._lose(child, f"{child.config.name} hangs: a step has been running for {busy_ns / 1e9:.1f} s", now_ns)
+        limit_ns = self._step_times.limit_ns(beat.busy_tokens, beat.progress)
+        child.is_long_at_step = 2 * busy_ns > limit_ns
+        verdict = judge_step(child, busy_ns, limit_ns, self._config) if child.state == "ready" else None
+        if verdict is not None:
+            self._condemn(child, verdict, now_ns)
         elif beat.epoch < self._epoch and now_ns - self._executor_told_ns >= _RESEND_NS:
             self._tell_executor(now_ns)
 
@@ -268,6 +293,17 @@ class SupervisorCore:
                 child, f"{child.config.name} hangs: it has been stopped for {seconds:.1f} s", now_ns, is_innocent=True
             )
 
+    def _handle_observed(self, message: ProcessObserved, now_ns: int) -> None:
+        child = self._current(message.child, message.incarnation)
+        if child is None or not child.is_running:
+            self._num_late_messages += 1
+            return
+        child.step_hindered_ns += message.hindered_ns
+        # No more than there was of silence: a look may reach back to before it.
+        silent_ns = silence_ns(child, now_ns)
+        child.ran_ns = min(child.ran_ns + message.ran_ns, silent_ns)
+        child.hindered_ns = min(child.hindered_ns + message.hindered_ns, silent_ns)
+
     def _handle_exited(self, message: ProcessExited, now_ns: int) -> None:
         child = self._current(message.child, message.incarnation)
         if child is None or child.state == "absent":
@@ -281,37 +317,28 @@ class SupervisorCore:
         elif was_running:
             self._refused_since_ns.pop(child.streak, None)
         if was_running:
-            self._lose(child, f"{child.config.name} {message.why}", now_ns)
+            is_innocent = message.is_innocent or child.cannot_load
+            self._lose(child, f"{child.config.name} {message.why}", now_ns, is_innocent=is_innocent)
 
     def _find_hung(self, now_ns: int) -> None:
-        patience = _PATIENCE_WITH_ALL if self._are_all_silent(now_ns) else 1
+        are_all_silent = self._are_all_silent(now_ns)
         for child in self._children.values():
-            if not child.is_running:
-                continue
-            silence_ns = now_ns - (child.heard_ns if child.heard_ns >= 0 else child.since_ns)
-            if child.state == "starting":
-                limit_ns = self._config.max_silence_at_start_ns
-                if child is self._engine:  # it loads nothing: its beats come soon, and then regularly
-                    has_beaten = child.heard_ns >= 0
-                    limit_ns = self._config.max_silence_ns if has_beaten else self._config.max_engine_start_silence_ns
-                if now_ns - child.since_ns > self._config.max_start_ns:
-                    seconds = self._config.max_start_ns / 1e9
-                    self._lose(child, f"{child.config.name} was not ready within {seconds:.0f} s", now_ns)
-                    continue
-            else:
-                limit_ns = patience * self._config.max_silence_ns
-            if silence_ns > limit_ns and child.config.kind != "nursery":  # which has no beats
-                self._lose(child, f"{child.config.name} hangs: no beat for {silence_ns / 1e9:.1f} s", now_ns)
+            if child.is_running and child.config.kind != "nursery":  # which has no beats
+                verdict = judge_silence(child, now_ns, self._config, are_all_silent=are_all_silent)
+                if verdict is not None:
+                    self._condemn(child, verdict, now_ns)
         # Alive, told of its epoch, and never ready for it: of no use either.
         is_engine_ready = self._engine is None or self._engine.state == "ready"
+        told_ns = now_ns - self._executor_told_ns
         if (
             not self._is_ready
             and is_engine_ready
             and self._ranks
             and all(rank.state == "ready" for rank in self._ranks)
-            and now_ns - self._executor_told_ns > self._config.max_silence_at_start_ns
+            and told_ns > self._config.max_silence_at_start_ns
         ):
-            self._lose(self._ranks[0], f"the executor did not begin epoch {self._epoch}", now_ns)
+            why = f"the executor did not begin epoch {self._epoch}"
+            self._condemn(self._ranks[0], Verdict(why, is_innocent=False, useless_ns=told_ns), now_ns)
 
     def _are_all_silent(self, now_ns: int) -> bool:
         """Whether several children have fallen silent together: rather a host with no time for anybody."""
@@ -333,6 +360,7 @@ class SupervisorCore:
         for child in self._children.values():
             child.excused_ns += stalled_ns
             child.since_ns += stalled_ns
+            child.ran_ns = child.hindered_ns = 0
             if child.heard_ns >= 0:
                 child.heard_ns = now_ns
 
@@ -347,18 +375,23 @@ class SupervisorCore:
 
     # ---- what follows ----
 
-    def _lose(self, child: Child, why: str, now_ns: int, *, is_innocent: bool = False) -> None:
-        """A running child is dead, or as good as that."""
+    def _condemn(self, child: Child, verdict: Verdict, now_ns: int) -> None:
+        self._lose(child, verdict.why, now_ns, is_innocent=verdict.is_innocent, useless_ns=verdict.useless_ns)
+
+    def _lose(
+        self, child: Child, why: str, now_ns: int, *, is_innocent: bool = False, useless_ns: int | None = None
+    ) -> None:
+        """A running child is dead, or as good as that; by a verdict, if it is known for how long it was of no use."""
         if self._gave_up_because or self._is_stopping:
             return
         child.why = why
         if child.config.kind == "executor":
-            self._lose_executor(why, now_ns, is_hard=True, is_innocent=is_innocent)
+            self._lose_executor(why, now_ns, is_hard=True, is_innocent=is_innocent, useless_ns=useless_ns)
             return
         self._end(child, why)
         if child.config.kind == "edge" and self._edges_given_up:
             return
-        if not self._may_restart([child], now_ns):
+        if not self._may_restart([child], now_ns, useless_ns):
             self._give_up(child.config.kind, why)
             return
         if child is not self._engine:
@@ -374,13 +407,20 @@ class SupervisorCore:
             self._schedule(self._ranks, now_ns)
 
     def _lose_executor(
-        self, why: str, now_ns: int, *, is_hard: bool, is_innocent: bool = False, is_out_of_memory: bool = False
+        self,
+        why: str,
+        now_ns: int,
+        *,
+        is_hard: bool,
+        is_innocent: bool = False,
+        is_out_of_memory: bool = False,
+        useless_ns: int | None = None,
     ) -> None:
         self._is_ready = False
         if is_hard:
             for rank in self._ranks:
                 self._end(rank, why)
-        if not self._may_restart(self._ranks, now_ns):
+        if not self._may_restart(self._ranks, now_ns, useless_ns):
             self._give_up("executor", why)
             return
         self._raise_epoch()
@@ -391,18 +431,25 @@ class SupervisorCore:
             self._tell_executor(now_ns)
         self._out.append(ExecutorLost(self._epoch, why, is_innocent, is_out_of_memory))
 
-    def _may_restart(self, children: list[Child], now_ns: int) -> bool:
+    def _may_restart(self, children: list[Child], now_ns: int, useless_ns: int | None) -> bool:
         """Whether children of one kind, who share their fate, may be started again; counts it."""
         refused_since_ns = self._refused_since_ns.get(children[0].streak, -1) if children else -1
         if refused_since_ns >= 0:
             return now_ns - refused_since_ns <= self._config.max_start_ns
-        is_proven = bool(children) and all(self._is_proven(child, now_ns) for child in children)
+        is_proven = bool(children) and all(self._is_proven(child, now_ns, useless_ns) for child in children)
         kind = children[0].config.kind if children else "executor"
-        return self._budgets[kind].take(now_ns, is_proven=is_proven)
+        is_verdict = useless_ns is not None
+        cycle_ns = max((now_ns - child.since_ns for child in children), default=0) if is_verdict else 0
+        return self._budgets[kind].take(now_ns, is_proven=is_proven, cycle_ns=cycle_ns)
 
-    def _is_proven(self, child: Child, now_ns: int) -> bool:
+    def _is_proven(self, child: Child, now_ns: int, useless_ns: int | None) -> bool:
         """Whether this incarnation was of use for a while: its death is an accident, and no loop of restarts."""
-        return child.ready_ns >= 0 and child.progress > 0 and now_ns - child.ready_ns >= self._config.proven_ns
+        if child.ready_ns < 0 or not child.progress:
+            return False
+        if useless_ns is None:
+            return now_ns - child.ready_ns >= self._config.proven_ns
+        took_ns = child.ready_ns - child.since_ns
+        return now_ns - child.ready_ns - useless_ns >= max(self._config.proven_ns, took_ns)
 
     def _raise_epoch(self) -> None:
         self._epoch = Epoch(self._epoch + 1)
@@ -453,6 +500,8 @@ class SupervisorCore:
                 child.since_ns = now_ns
                 child.heard_ns = child.ready_ns = child.halted_ns = child.halt_seen_ns = -1
                 child.progress = child.excused_ns = 0
+                child.ran_ns = child.hindered_ns = child.step_hindered_ns = 0
+                child.is_long_at_step = child.cannot_load = False
                 child.epoch = self._epoch
                 engine = self._engine.incarnation if self._engine is not None else 0
                 self._out.append(StartProcess(child.config.name, child.incarnation, self._epoch, engine))

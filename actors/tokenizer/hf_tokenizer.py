@@ -155,13 +155,6 @@ class HFTokenizer:
             return self.token_bytes(token_id).decode(errors="replace")
         return self.decode([token_id], False)
 
-    def token_spelling(self, token_id: int) -> str:
-        """The token as the vocabulary spells it; empty outside the vocabulary."""
-        if not 0 <= token_id < self.vocab_size:
-            return ""
-        spelling: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
-        return spelling or ""
-
     def render_chat(self, prompt: ChatPrompt) -> str:
         """The conversation as text, by the chat template; encode it with `add_special_tokens=False`.
 

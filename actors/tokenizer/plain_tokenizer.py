@@ -69,9 +69,6 @@ class PlainTokenizer:
     def added_tokens_decoder(self) -> dict[int, Any]:
         return self.backend_tokenizer.get_added_tokens_decoder()
 
-    def convert_ids_to_tokens(self, token_id: int) -> str | None:
-        return self.backend_tokenizer.id_to_token(token_id)
-
     def get_chat_template(self) -> str:
         if self.chat_template is None:
             raise ValueError("there is no chat template")

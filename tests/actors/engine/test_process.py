@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
+from octavo.actors.engine import process
 from octavo.actors.engine.peers import first_request_id
 from octavo.actors.engine.process import EngineProcess, EngineProcessSpec, EngineSetup
 from octavo.actors.kv_allocator.config import AllocatorConfig
 from octavo.actors.runtime.addresses import EDGE, endpoint_of
 from octavo.actors.runtime.port import Port
+from octavo.actors.runtime.port_limits import PortLimits
 from octavo.actors.scheduler.config import SchedulerConfig
 from octavo.actors.scheduler.quarantine import Quarantine
 from octavo.messages.base import Message
 from octavo.messages.ids import Epoch, RequestId
-from octavo.messages.processes import EngineReport, PeerLeft, PeerStarted, RememberQuarantined
-from octavo.messages.request import RequestEnded, SubmitRequest
+from octavo.messages.processes import EdgeShed, EngineReport, PeerLeft, PeerStarted, RememberQuarantined, ShedHeard
+from octavo.messages.request import CancelRequest, RequestEnded, SubmitRequest
 from octavo.messages.sampling import SamplingParams
 from octavo.messages.step import ExecuteStep, StepExecuted
 from octavo.messages.system import Beat, EngineReady
 
 PATIENCE_S = 180.0
-FROM_ENGINE = (StepExecuted, RequestEnded, EngineReport, EngineReady, Beat)
+FROM_ENGINE = (StepExecuted, RequestEnded, EngineReport, EngineReady, EdgeShed, Beat)
 SETUP = EngineSetup(
     scheduler=SchedulerConfig(num_blocks=2048, block_size=4, max_model_len=8192, max_num_seqs=8, pipeline_depth=1),
     allocator=AllocatorConfig(num_blocks=2048, block_size=4),
@@ -47,6 +52,7 @@ class Stage:
         self._run_dir = str(run_dir)
         self.ports: dict[tuple[str, int], Port] = {}
         self.heard: dict[tuple[str, int], list[Message]] = {}
+        self.deaf: list[str] = []  # who does not look at what it was sent
         self.start(EDGE, 1)
         self.start("executor 0", 1, kinds=(ExecuteStep,))
         self.engine = EngineProcess(
@@ -68,6 +74,9 @@ class Stage:
         self.ports[name, incarnation] = port
         self.heard[name, incarnation] = []
 
+    def end(self, name: str, incarnation: int) -> None:
+        self.ports.pop((name, incarnation)).close()
+
     def say(self, name: str, incarnation: int, *messages: Message) -> None:
         for message in messages:
             assert self.ports[name, incarnation].send("engine", message)
@@ -78,7 +87,8 @@ class Stage:
     async def until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             for peer, port in self.ports.items():
-                self.heard[peer] += [message for _, message in port.receive()]
+                if peer[0] not in self.deaf:
+                    self.heard[peer] += [message for _, message in port.receive()]
             self._execute()
             await asyncio.sleep(0.001)
 
@@ -116,12 +126,13 @@ def test_requests_of_an_edge_that_dies_are_cancelled_and_those_of_its_successor_
         stage.say(EDGE, 1, PeerStarted("edge 1", 1))
         stage.say("edge 1", 1, submit(first, max_tokens=4000))
         await stage.until(lambda: bool(stage.hears("edge 1", 1, StepExecuted)))
+        stage.end("edge 1", 1)
         # The successor is quicker than the news of its predecessor's end.
         stage.start("edge 1", 2)
         stage.say("edge 1", 2, submit(second))
         await stage.until(lambda: bool(stage.hears("edge 1", 2, StepExecuted)))
         stage.say(EDGE, 1, PeerLeft("edge 1", 1), PeerStarted("edge 1", 2))
-        stage.say("edge 1", 1, submit(first + 1))  # its last words
+        stage.say("edge 1", 2, submit(first + 1))  # of one that has left
 
         def ends() -> list[RequestEnded]:
             return [ended for ended in stage.hears("edge 1", 2, RequestEnded) if ended.request_id == second]
@@ -131,9 +142,10 @@ def test_requests_of_an_edge_that_dies_are_cancelled_and_those_of_its_successor_
         assert (ended.request_id, ended.reason, ended.num_output_tokens) == (second, "length", 9)
         steps = [step for step in stage.hears("edge 1", 2, StepExecuted) if second in step.request_ids]
         assert len(steps) == 9, "not one is missing"
-        await stage.until(lambda: stage.hears(EDGE, 1, EngineReport)[-1].num_running == 0)
-        cancelled = [step for step in stage.hears(EDGE, 1, StepExecuted) if first in step.request_ids]
-        assert len(cancelled) < 4000, "nobody waits for it"
+        reports: Callable[[], list[EngineReport]] = partial(stage.hears, EDGE, 1, EngineReport)
+        await stage.until(lambda: reports()[-1].generation_tokens > 9 and reports()[-1].num_running == 0)
+        assert reports()[-1].generation_tokens < 4000, "nobody waits for it"
+        assert stage.hears(EDGE, 1, StepExecuted) == [], "edge 0 asked for nothing"
 
     on_stage(tmp_path, test)
 
@@ -153,11 +165,70 @@ def test_a_poison_request_that_an_earlier_engine_found_is_refused(tmp_path: Path
     on_stage(tmp_path, test)
 
 
-def test_an_engine_that_cannot_tell_an_edge_of_a_step_tells_it_of_no_later_one(
+class Watcher:
+    """What an edge makes of what it hears: the tokens of each request, in order, and how it ended."""
+
+    def __init__(self, stage: Stage, name: str) -> None:
+        self._heard = stage.heard[name, 1]
+        self.say = partial(stage.say, name, 1)
+
+    def tokens(self, request_id: int) -> int:
+        return sum(request_id in step.request_ids for step in self._heard if isinstance(step, StepExecuted))
+
+    def ends(self, request_id: int) -> list[tuple[str, int]]:
+        ends = [one for one in self._heard if isinstance(one, RequestEnded) and one.request_id == request_id]
+        return [(ended.reason, ended.num_output_tokens) for ended in ends]
+
+    @property
+    def shed(self) -> list[EdgeShed]:
+        return [message for message in self._heard if isinstance(message, EdgeShed)]
+
+    def answer(self, *requests: SubmitRequest) -> None:
+        """Say again what it waits for."""
+        self.say(ShedHeard(self.shed[-1].number))
+        for request in requests:
+            output = np.full(self.tokens(request.request_id), 7, np.int32).tobytes()
+            self.say(msgspec.structs.replace(request, output_token_ids=output, is_taken_up_again=True))
+
+
+def test_hi_119_an_edge_that_never_reads_is_shed_takes_up_its_streams_when_it_does_and_others_hear_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue's bound is reached for real."""
+    other = first_request_id("edge 1", 1)
+    mine, theirs = submit(1, max_tokens=600), submit(other, max_tokens=900)
+
+    async def test(stage: Stage) -> None:
+        stage.start("edge 1", 1)
+        stage.say(EDGE, 1, PeerStarted("edge 1", 1), mine)
+        edge_0, edge_1 = Watcher(stage, EDGE), Watcher(stage, "edge 1")
+        await stage.until(lambda: edge_0.tokens(1) > 0)
+        stage.deaf.append(EDGE)
+        edge_1.say(theirs)
+        await stage.until(lambda: edge_1.ends(other) != [])
+        assert edge_1.ends(other) == [("length", 900)] and edge_1.tokens(other) == 900
+        assert not stage.engine.ended.done()
+        report = stage.hears("edge 1", 1, EngineReport)[-1]
+        assert report.num_edges_shed == 1 and report.generation_tokens < 1400, "nothing is computed for nobody"
+        stage.deaf.clear()
+        await stage.until(lambda: edge_0.shed != [])
+        assert edge_0.tokens(1) < 600 and edge_0.ends(1) == []
+        edge_0.answer(mine)
+        await stage.until(lambda: edge_0.ends(1) != [])
+        assert edge_0.ends(1) == [("length", 600)] and edge_0.tokens(1) == 600, "none twice, and none is missing"
+        num_reports = len(stage.hears(EDGE, 1, EngineReport))
+        await stage.until(lambda: len(stage.hears(EDGE, 1, EngineReport)) > num_reports)
+
+    monkeypatch.setattr(process, "Port", partial(Port, limits=PortLimits(window=16, max_queued=128)))
+    on_stage(tmp_path, test)
+
+
+def test_an_edge_that_missed_a_step_hears_of_no_later_one_before_it_has_said_what_it_waits_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(stage: Stage) -> None:
         send = Port.send
+        lost: list[Message] = []
 
         def send_but_one(port: Port, peer: str, message: Message) -> bool:
             if peer == EDGE and isinstance(message, StepExecuted) and not lost:
@@ -165,18 +236,80 @@ def test_an_engine_that_cannot_tell_an_edge_of_a_step_tells_it_of_no_later_one(
                 return False
             return send(port, peer, message)
 
-        lost: list[StepExecuted] = []
         monkeypatch.setattr(Port, "send", send_but_one)
+        stage.say(EDGE, 1, submit(1, max_tokens=4000), submit(2, max_tokens=4000))
+        edge = Watcher(stage, EDGE)
+        await stage.until(lambda: edge.shed != [])
+        assert edge.shed == [EdgeShed(1, 1)]
+        # Said before it knew: nothing of it counts.
+        edge.say(submit(3, max_tokens=4000), CancelRequest(RequestId(1)), ShedHeard(99))
+        num_beats = len(stage.hears(EDGE, 1, Beat))
+        await stage.until(lambda: len(stage.hears(EDGE, 1, Beat)) > num_beats + 2)
+        assert stage.hears(EDGE, 1, StepExecuted) == [] and stage.hears(EDGE, 1, RequestEnded) == []
+        edge.answer(submit(1), submit(4, max_tokens=5))
+        edge.say(CancelRequest(RequestId(4)))
+        await stage.until(lambda: edge.ends(1) != [] and edge.ends(4) != [])
+        assert edge.ends(1) == [("length", 9)] and edge.tokens(1) == 9
+        assert edge.tokens(2) == edge.tokens(3) == 0, "nobody waits for them"
+        assert not stage.engine.ended.done()
+
+    on_stage(tmp_path, test)
+
+
+def test_an_edge_that_died_while_it_was_shed_has_a_successor_that_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = first_request_id("edge 1", 1), first_request_id("edge 1", 2)
+
+    async def test(stage: Stage) -> None:
+        stage.start("edge 1", 1)
+        stage.say(EDGE, 1, PeerStarted("edge 1", 1))
+        stage.say("edge 1", 1, submit(first, max_tokens=4000))
+        await stage.until(lambda: stage.hears("edge 1", 1, StepExecuted) != [])
+        stage.deaf.append("edge 1")
+        await stage.until(lambda: any(report.num_edges_shed for report in stage.hears(EDGE, 1, EngineReport)))
+        stage.end("edge 1", 1)
+        stage.start("edge 1", 2)
+        stage.say("edge 1", 2, submit(second))
+        stage.deaf.clear()
+        await stage.until(lambda: stage.hears("edge 1", 2, RequestEnded) != [])
+        assert sum(second in step.request_ids for step in stage.hears("edge 1", 2, StepExecuted)) == 9
+        stage.say(EDGE, 1, PeerLeft("edge 1", 1))
+        num_reports = len(stage.hears(EDGE, 1, EngineReport))
+        await stage.until(lambda: len(stage.hears(EDGE, 1, EngineReport)) > num_reports + 1)
+        assert stage.hears(EDGE, 1, EngineReport)[-1].num_running == 0
+
+    monkeypatch.setattr(process, "Port", partial(Port, limits=PortLimits(window=16, max_queued=128)))
+    on_stage(tmp_path, test)
+
+
+def test_an_engine_that_cannot_tell_an_executor_of_a_step_gives_up_and_says_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(stage: Stage) -> None:
+        send = Port.send
+
+        def send_no_step(port: Port, peer: str, message: Message) -> bool:
+            return not isinstance(message, ExecuteStep) and send(port, peer, message)
+
+        monkeypatch.setattr(Port, "send", send_no_step)
         stage.say(EDGE, 1, submit(1))
         await stage.until(stage.engine.ended.done)
         assert stage.engine.ended.result() == 1
-        stage.engine.send(EDGE, lost[0])
-        stage.engine.send(EDGE, EngineReady(99))
         monkeypatch.undo()
+        stage.engine.send(EDGE, EngineReady(99))
         for _ in range(100):
             await stage.until(lambda: True)
             await asyncio.sleep(0)
-        assert stage.hears(EDGE, 1, StepExecuted) == []
         assert EngineReady(99) not in stage.heard[EDGE, 1]
 
     on_stage(tmp_path, test)
+
+
+def test_what_the_engine_s_port_throws_away_is_in_its_report(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.say(EDGE, 1, Beat(EDGE, 1))  # which edges do not say to engines
+        await stage.until(lambda: any(each.messages_dropped for each in stage.hears(EDGE, 1, EngineReport)))
+        assert stage.hears(EDGE, 1, EngineReport)[-1].messages_dropped == (("malformed", 1),)
+
+    on_stage(tmp_path, scenario)

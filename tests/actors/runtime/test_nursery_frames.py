@@ -19,7 +19,7 @@ from octavo.actors.runtime.nursery_frames import (
 numbers = st.integers(-(2**31), 2**31)
 reports = st.one_of(
     st.builds(Reaped, numbers, numbers),
-    st.builds(Prepared, numbers, numbers),
+    st.builds(Prepared, numbers),
     st.builds(SpawnRefused, numbers, st.text()),
 )
 

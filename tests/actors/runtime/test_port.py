@@ -255,6 +255,7 @@ def test_hi_115_messages_of_a_dead_incarnation_are_ignored(house: House) -> None
     old.greet(pump)
     old.say(1, cancel(1))
     pump.until(lambda: pump.numbers(engine) == [1])
+    engine.expect("edge 0", 2)
     new = house.raw(endpoint, incarnation=2)
     new.greet(pump)
     old.say(2, cancel(2))
@@ -413,6 +414,128 @@ def test_hi_117_the_same_routing_id_does_not_displace_the_first(house: House) ->
         first.say(number, cancel(number))
     pump.until(lambda: len(pump.numbers(engine)) == 49)
     assert pump.numbers(engine) == list(range(1, 50))
+
+
+def test_hi_117_a_claim_that_nobody_announced_waits_while_the_first_is_connected(house: House) -> None:
+    engine, endpoint = house.port()
+    engine.expect("edge 0", 1)
+    first, bogus = house.raw(endpoint), house.raw(endpoint, incarnation=2**64 - 1)
+    pump = Pump(engine)
+    first.greet(pump)
+    bogus.hello()
+    pump.until(lambda: engine.counters["parked"] == 1)
+    bogus.say(1, cancel(666))
+    first.say(1, cancel(1))
+    pump.until(lambda: pump.numbers(engine) == [1] and engine.counters["foreign"] == 1)
+    # The next one is welcomed however high the claim was, which goes on waiting.
+    engine.expect("edge 0", 2)
+    second = house.raw(endpoint, incarnation=2)
+    bogus.answers()
+    second.greet(pump)
+    second.say(1, cancel(2))
+    first.say(2, cancel(777))
+    pump.until(lambda: pump.numbers(engine) == [1, 2] and engine.counters["stale_incarnation"] == 1)
+
+
+def test_hi_117_a_claim_is_welcomed_when_it_is_announced_and_nobody_has_to_say_anything_for_it(house: House) -> None:
+    engine, endpoint = house.port()
+    first, new = house.raw(endpoint), house.raw(endpoint, incarnation=2)
+    pump = Pump(engine)
+    first.greet(pump)
+    new.hello()
+    pump.until(lambda: engine.counters["parked"] == 1)
+    pump.turn(0)
+    assert not [kind for kind, _, _ in new.answers() if kind == envelope.WELCOME]
+    engine.expect("edge 0", 2)
+    new.await_answer(pump, envelope.WELCOME)
+    new.say(1, cancel(1))
+    pump.until(lambda: pump.numbers(engine) == [1])
+
+
+def test_hi_117_a_claim_is_welcomed_when_the_first_has_gone_and_one_who_was_announced_gets_the_name_back(
+    house: House,
+) -> None:
+    """As an edge does that takes the place of a dead one, which only it can tell; and what a stranger gains by it."""
+    engine, endpoint = house.port()
+    engine.expect("edge 0", 1)
+    first, bogus = house.raw(endpoint), house.raw(endpoint, incarnation=2**64 - 1)
+    pump = Pump(engine)
+    first.greet(pump)
+    for number in range(1, 11):
+        first.say(number, cancel(number))
+    bogus.hello()
+    pump.until(lambda: len(pump.numbers(engine)) == 10 and engine.counters["parked"] == 1)
+    first.close()
+    bogus.await_answer(pump, envelope.WELCOME)
+    bogus.say(1, cancel(666))
+    pump.until(lambda: 666 in pump.numbers(engine))
+    # The connection was torn, no more: the process goes on where it was.
+    again = house.raw(endpoint)
+    again.session, again.attempt = first.session, first.attempt
+    assert again.greet(pump) == 11
+    bogus.say(2, cancel(667))
+    again.say(11, cancel(11))
+    pump.until(lambda: 11 in pump.numbers(engine))
+    bogus.await_answer(pump, envelope.RESET)
+    bogus.hello(first_sequence=1)
+    pump.until(lambda: engine.counters["parked"] == 2)
+    assert pump.numbers(engine) == [*range(1, 11), 666, 11]
+
+
+def test_hi_117_a_real_one_that_comes_after_a_bogus_one_gets_its_name_and_the_other_goes_on_where_it_was(
+    house: House,
+) -> None:
+    engine, endpoint = house.port()
+    quick, announced = house.raw(endpoint, incarnation=7), house.raw(endpoint, incarnation=3)
+    pump = Pump(engine)
+    quick.greet(pump)
+    quick.say(1, cancel(1))
+    pump.until(lambda: pump.numbers(engine) == [1])
+    engine.expect("edge 0", 3)
+    announced.greet(pump)
+    announced.say(1, cancel(2))
+    quick.await_answer(pump, envelope.RESET)
+    quick.hello(first_sequence=1)  # the first is not granted, as far as it knows
+    pump.until(lambda: pump.numbers(engine) == [1, 2] and engine.counters["parked"] == 1)
+    engine.expect("edge 0", 7)  # it was real, and earlier than the news of it
+    assert quick.await_answer(pump, envelope.WELCOME)[0] == 2
+    quick.say(1, cancel(1))
+    quick.say(2, cancel(3))
+    pump.until(lambda: pump.numbers(engine) == [1, 2, 3])
+    assert engine.counters["repeated"] == 1
+
+
+def test_the_newest_start_of_a_role_that_nobody_else_tells_of_takes_the_place_of_the_first(house: House) -> None:
+    engine, endpoint = house.port(self_announced=("edge",))
+    first, second = house.raw(endpoint), house.raw(endpoint, incarnation=2)
+    pump = Pump(engine)
+    first.greet(pump)
+    second.greet(pump)
+    second.say(1, cancel(2))
+    first.hello()  # which is older, and waits
+    pump.until(lambda: pump.numbers(engine) == [2] and engine.counters["parked"] == 1)
+
+
+def test_hi_117_of_those_who_claim_a_name_four_wait_and_the_next_may_come_again(house: House) -> None:
+    engine, endpoint = house.port()
+    first = house.raw(endpoint)
+    pump = Pump(engine)
+    first.greet(pump)
+    claims = [house.raw(endpoint, incarnation=number) for number in range(2, 7)]
+    for number, claim in enumerate(claims):
+        claim.session = number.to_bytes(16)
+        claim.hello()
+        pump.until(lambda: engine.counters["parked"] + engine.counters["refused_hello"] == number + 1)  # noqa: B023  # at once
+    assert engine.counters["parked"] == 4
+    claims[0].close()
+    pump.until(lambda: engine._door.strangers is not None and len(engine._door.strangers) <= 4)
+    claims[4].hello()  # its connection was shut, and is made again
+    pump.until(lambda: engine.counters["parked"] == 5)
+    engine.expect("edge 0", 6)
+    claims[4].await_answer(pump, envelope.WELCOME)
+    for claim in claims[1:4]:
+        _, body = claim.await_answer(pump, envelope.REFUSE)
+        assert envelope.decode_refuse(body).code == "stale"
 
 
 def test_hi_119_a_peer_that_never_reads_is_shed_and_the_others_are_served(house: House) -> None:

@@ -29,10 +29,11 @@ from octavo.actors.runtime.succession import Succession
 
 async def main():
     turn = asyncio.Event()
-    Succession(Path(sys.argv[1])).await_turn(asyncio.get_running_loop(), turn.set)
+    succession = Succession(Path(sys.argv[1]))
+    succession.await_turn(asyncio.get_running_loop(), turn.set)
     os.write(1, b"waiting\\n")
     await turn.wait()
-    os.write(1, b"%d\\n" % os.getpid())
+    os.write(1, b"%d %d\\n" % (os.getpid(), succession.generation))
     await asyncio.sleep(1000)
 
 asyncio.run(main())
@@ -52,11 +53,14 @@ def test_each_death_is_the_turn_of_one_of_those_who_wait(tmp_path: Path) -> None
             Succession(tmp_path).take()
         waiters = {waiter.pid: waiter for waiter in (start(WAITER), start(WAITER))}
         assert [heard.readline() for _ in waiters] == ["waiting\n", "waiting\n"]
-        dying = holder
+        dying, generations = holder, []
         while waiters:
             dying.kill()
             dying.wait()
-            dying = waiters.pop(int(heard.readline()))
+            pid, generation = map(int, heard.readline().split())
+            dying = waiters.pop(pid)
+            generations.append(generation)
+        assert generations == [1, 2]
         dying.kill()
         dying.wait()
         os.close(say)
@@ -67,6 +71,7 @@ def test_a_lock_that_is_released_is_the_next_ones(tmp_path: Path) -> None:
     async def run() -> None:
         first, second = Succession(tmp_path), Succession(tmp_path)
         first.take()
+        assert (first.generation, second.generation) == (0, -1)
         turn = asyncio.Event()
         second.await_turn(asyncio.get_running_loop(), turn.set)
         first.release()

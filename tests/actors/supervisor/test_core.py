@@ -10,6 +10,7 @@ from octavo.actors.supervisor.config import ChildConfig
 from octavo.actors.supervisor.core import SupervisorConfig, SupervisorCore
 from octavo.messages.base import Message
 from octavo.messages.ids import Epoch
+from octavo.messages.processes import LoadFailed
 from octavo.messages.system import (
     Beat,
     EngineLost,
@@ -20,6 +21,7 @@ from octavo.messages.system import (
     KillProcess,
     ProcessExited,
     ProcessHalted,
+    ProcessObserved,
     ProcessStarted,
     StartExecutor,
     StartProcess,
@@ -117,6 +119,22 @@ def test_an_executor_that_exits_is_replaced_at_once_under_a_new_epoch() -> None:
     assert core.restarts_by_kind == {"nursery": 0, "engine": 0, "executor": 1, "edge": 0}
 
 
+def test_no_request_is_held_to_be_the_cause_of_an_exit_with_nursery_or_host_or_before_it_could_be_computed() -> None:
+    core = core_of(EXECUTOR)
+    went_along = ProcessExited("executor 0", 1, "is lost with its node", is_innocent=True)
+    assert core.handle(went_along, 5)[0] == ExecutorLost(Epoch(1), "executor 0 is lost with its node", is_innocent=True)
+    late, why = LoadFailed("executor 0", 1, "executor_lost", "no memory"), "executor 0 exited with code 1"
+    assert core.handle(late, 6) == []
+    # It may have begun a step before anybody heard that it had loaded.
+    assert core.handle(ProcessExited("executor 0", 2, "exited with code 1"), 7) == [ExecutorLost(Epoch(2), why)]
+    core.handle(Tick(), 200 * MS)
+    assert core.handle(LoadFailed("executor 0", 3, "executor_lost", "no memory"), 210 * MS) == []
+    exited = ProcessExited("executor 0", 3, "exited with code 1")
+    assert core.handle(exited, 220 * MS) == [ExecutorLost(Epoch(3), why, is_innocent=True)]
+    core.handle(Tick(), 800 * MS)
+    assert core.handle(ProcessExited("executor 0", 4, "exited with code 1"), 900 * MS) == [ExecutorLost(Epoch(4), why)]
+
+
 def test_one_rank_takes_the_group_with_it_and_each_starts_when_its_predecessor_is_gone() -> None:
     core = core_of(EXECUTOR, SECOND_RANK)
     why = "executor 1 exited with code 3"
@@ -206,6 +224,124 @@ def test_children_who_fall_silent_together_are_given_longer_for_it_is_rather_the
     core = core_of(ENGINE, EXECUTOR)
     said = run_until(core, 100, 4700, Tick())
     assert {message.child for message in said if isinstance(message, KillProcess)} == {"engine", "executor 0"}
+    (lost,) = (message for message in said if isinstance(message, ExecutorLost))
+    assert lost.is_innocent, "a request is computed by one of them"
+
+
+def run_observed(core: SupervisorCore, begin_ms: int, end_ms: int, *, ran_ms: int, hindered_ms: int) -> list[Message]:
+    """Ticks of an executor that is silent beside an engine that is not; before each, what it was at."""
+    said = []
+    for now_ms in range(begin_ms, end_ms, 100):
+        said += core.handle(Beat("engine", 1), now_ms * MS)
+        if core.is_suspect("executor 0", now_ms * MS):
+            said += core.handle(ProcessObserved("executor 0", 1, ran_ms * MS, hindered_ms * MS), now_ms * MS)
+        said += core.handle(Tick(), now_ms * MS)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("ran_ms", "hindered_ms", "killed_ms", "is_innocent"),
+    [
+        (0, 0, 1600, False),
+        (10, 5, 1600, False),  # what polls now and then is stuck none the less
+        (100, 0, 3100, False),
+        (90, 10, 3300, False),
+        (30, 70, 8900, True),  # 3 s of its own, the rest are others'
+        (0, 100, 10_100, True),
+        (100, 100, 11_600, True),
+    ],
+    ids=["waits", "polls", "computes", "computes-in-turns", "is-let-run-now-and-then", "is-not-let-run", "both"],
+)
+def test_how_long_a_child_may_be_silent_depends_on_what_it_is_at(
+    ran_ms: int, hindered_ms: int, killed_ms: int, is_innocent: bool
+) -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    assert run_observed(core, 100, killed_ms, ran_ms=ran_ms, hindered_ms=hindered_ms) == []
+    why = f"executor 0 hangs: no beat for {killed_ms / 1000:.1f} s"
+    said = run_observed(core, killed_ms, killed_ms + 100, ran_ms=ran_ms, hindered_ms=hindered_ms)
+    assert said == [KillProcess("executor 0", 1, why), ExecutorLost(Epoch(1), why, is_innocent)]
+
+
+def test_a_child_is_looked_at_once_its_beats_are_missed_and_what_it_was_at_counts_until_it_beats() -> None:
+    core = core_of(NURSERY, ENGINE, EXECUTOR)
+    assert not core.is_suspect("executor 0", 500 * MS)
+    assert core.is_suspect("executor 0", 501 * MS)
+    assert not core.is_suspect("nursery", 501 * MS), "it has no beats"
+    core.handle(ProcessObserved("executor 0", 1, 0, 9000 * MS), 600 * MS)  # as of a look long ago
+    core.handle(ProcessObserved("executor 0", 9, 0, 9000 * MS), 600 * MS)  # of another one
+    assert core.num_late_messages == 1
+    assert run_until(core, 700, 2200, Beat("engine", 1)) == []
+    assert run_until(core, 2200, 2300, Beat("engine", 1)) != [], "of the silence 0.6 s are excused, no more"
+    core = core_of(ENGINE, EXECUTOR)
+    run_observed(core, 100, 1000, ran_ms=0, hindered_ms=100)
+    assert run_until(core, 1000, 1100, Beat("executor 0", 1), Beat("engine", 1)) == []
+    assert run_until(core, 1100, 2600, Beat("engine", 1)) == []
+    assert run_until(core, 2600, 2700, Beat("engine", 1)) != [], "that was another silence"
+
+
+def test_a_step_that_is_not_let_run_is_given_longer_and_its_request_is_not_the_cause() -> None:
+    core = core_of(EXECUTOR)
+    for progress in range(20, 40):
+        core.handle(Beat("executor 0", 1, progress, longest_ns=100 * MS, longest_tokens=8), progress)
+    said: list[Message] = []
+    busy_ms = 0
+    while not said:
+        busy_ms += 100
+        now_ns = busy_ms * MS
+        assert core.is_suspect("executor 0", now_ns) == (busy_ms > 1100), "half of what it usually takes at most"
+        if core.is_suspect("executor 0", now_ns):
+            core.handle(ProcessObserved("executor 0", 1, 20 * MS, 80 * MS), now_ns)
+        said = core.handle(Beat("executor 0", 1, 40, busy_ns=now_ns, busy_tokens=8), now_ns)
+    why = "executor 0 hangs: a step has been running for 5.7 s"
+    assert said == [KillProcess("executor 0", 1, why), ExecutorLost(Epoch(1), why, is_innocent=True)]
+
+
+def test_what_a_step_before_was_hindered_by_excuses_no_later_one() -> None:
+    core = core_of(EXECUTOR)
+    for progress in range(20, 40):
+        core.handle(Beat("executor 0", 1, progress, longest_ns=100 * MS, longest_tokens=8), progress)
+    core.handle(ProcessObserved("executor 0", 1, 0, 8000 * MS), 100 * MS)
+    said: list[Message] = []
+    now_ms = 200
+    while not said:
+        said = core.handle(Beat("executor 0", 1, 41, busy_ns=(now_ms - 199) * MS, busy_tokens=8), now_ms * MS)
+        now_ms += 100
+    why = "executor 0 hangs: a step has been running for 2.0 s"
+    assert said == [KillProcess("executor 0", 1, why), ExecutorLost(Epoch(1), why)]
+
+
+def loop_of_silences(core: SupervisorCore, *, load_ms: int, serve_ms: int, most: int = 60) -> int:
+    """An executor that loads, serves, and falls silent, again and again; how often it does until it is given up."""
+    now_ms = incarnation = 0
+    while not core.gave_up_because and incarnation < most:
+        incarnation += 1
+        while not core.is_starting("executor 0", incarnation):
+            now_ms += 100
+            core.handle(Tick(), now_ms * MS)
+        for end_ms, is_ready in ((now_ms + load_ms, False), (now_ms + load_ms + serve_ms, True)):
+            if is_ready:
+                core.handle(ExecutorReady(core.epoch), now_ms * MS)
+            while now_ms < end_ms:
+                now_ms += 100
+                core.handle(Beat("executor 0", incarnation, now_ms * is_ready, epoch=core.epoch), now_ms * MS)
+                core.handle(Tick(), now_ms * MS)
+        epoch = core.epoch
+        while core.epoch == epoch and not core.gave_up_because:
+            now_ms += 100
+            core.handle(Tick(), now_ms * MS)
+        core.handle(ProcessExited("executor 0", incarnation, "was killed by SIGKILL"), now_ms * MS)
+    return incarnation
+
+
+@pytest.mark.parametrize("load_ms", [100, 2000, 60_000])
+def test_a_loop_of_silences_that_serves_for_less_than_it_loads_comes_to_an_end_however_long_it_loads(
+    load_ms: int,
+) -> None:
+    core = core_of(EXECUTOR, is_ready=False, max_restarts=10)
+    assert loop_of_silences(core, load_ms=load_ms, serve_ms=max(200, load_ms - 100)) == 11
+    core = core_of(EXECUTOR, is_ready=False, max_restarts=10)
+    loop_of_silences(core, load_ms=load_ms, serve_ms=max(400, load_ms))
+    assert not core.gave_up_because, "it gets somewhere"
 
 
 def test_a_step_that_hangs_is_found_though_beats_go_on_and_a_slow_one_is_not_taken_for_it() -> None:
@@ -238,10 +374,13 @@ def test_a_child_that_is_loading_has_longer_and_not_for_ever() -> None:
     assert run_until(core, 100, 25_000) == [], "it has not beaten yet: it imports"
     core.handle(Beat("executor 0", 1), 25_000 * MS)
     assert run_until(core, 25_100, 54_900) == []
-    assert isinstance(run_until(core, 55_000, 55_200)[0], KillProcess)
+    said = run_until(core, 55_000, 55_200)
+    assert isinstance(said[0], KillProcess) and isinstance(said[1], ExecutorLost)
+    assert said[1].is_innocent, "it has computed nothing"
     beating = core_of(EXECUTOR, is_ready=False, max_start_ns=60_000 * MS)
     said = run_until(beating, 100, 60_300, Beat("executor 0", 1))
-    assert said[0] == KillProcess("executor 0", 1, "executor 0 was not ready within 60 s")
+    why = "executor 0 was not ready within 60 s"
+    assert said == [KillProcess("executor 0", 1, why), ExecutorLost(Epoch(1), why, is_innocent=True)]
 
 
 def test_an_engine_that_is_stopped_before_its_first_beat_is_not_waited_for() -> None:
@@ -451,6 +590,8 @@ actions = st.one_of(
     st.tuples(st.just("exit"), names),
     st.tuples(st.just("late exit"), names, st.integers(1, 3)),
     st.tuples(st.just("beat"), names, st.integers(0, 2), st.integers(0, 200_000)),
+    st.tuples(st.just("observed"), names, st.integers(0, 2), st.integers(0, 9000), st.integers(0, 9000)),
+    st.tuples(st.just("load failed"), names, st.integers(0, 2)),
     st.tuples(st.just("executor ready"), st.integers(0, 2)),
     st.tuples(st.just("executor failed"), st.integers(0, 2)),
     st.tuples(st.just("engine ready"), st.integers(0, 2)),
@@ -479,6 +620,10 @@ def test_no_order_of_exits_beats_and_late_messages_breaks_the_supervisors_promis
                 assert world.core.epoch == before
             case ("beat", name, age, busy_ms):
                 world.hear(Beat(name, world.latest[name] - age, busy_ns=busy_ms * MS))
+            case ("observed", name, age, ran_ms, hindered_ms):
+                world.hear(ProcessObserved(name, world.latest[name] - age, ran_ms * MS, hindered_ms * MS))
+            case ("load failed", name, age):
+                world.hear(LoadFailed(name, world.latest[name] - age, "executor_lost", "boom"))
             case ("executor ready", age):
                 world.hear(ExecutorReady(Epoch(world.core.epoch - age)))
             case ("executor failed", age):

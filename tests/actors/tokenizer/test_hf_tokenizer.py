@@ -33,14 +33,12 @@ def test_token_text_shows_spaces_and_marks_parts_of_characters() -> None:
     space, byte = codec._fast.token_to_id("▁hello"), codec._fast.token_to_id("<0xE4>")
     assert (codec.token_text(space), codec.token_bytes(space)) == (" hello", b" hello")
     assert (codec.token_text(byte), codec.token_bytes(byte)) == ("\N{REPLACEMENT CHARACTER}", b"\xe4")
-    assert codec.token_spelling(space) == "▁hello"
 
 
 @pytest.mark.parametrize("codec", [byte_level(), metaspace(), wordpiece()])
 def test_ids_outside_the_vocabulary_have_no_text(codec: HFTokenizer) -> None:
     assert codec.token_bytes(codec.vocab_size) == b""
     assert codec.token_text(codec.vocab_size) == ""
-    assert codec.token_spelling(codec.vocab_size) == ""
 
 
 def test_special_tokens_are_known_and_skipped_on_demand() -> None:
