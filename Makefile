@@ -6,6 +6,9 @@ MODEL ?=
 PORT ?= 8000
 # torch alone first, at the exact version: a resolver that meets it installed picks no other.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint .ci/constraints.txt
+# Builds of torch for CUDA name the one triton that fits them.
+BRINGS_TRITON := $(BIN)/python -c \
+  'import sys; from importlib import metadata; sys.exit("triton" not in " ".join(metadata.requires("torch")))'
 
 .PHONY: install serve test lint fuzz bench clean
 
@@ -20,8 +23,8 @@ $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 	$(BIN)/python -c 'from octavo.kernels import cpu_build; cpu_build.library()'
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) --editable '.[test]'
+$(VENV)/.installed-test: $(VENV)/.installed .ci/constraints-test.txt
+	$(PIP) $$($(BRINGS_TRITON) || echo --constraint .ci/constraints-test.txt) --editable '.[test]'
 	touch $@
 
 serve: install

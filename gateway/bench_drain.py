@@ -26,12 +26,12 @@ from ..messages.errors import OctavoError
 from .chaos import connected
 from .chaos_workload import Recipe, StreamOutput, read_stream
 from .latency import write_json
+from .server_start import until_ready
 
 MAX_LATE_EXIT_S = 2.0
 """After the limit, to tell clients and end the processes."""
 
 MAX_READY_S = 0.1
-START_WITHIN_S = 300.0
 LOOK_EVERY_S = 0.005
 _SHUTDOWN_CODE = "server_shutdown"
 
@@ -114,6 +114,7 @@ async def drain(plan: DrainPlan, *, is_shown: bool = False) -> DrainReport:
         OctavoError: it does not start, or ends before it is told to.
     """
     port = _free_port()
+    url = f"http://127.0.0.1:{port}"
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "octavo", "serve", *plan.serve_flags),
         *("--host", "127.0.0.1", "--port", str(port), "--drain-timeout", str(plan.limit_s)),
@@ -122,8 +123,8 @@ async def drain(plan: DrainPlan, *, is_shown: bool = False) -> DrainReport:
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
-        async with connected(f"http://127.0.0.1:{port}", None) as session:
-            await _until_ready(session, process)
+        await until_ready(url, process, lambda: "see what `octavo serve` says")
+        async with connected(url, None) as session:
             return await _Drain(session, process, plan).run(is_shown=is_shown)
     finally:
         if process.returncode is None:
@@ -244,23 +245,6 @@ def _recipe(chance: random.Random, num_tokens: int) -> Recipe:
         "stream_options": {"include_usage": True},
     }
     return Recipe("greedy", msgspec.json.encode(body), 1)
-
-
-async def _until_ready(session: aiohttp.ClientSession, process: asyncio.subprocess.Process) -> None:
-    ends_s = time.monotonic() + START_WITHIN_S
-    while time.monotonic() < ends_s:
-        if process.returncode is not None:
-            raise OctavoError(
-                f"the server ended with code {process.returncode} before it was ready: see what `octavo serve` says"
-            )
-        try:
-            async with session.get("/ready") as response:
-                if response.status == 200:
-                    return
-        except aiohttp.ClientError:
-            pass  # it does not listen yet
-        await asyncio.sleep(0.1)
-    raise OctavoError(f"the server was not ready within {START_WITHIN_S:.0f} s")
 
 
 def _free_port() -> int:

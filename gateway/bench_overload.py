@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from ..actors.runtime.percentile import percentile
 from ..messages.errors import OctavoError
-from .latency import percentile, write_json
+from .latency import write_json
 from .lean_client import LeanAnswer, LeanClient
 
 MIN_GOODPUT_SHARE = 0.9

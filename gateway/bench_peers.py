@@ -23,11 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from ..actors.executor.cpu_topology import Cpu, read_cpus
 from ..actors.runtime.logs import configure_logs
 from ..messages.errors import InvalidConfigError, OctavoError
 from .ceilings import Ceilings, ModelTraffic, measure_ceilings, model_traffic
 from .config import make_config
 from .flags import engine_fields
+from .host import usable_cores
 from .latency import write_json
 from .peers.adapter import LoadOptions, Request
 from .peers.catalog import OURS, PEERS
@@ -138,11 +140,15 @@ def bench_peers(arguments: argparse.Namespace) -> int:
     configure_logs("human")
     fields = engine_fields(arguments)
     make_config(fields)  # refuses what is wrong before anything is started
-    num_threads = arguments.num_threads or _usable_cores()
+    num_threads = arguments.num_threads or usable_cores()
     workloads = make_workloads(arguments)
     if any(workload.kind == "decode" and workload.lengths[0][1] < 2 for workload in workloads):
         raise InvalidConfigError("decoding is timed after the first token: --output-len 2 or more", field="output_len")
     fields["max_num_seqs"] = max(fields["max_num_seqs"], *(len(workload.lengths) for workload in workloads))
+    if fields["cpu_affinity"] == "auto":
+        num_ranks = fields["tensor_parallel_size"] * fields["pipeline_parallel_size"] * fields["data_parallel_size"]
+        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+        fields["cpu_affinity"] = same_cores(read_cpus(allowed), num_threads * num_ranks)
     bench = _Bench(arguments, fields, num_threads, workloads)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a limit on the whole ends it as Ctrl-C does
     try:
@@ -153,6 +159,21 @@ def bench_peers(arguments: argparse.Namespace) -> int:
     print_report(report, Console())
     write_json(report, arguments.json)
     return 0
+
+
+def same_cores(available: Sequence[Cpu], num_threads: int) -> str:
+    """The cores that each of our own engines is bound to, for `cpu_affinity`.
+
+    They take turns: with `auto` the first would have them all, and the next one run unbound and be compared with it.
+    One thread is bound by neither, and with fewer processors than threads none is.
+    """
+    if num_threads == 1 or num_threads > len(available):
+        return "off"
+    ordered = sorted(available, key=lambda cpu: (cpu.node, cpu.core, cpu.cpu))
+    first_of = {cpu.core: cpu for cpu in reversed(ordered)}
+    firsts = [cpu for cpu in ordered if first_of[cpu.core] is cpu]
+    others = [cpu for cpu in ordered if first_of[cpu.core] is not cpu]  # hyperthreads, where there is nothing else
+    return ",".join(str(cpu.cpu) for cpu in [*firsts, *others][:num_threads])
 
 
 class _Bench:
@@ -457,7 +478,3 @@ def _figure(value: float) -> str:
 def _requests(chance: random.Random, vocab_size: int, lengths: Sequence[tuple[int, int]]) -> list[Request]:
     low = min(vocab_size // 2, 200)  # above the special tokens, which lie at the beginning in most models
     return [Request([chance.randrange(low, vocab_size) for _ in range(prompt)], output) for prompt, output in lengths]
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -135,7 +135,6 @@ class PacedEngine:
             generation_tokens=0,
             num_steps=0,
             num_dropped_messages=0,
-            num_executor_restarts=0,
         )
 
     async def drain(self) -> None:

@@ -9,7 +9,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from .latency import percentile
+from ..actors.runtime.percentile import percentile
 
 
 class Stall(msgspec.Struct, frozen=True):

@@ -6,20 +6,16 @@ import asyncio
 import contextlib
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import aiohttp
-
 from ..messages.errors import OctavoError
 from .chaos_processes import ProcessNotFoundError, ServerProcesses
+from .server_start import until_ready
 
-START_WITHIN_S = 300.0
 STOP_WITHIN_S = 60.0
-LOOK_EVERY_S = 0.1
 
 
 class Restarter:
@@ -98,23 +94,7 @@ async def served(url: str, flags: Sequence[str], *, needs_journal: bool) -> Asyn
         restarter = Restarter(serve_command(url, flags, journal=journal), Path(folder) / "serve.log")
         process = await restarter.start()
         try:
-            await _until_ready(url, process, restarter)
+            await until_ready(url, process, restarter.last_words)
             yield restarter
         finally:
             await restarter.end_all()
-
-
-async def _until_ready(url: str, process: asyncio.subprocess.Process, restarter: Restarter) -> None:
-    ends_s = time.monotonic() + START_WITHIN_S
-    async with aiohttp.ClientSession() as session:
-        while time.monotonic() < ends_s:
-            if process.returncode is not None:
-                raise OctavoError(f"the server did not start (code {process.returncode}): {restarter.last_words()}")
-            try:
-                async with session.get(url.rstrip("/").removesuffix("/v1") + "/ready") as response:
-                    if response.status == 200:
-                        return
-            except aiohttp.ClientError:
-                pass  # it does not listen yet
-            await asyncio.sleep(LOOK_EVERY_S)
-    raise OctavoError(f"the server was not ready within {START_WITHIN_S:.0f} s: {restarter.last_words()}")

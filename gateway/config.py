@@ -30,6 +30,7 @@ _AT_LEAST: dict[str, int] = {
     "pipeline_parallel_size": 1,
     "data_parallel_size": 1,
     "max_restarts": 0,
+    "long_prefill_token_threshold": 0,
 }
 
 
@@ -46,7 +47,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         quantization: `int8` or `int4` quantises floating weights at load; `auto` takes them as they are stored.
         deterministic: a row's logits are the same bits alone and in any batch, for native implementations.
         kv_cache_dtype: of keys and values; `int8` and `fp8` halve them, at a small error.
-        cpu_affinity: `auto` binds each computing thread to a core unless that would do harm; `off`; or cores, `0-3,8`.
+        cpu_affinity: `auto` binds each computing thread to a core unless that would do harm; `off`; or cores, `0-3,8`,
+            shared out evenly among the ranks and replicas on this host.
         in_process: every actor on the caller's event loop, the executor on a thread; otherwise engine and executors are
             processes of their own, which are replaced when they die while every stream goes on.
         tensor_parallel_size: processes that share each layer.
@@ -59,6 +61,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         performance_mode: names the settings of `performance_mode.ModeSettings`, for those that `make_config` is not
             given; here each is as it stands.
         cuda_graph_sizes: rows of decode steps that a GPU replays from a graph; empty for no graphs. Ascending.
+        cuda_graph_tokens: prompts' tokens of steps that it replays likewise, with decodes; empty for none. Ascending.
         load_format: `dummy` takes random weights in place of a checkpoint's, from its config.json alone; for
             benchmarks.
         generation_config: where requests that name no temperature, top_k, top_p, min_p, repetition_penalty or
@@ -76,6 +79,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         enable_prefix_caching: reuse KV of equal prefixes.
         max_num_queued_requests, max_num_queued_tokens: bounds of the waiting queue; past them requests are refused.
         priority_aging_s: waiting this long is worth one level of priority.
+        long_prefill_token_threshold: most tokens of one prompt in a step, so that short prompts pass long ones; 0: no
+            limit but `max_num_batched_tokens`.
         pipeline_depth: steps in flight, 1 or more.
         seed: for requests that bring none.
         num_threads: of torch on the CPU; None leaves torch's choice.
@@ -131,9 +136,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: Literal["auto", "cpu", "cuda"] = "auto"
     performance_mode: Literal["throughput", "balanced", "interactivity"] = "balanced"
     cuda_graph_sizes: tuple[int, ...] = ()
+    cuda_graph_tokens: tuple[int, ...] = ()
     load_format: Literal["auto", "dummy"] = "auto"
     generation_config: str = "auto"
     override_generation_config: GenerationConfig = GenerationConfig()
+    long_prefill_token_threshold: int = 0
 
     def __post_init__(self) -> None:
         for name, least in _AT_LEAST.items():
@@ -156,12 +163,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 "leave in_process out (--in-process)",
                 field="in_process",
             )
-        sizes = self.cuda_graph_sizes
-        if any(size < 1 for size in sizes) or list(sizes) != sorted(set(sizes)):
-            raise InvalidConfigError(
-                f"cuda_graph_sizes are {', '.join(map(str, sizes))}, but must be numbers of rows from 1 up, ascending",
-                field="cuda_graph_sizes",
-            )
+        for name, what in (("cuda_graph_sizes", "rows"), ("cuda_graph_tokens", "tokens")):
+            sizes = getattr(self, name)
+            if any(size < 1 for size in sizes) or list(sizes) != sorted(set(sizes)):
+                raise InvalidConfigError(
+                    f"{name} are {', '.join(map(str, sizes))}, but must be numbers of {what} from 1 up, ascending",
+                    field=name,
+                )
         if self.journal_prompts and self.journal is None:
             raise InvalidConfigError(
                 "journal_prompts is set, but there is no journal: name one (--journal DIR)", field="journal_prompts"

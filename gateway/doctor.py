@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from importlib import metadata
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
+from .host import usable_cores
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "msgspec", "aiohttp", "huggingface_hub", "triton")
 
@@ -40,10 +40,9 @@ def _installation() -> list[tuple[str, str, str]]:
 
 def _machine() -> list[tuple[str, str, str]]:
     memory = psutil.virtual_memory()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     compiler = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
     return [
-        ("processor", f"{_processor()}, {cores} cores usable", "ok"),
+        ("processor", f"{_processor()}, {usable_cores()} cores usable", "ok"),
         ("memory", f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f} GiB", "ok"),
         ("C compiler", compiler or "none", "ok" if compiler else "attention on the CPU falls back to torch"),
     ]

@@ -76,6 +76,11 @@ class EdgeActors:
             "detokenizer": self._detokenizer_actor.num_restarts,
         }
 
+    @property
+    def num_failed_streams(self) -> int:
+        """Streams whose tokens could not be made into text."""
+        return self._detokenizer_actor.num_failed_streams
+
     def crash_actor(self, actor: str) -> None:
         """Have an actor fail at its next message, for tests of recovery.
 

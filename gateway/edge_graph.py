@@ -88,13 +88,26 @@ class EdgeGraph:
         """How often each kind of process was replaced."""
         raise NotImplementedError
 
+    @property
+    def drops_of_others(self) -> Mapping[str, int]:
+        """Messages dropped by reason, of those processes that tell their supervisor alone."""
+        return {}
+
+    @property
+    def num_late_compilations(self) -> int:
+        """Of executors, after they were ready, which tell their supervisor alone."""
+        return 0
+
     def send(self, message: Drain | ResetPrefixCache) -> None:
         """Say something in the front end's name."""
         self._runtime.send("frontend", message)
 
     def stats(self) -> EngineStats:
         """The account of all engines together."""
-        return fleet_stats(self._fleet.links, self._actors, self._port, self.restarts)
+        return fleet_stats(
+            *(self._fleet.links, self._actors, self._port, self.restarts, self.drops_of_others),
+            num_late_compilations=self.num_late_compilations,
+        )
 
     def crash_actor(self, actor: str) -> None:
         """See `EdgeActors.crash_actor`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -9,7 +10,7 @@ import structlog
 
 from ..actors.runtime.port import LinkEvent, Port
 from ..actors.runtime.routes import ROUTES, Routes
-from ..messages.processes import EngineReport
+from ..messages.processes import EdgeShed, EngineReport
 from ..messages.request import RequestEnded
 from ..messages.step import StepExecuted
 from ..messages.system import Beat, EngineReady, ExecutorFailed
@@ -19,7 +20,7 @@ from .stats import EngineStats
 
 log = structlog.get_logger("octavo.edge")
 
-FROM_ENGINE: Final = (StepExecuted, RequestEnded, ExecutorFailed, EngineReady, EngineReport, Beat)
+FROM_ENGINE: Final = (StepExecuted, RequestEnded, ExecutorFailed, EngineReady, EngineReport, EdgeShed, Beat)
 
 
 def edge_routes() -> Routes:
@@ -39,11 +40,27 @@ def log_link_event(event: LinkEvent) -> None:
 
 
 def fleet_stats(
-    links: Sequence[EngineLink], actors: EdgeActors, port: Port, restarts: Mapping[str, int]
+    links: Sequence[EngineLink],
+    actors: EdgeActors,
+    port: Port,
+    restarts: Mapping[str, int],
+    drops_of_others: Mapping[str, int],
+    *,
+    num_late_compilations: int = 0,
 ) -> EngineStats:
-    """The account of all engines together, as far as they have reported."""
+    """The account of all engines together, as far as they have reported.
+
+    Args:
+        drops_of_others: messages that were dropped neither here nor by an engine, by reason.
+        num_late_compilations: as executors tell it.
+    """
     reports = [link.report for link in links if link.report is not None]
     num_blocks = sum(report.num_blocks for report in reports)
+
+    dropped = Counter(port.counters)
+    for drops in (*(link.drops.totals for link in links), drops_of_others):
+        dropped.update(drops)
+    late = dropped.pop("late", 0) + sum(link.ledger.num_dropped_messages for link in links)
 
     def total(name: str) -> int:
         return sum(link.total(name) for link in links)
@@ -59,13 +76,15 @@ def fleet_stats(
         prompt_tokens=total("prompt_tokens"),
         generation_tokens=total("generation_tokens"),
         num_steps=total("num_steps"),
-        num_dropped_messages=total("num_dropped_messages") + sum(link.ledger.num_dropped_messages for link in links),
-        num_executor_restarts=restarts.get("executor", 0),
+        num_dropped_messages=total("num_dropped_messages") + late,
         actor_restarts={**restarts, **actors.restarts},
         num_requeued=total("num_requeued"),
         num_quarantined=total("num_quarantined"),
         num_numerics_losses=total("num_numerics_losses"),
         step_sizes=summed(*(link.step_sizes for link in links)),
         step_tokens=total("step_tokens"),
-        messages_dropped=dict(port.counters),
+        messages_dropped=dict(dropped),
+        num_failed_streams=actors.num_failed_streams,
+        num_edges_shed=total("num_edges_shed"),
+        num_late_compilations=num_late_compilations,
     )

@@ -19,18 +19,19 @@ import msgspec
 import structlog
 
 from ..actors.engine.peers import first_request_id
-from ..actors.runtime.addresses import EDGE, endpoint_of
+from ..actors.runtime.addresses import EDGE, endpoint_of, mark_of
 from ..actors.runtime.asyncio_port import AsyncioPort
 from ..actors.runtime.clock import MonotonicClock
 from ..actors.runtime.logs import configure_logs
 from ..actors.runtime.port import Port
+from ..actors.runtime.process_mark import write_mark
 from ..actors.runtime.run_dir import RunDir, RunDirHeir
 from ..actors.runtime.succession import Succession
 from ..actors.scheduler.quarantine import Quarantine
 from ..messages.base import Message
 from ..messages.errors import OctavoError
 from ..messages.kv import ResetPrefixCache
-from ..messages.processes import EdgeStatus, EngineReport, EngineStuck, EngineUp, PeerStarted
+from ..messages.processes import EdgeShed, EdgeStatus, EngineReport, EngineStuck, EngineUp, PeerStarted
 from ..messages.request import RequestEnded
 from ..messages.step import StepExecuted
 from ..messages.system import Beat, Drain
@@ -41,6 +42,7 @@ from .engine_link import EngineLink
 from .engine_setup import load_tokenizer_of
 from .other_edges import CUT_SIGNAL, EdgeProcessSpec
 from .server import serve_http
+from .shed_edge import take_up_again
 from .supervision import Footing, Supervision
 from .supervisor_watch import SupervisorWatch
 
@@ -132,6 +134,9 @@ class FollowerGraph(EdgeGraph):
         self._progress = 0
         self._num_steps = 0  # that this process heard of, of any engine
         self._watch = SupervisorWatch()
+        # Before the socket: whoever finds that finds this, too.
+        self._mark = mark_of(spec.run_dir, spec.name, spec.incarnation)
+        write_mark(self._mark)
         port = Port(spec.name, spec.incarnation, allowed={"engine": FROM_ENGINE, EDGE: FROM_SUPERVISION})
         port.bind(endpoint_of(spec.run_dir, spec.name, spec.incarnation))
         port.connect(EDGE, spec.edge_incarnation, endpoint_of(spec.run_dir, EDGE, spec.edge_incarnation))
@@ -176,6 +181,7 @@ class FollowerGraph(EdgeGraph):
             await self._supervision.close()
         self._carrier.close()
         self._port.close()
+        self._mark.unlink(missing_ok=True)
         if self._run_dir is not None:
             self._run_dir.remove()
 
@@ -211,7 +217,8 @@ class FollowerGraph(EdgeGraph):
 
     async def _take_over(self) -> None:
         spec = self._spec
-        incarnation = self._supervisor_incarnation + 1
+        # Not one more than was heard of: one that took over may have died before anybody heard of it.
+        incarnation = spec.edge_incarnation + self._succession.generation
         log.error("supervision.taken_over", edge=spec.name, incarnation=incarnation, num_live=self.frontend.num_live)
         self._run_dir = self._heir.inherit()
         try:
@@ -279,6 +286,8 @@ class FollowerGraph(EdgeGraph):
             if isinstance(message, StepExecuted | RequestEnded | EngineReport):
                 self._num_steps += not isinstance(message, EngineReport)
                 self._links[peer].take(message)
+            elif isinstance(message, EdgeShed):
+                take_up_again(self._links[peer], message)
             elif isinstance(message, EngineUp):
                 self._meet(message)
             elif isinstance(message, EdgeStatus):

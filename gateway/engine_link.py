@@ -15,10 +15,11 @@ from ..actors.scheduler.quarantine import Quarantine
 from ..messages.base import Message
 from ..messages.errors import InvalidRequestError, RequestQuarantinedError
 from ..messages.ids import Epoch
-from ..messages.processes import EngineReport
+from ..messages.processes import EngineReport, RememberQuarantined
 from ..messages.request import CancelRequest, FinishReason, RequestEnded, StopMatched, SubmitRequest
 from ..messages.step import StepExecuted
 from ..messages.system import Drain, EngineLost
+from .drop_tally import DropTally
 
 if TYPE_CHECKING:
     from ..actors.runtime.asyncio_port import AsyncioPort
@@ -44,9 +45,11 @@ class EngineLink:
     Attributes:
         ledger: through which every request passes.
         report: the engine's latest account; None before the first.
+        drops: messages that engines' ports threw away.
         incarnation: of the engine that is talked to; 0 before the first.
         is_up: whether the engine listens; what is posted otherwise waits in the ledger.
         is_gone: whether there will never be an engine again.
+        on_convicted: called with what other engines must hear of a request that this one convicted.
     """
 
     def __init__(
@@ -63,9 +66,11 @@ class EngineLink:
         self.name = name
         self.ledger = LedgerCore()
         self.report: EngineReport | None = None
+        self.drops = DropTally()
         self.incarnation = 0
         self.is_up = False
         self.is_gone = False
+        self.on_convicted: Callable[[RememberQuarantined], None] = lambda _: None
         self._is_draining = False
         self._earlier: dict[str, int] = {}  # totals of engines before this one
         self._earlier_step_sizes: tuple[int, ...] = ()
@@ -116,6 +121,7 @@ class EngineLink:
             if self.report is not None and self.report.incarnation != message.incarnation:
                 self._keep_totals()
             self.report = message
+            self.drops.note(self.name, message.incarnation, message.messages_dropped)
             return
         if isinstance(message, RequestEnded) and message.error_code == RequestQuarantinedError.code:
             self._remember_quarantined(message)
@@ -152,14 +158,15 @@ class EngineLink:
         return summed(self._earlier_step_sizes, () if self.report is None else self.report.step_sizes)
 
     def _keep_totals(self) -> None:
-        self._earlier = {name: self.total(name) for name in EngineReport.__struct_fields__ if name != "step_sizes"}
+        counts = [name for name in EngineReport.__struct_fields__ if name not in ("step_sizes", "messages_dropped")]
+        self._earlier = {name: self.total(name) for name in counts}
         self._earlier_step_sizes = self.step_sizes
 
     def _remember_quarantined(self, ended: RequestEnded) -> None:
-        """An engine's memory dies with it; this edge's is for the next one."""
+        """An engine's memory dies with it, and is its own; this edge's is for the next one, and for the others."""
         submit = self.ledger.submit_of(ended.request_id)
         if ended.reason == "error" and submit is not None:
-            self._quarantine.add(submit, self._clock.now_ns())
+            self.on_convicted(self._quarantine.add(submit, self._clock.now_ns()))
 
 
 def summed(*counts: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..actors.runtime.port_record import NOT_DROPS
 from ..actors.scheduler.step_sizes import BOUNDS
 from .engine_protocol import EngineLike
 
@@ -26,8 +27,6 @@ DROP_REASONS: Final = (
 )
 """Values of the label `reason`: those counters of a `Port` that count messages thrown away, and `late` for what cores
 drop; whatever else an engine may name counts as `other`."""
-NOT_DROPS: Final = frozenset({"held_back", "reconnected", "resent", "dropped_events", "stranger"})
-"""Counters of a `Port` that count something else."""
 
 
 class EngineCollector(Collector):
@@ -124,8 +123,11 @@ class EngineCollector(Collector):
             ("vllm:prompt_tokens_cached", "Prompt tokens found in the prefix cache.", hits),
             ("vllm:generation_tokens", "Tokens generated.", stats.generation_tokens),
             ("octavo:steps", "Steps executed.", stats.num_steps),
-            ("octavo:dropped_messages", "Late or foreign messages that were dropped.", stats.num_dropped_messages),
-            ("octavo:executor_restarts", "Times the executor was started anew.", stats.num_executor_restarts),
+            (
+                "octavo:late_compilations",
+                "Kernels compiled and graphs captured once executors were ready: each kept every stream waiting.",
+                stats.num_late_compilations,
+            ),
             (
                 "octavo:requests_requeued",
                 "Sequences put back because their executor or engine was lost.",
@@ -141,11 +143,17 @@ class EngineCollector(Collector):
                 "Executors given up because no row of a step came to numbers.",
                 stats.num_numerics_losses,
             ),
+            (
+                "octavo:edges_shed",
+                "Times that a gateway process did not take what an engine told it, and had to ask anew.",
+                stats.num_edges_shed,
+            ),
+            ("octavo:streams_failed", "Streams whose tokens could not be made into text.", stats.num_failed_streams),
             ("octavo:streams_shed", "Streams cut because their client did not read.", self._pump.num_shed),
         )
 
     def _labelled_counters(self, stats: EngineStats) -> Sequence[tuple[str, str, str, Mapping[str, int]]]:
-        restarts = _known({"executor": stats.num_executor_restarts, **stats.actor_restarts}, RESTARTING_ACTORS)
+        restarts = {"executor": 0, "engine": 0, **_known(stats.actor_restarts, RESTARTING_ACTORS)}
         refused = {str(bound): count for bound, count in self._connections.num_refused.items()}
         dropped = {reason: count for reason, count in stats.messages_dropped.items() if reason not in NOT_DROPS}
         return (
@@ -161,7 +169,7 @@ class EngineCollector(Collector):
                 "bound",
                 refused,
             ),
-            ("octavo:actor_restarts", "Times an actor was started anew.", "actor", {"engine": 0, **restarts}),
+            ("octavo:actor_restarts", "Times an actor was started anew.", "actor", restarts),
             (
                 "octavo:messages_dropped",
                 "Messages that were dropped.",
@@ -175,6 +183,24 @@ class EngineCollector(Collector):
                 self._read_num_refused(),
             ),
         )
+
+
+class ReadCounter(Collector):
+    """A total that somebody else counts, read when it is asked for."""
+
+    def __init__(self, name: str, text: str, labels: Sequence[str], read: Callable[[], int]) -> None:
+        self._name = name
+        self._text = text
+        self._labels = labels
+        self._read = read
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(self._name, self._text, labels=LABELS)
+        family.add_metric(self._labels, self._read())
+        yield family
 
 
 def _known(counts: Mapping[str, int], kinds: Sequence[str]) -> dict[str, int]:

@@ -69,6 +69,7 @@ def executor_config(config: EngineConfig, folder: Path) -> ExecutorConfig:
         load_format=config.load_format,
         max_num_batched_tokens=config.max_num_batched_tokens,
         cuda_graph_sizes=config.cuda_graph_sizes,
+        cuda_graph_tokens=config.cuda_graph_tokens,
     )
 
 
@@ -84,13 +85,18 @@ def executor_process_spec(
     log_format: str,
     edge_incarnation: int,
     address: str = "",
+    is_one_host: bool = False,
 ) -> ExecutorProcessSpec:
     """What an executor process is told; `facts`, once known, hold for every process that follows.
 
     Args:
         address: of this host for others; empty: the whole group is on this one, and meets by a file.
+        is_one_host: every replica is on this one.
     """
     executor = executor_config(config, Path(folder))
+    if is_one_host:
+        replica = int(start.child.rpartition(" ")[2]) // (config.tensor_parallel_size * config.pipeline_parallel_size)
+        executor = msgspec.structs.replace(executor, replica=replica, num_replicas=config.data_parallel_size)
     if config.tensor_parallel_size * config.pipeline_parallel_size > 1 and not address:
         # The ranks of a group start in the same epoch, though one of them may have been started more often.
         executor = msgspec.structs.replace(
@@ -136,6 +142,7 @@ def scheduler_config(config: EngineConfig, facts: ModelFacts) -> SchedulerConfig
         max_num_queued_tokens=config.max_num_queued_tokens,
         priority_aging_ns=int(config.priority_aging_s * 1e9),
         enable_prefix_caching=config.enable_prefix_caching,
+        long_prefill_threshold=config.long_prefill_token_threshold,
     )
 
 

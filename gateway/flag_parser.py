@@ -34,10 +34,6 @@ class Parser(argparse.ArgumentParser):
             chosen.error(chosen.explain_unknown(unknown))
         return parsed
 
-    def has_flag(self, flag: str) -> bool:
-        """Whether it takes `--flag`."""
-        return flag in self._option_string_actions
-
     def explain_unknown(self, unknown: list[str]) -> str:
         """One line on arguments that nothing takes, with the nearest flags."""
         parts = []

@@ -82,8 +82,9 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
         "--performance-mode",
         default="balanced",
         choices=["throughput", "balanced", "interactivity"],
-        help="decides --max-num-seqs, --max-num-batched-tokens, --pipeline-depth, --gpu-memory-utilization and "
-        "--cuda-graph-sizes where they are not given, for the device; what they are is said at start",
+        help="decides --max-num-seqs, --max-num-batched-tokens, --pipeline-depth, --gpu-memory-utilization, "
+        "--cuda-graph-sizes and --cuda-graph-tokens where they are not given, for the device; what they are is said "
+        "at start",
     )
     group.add_argument(
         "--cuda-graph-sizes",
@@ -92,6 +93,14 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
         type=positive,
         help="rows of decode steps that a GPU replays from a captured graph; with nothing behind it: no graphs. "
         "Default: the mode's",
+    )
+    group.add_argument(
+        "--cuda-graph-tokens",
+        nargs="*",
+        metavar="TOKENS",
+        type=positive,
+        help="prompts' tokens of steps, with decodes beside them, that a GPU replays from a captured graph; with "
+        "nothing behind it: such steps are launched kernel by kernel. Default: the mode's",
     )
 
 
@@ -146,6 +155,13 @@ def _add_scheduling_flags(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=10.0,
         help="waiting this long is worth one level of priority; 0: priorities alone decide",
+    )
+    group.add_argument(
+        "--long-prefill-token-threshold",
+        metavar="TOKENS",
+        type=number,
+        default=0,
+        help="most tokens of one prompt in a step, so that short prompts pass long ones; 0: no limit but the step's",
     )
     group.add_argument(
         "--pipeline-depth",
@@ -244,9 +260,11 @@ ENGINE_FIELDS = (
     "device",
     "performance_mode",
     "cuda_graph_sizes",
+    "cuda_graph_tokens",
     "load_format",
     "generation_config",
     "override_generation_config",
+    "long_prefill_token_threshold",
 )
 
 
@@ -260,6 +278,7 @@ def engine_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     if fields["in_process"] is None:  # several executors are several processes
         sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
         fields["in_process"] = all(fields[size] == 1 for size in sizes)
-    if fields["cuda_graph_sizes"] is not None:
-        fields["cuda_graph_sizes"] = tuple(fields["cuda_graph_sizes"])
+    for name in ("cuda_graph_sizes", "cuda_graph_tokens"):
+        if fields[name] is not None:
+            fields[name] = tuple(fields[name])
     return fill_in(fields, resolve_device(fields["device"]))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from ..actors.router.config import RoutingPolicy
 from ..actors.router.core import RouterConfig, RouterCore
 from ..messages.base import Message
 from ..messages.ids import RequestId
+from ..messages.processes import RememberQuarantined
 from ..messages.request import CancelRequest, RequestEnded, StopMatched, SubmitRequest
 from ..messages.router import ReplicaDown, ReplicaUp, RequestLeft
 from .engine_link import EngineLink
@@ -21,6 +23,8 @@ class Fleet:
         self._router = RouterCore(RouterConfig(num_replicas=len(links), policy=policy))
         self._is_up = [True] * len(links)
         self._owners: dict[RequestId, EngineLink] = {}
+        for link in links:
+            link.on_convicted = partial(self._warn_others, link)
 
     def post(self, message: Message) -> None:
         """Carry a message to the engine that it is about; one about no request goes to every engine."""
@@ -61,6 +65,15 @@ class Fleet:
                 self._router.handle(RequestLeft(message.request_id), 0)
             self.post(message)
         return True
+
+    def _warn_others(self, convicting: EngineLink, entry: RememberQuarantined) -> None:
+        """A client that asks again is sent to another replica, whose executor dies of it as well.
+
+        An engine that is not up hears of it when it is given what it had.
+        """
+        for link in self.links:
+            if link is not convicting:
+                link.send(entry)
 
     def _submit(self, submit: SubmitRequest) -> None:
         for route in self._router.handle(submit, 0):

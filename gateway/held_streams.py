@@ -331,11 +331,6 @@ class HeldStreams:
     def __len__(self) -> int:
         return len(self._streams)
 
-    @property
-    def num_unread(self) -> int:
-        """Streams that are held for a client to come back."""
-        return sum(not held.num_readers for held in self._streams.values())
-
     def is_known(self, response_id: str) -> bool:
         return response_id in self._streams or response_id in self._to_come
 

@@ -10,6 +10,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from ..actors.runtime.percentile import percentile
+
 
 class RequestTiming(msgspec.Struct, frozen=True):
     """When one streamed request got what, in seconds on one clock.
@@ -63,13 +65,6 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     itl_s: Distribution
     tpot_s: Distribution
     e2e_s: Distribution
-
-
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """Nearest-rank percentile of sorted values; NaN if there are none."""
-    if not ordered:
-        return math.nan
-    return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))]
 
 
 def distribution(values: Sequence[float]) -> Distribution:

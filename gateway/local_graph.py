@@ -191,14 +191,17 @@ class LocalGraph:
             prompt_tokens=scheduler.prompt_tokens,
             generation_tokens=scheduler.generation_tokens,
             num_steps=scheduler.num_steps,
-            num_dropped_messages=scheduler.num_dropped_messages,
-            num_executor_restarts=self._supervisor.num_restarts,
-            actor_restarts=self._edge.restarts,
+            num_dropped_messages=scheduler.num_dropped_messages
+            + allocator.num_dropped_messages
+            + self._supervisor.num_late_messages,
+            actor_restarts={"executor": self._supervisor.num_restarts, **self._edge.restarts},
+            num_failed_streams=self._edge.num_failed_streams,
             num_requeued=scheduler.num_requeued,
             num_quarantined=scheduler.num_quarantined,
             num_numerics_losses=scheduler.num_numerics_losses,
             step_sizes=scheduler.step_sizes,
             step_tokens=scheduler.step_tokens,
+            num_late_compilations=self.executor.num_late,
         )
 
     def crash_actor(self, actor: str) -> None:

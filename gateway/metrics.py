@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 from ..messages.errors import ModelNumericsError
 from ..messages.request import FinishReason, RequestEnded
-from .engine_metrics import LABELS, EngineCollector
+from .engine_metrics import LABELS, EngineCollector, ReadCounter
 from .engine_protocol import EngineLike
 
 if TYPE_CHECKING:
@@ -196,6 +196,10 @@ class GatewayMetrics:
             "Arrival of a request's bytes at the socket to its refusal for lack of room.",
             REFUSAL_BUCKETS,
         )
+
+    def tell(self, name: str, text: str, read: Callable[[], int]) -> None:
+        """Tell a total that somebody else counts."""
+        self.registry.register(ReadCounter(name, text, self._labels, read))
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""

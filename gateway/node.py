@@ -27,6 +27,7 @@ from ..actors.runtime.asyncio_port import AsyncioPort
 from ..actors.runtime.curve import CurveKeys, check_public_key
 from ..actors.runtime.logs import configure_logs
 from ..actors.runtime.port import LinkEvent, Port
+from ..actors.runtime.port_record import drops_of
 from ..actors.runtime.process_title import set_title
 from ..actors.runtime.processes import ChildProcess, Nursery, ProcessSpec, ProcessStartError
 from ..actors.runtime.run_dir import RunDir
@@ -386,7 +387,7 @@ class Membership:
         try:
             spec = self._process_spec(start)
         except (InvalidConfigError, msgspec.MsgspecError) as error:
-            self._send(ExitedOnNode(start.child, start.incarnation, f"is not described: {error}"))
+            self._send(ExitedOnNode(start.child, start.incarnation, f"is not described: {error}", is_innocent=True))
         else:
             self._run(self._spawn(start, spec))
 
@@ -424,7 +425,7 @@ class Membership:
             process = await self._nursery.spawn(spec)
         except ProcessStartError as error:
             log.error("process.not_started", child=start.child, incarnation=start.incarnation, why=str(error))
-            self._send(ExitedOnNode(start.child, start.incarnation, str(error)))
+            self._send(ExitedOnNode(start.child, start.incarnation, str(error), is_innocent=True))
             return
         self._children[start.child] = process
         if self._ended.done() or self._doomed.pop(start.child, 0) == start.incarnation:
@@ -435,7 +436,7 @@ class Membership:
         if self._children.get(start.child) is process:
             del self._children[start.child]
         log.info("process.exited", child=start.child, incarnation=start.incarnation, why=ended.why)
-        self._send(ExitedOnNode(start.child, start.incarnation, ended.why))
+        self._send(ExitedOnNode(start.child, start.incarnation, ended.why, ended.is_innocent))
 
     def _kill(self, kill: KillOnNode) -> None:
         process = self._children.get(kill.child)
@@ -461,7 +462,13 @@ class Membership:
         self._ticker = self._loop.call_later(BEAT_S, self._tick)
         self._num_ticks += 1
         if self._edge_incarnation:
-            self._send(Beat(f"node {self._settings.name}", self._incarnation, progress=self._num_ticks))
+            beat = Beat(
+                f"node {self._settings.name}",
+                self._incarnation,
+                progress=self._num_ticks,
+                messages_dropped=drops_of(self._port.counters),
+            )
+            self._send(beat)
             self._num_silent_ticks += 1
             if self._num_silent_ticks > MAX_SILENCE_TICKS:
                 self._end("again", f"nothing was heard of the engine for {MAX_SILENCE_TICKS * BEAT_S:.1f} s")

@@ -38,6 +38,9 @@ TICK_S = 0.1
 MAX_SILENT_TICKS = 15
 """A node is given up after so many ticks without a beat. Ticks, not time: none pass while this process stands still."""
 
+QUIET_TICKS = 5
+"""After so many its beats are missed: what it runs may be well, and as little heard."""
+
 BEAT_TICKS = 3
 
 FROM_NODE = (NodeJoined, NodePrepared, NodeUnfit, NodeLeft, StartedOnNode, ExitedOnNode, Beat)
@@ -80,10 +83,10 @@ class RemoteProcess:
             self.kill()
         return await self.wait()
 
-    def end(self, why: str) -> None:
+    def end(self, why: str, *, is_innocent: bool) -> None:
         """It has ended, or its node is gone."""
         if not self._exit.done():
-            self._exit.set_result(ProcessExit(None, why))
+            self._exit.set_result(ProcessExit(None, why, is_innocent))
 
 
 class _Node:
@@ -190,6 +193,10 @@ class Nodes:
     def hosts(self, child: str) -> bool:
         """Whether a child runs on a node."""
         return child in self._children
+
+    def is_out_of_reach(self, child: str) -> bool:
+        """Whether the node of a child is silent, too; if it stays so, it is given up, and the child with it."""
+        return any(child in node.processes and node.num_silent_ticks > QUIET_TICKS for node in self._nodes.values())
 
     def key_of(self, child: str) -> str:
         """The CURVE public key of the node that runs a child; empty without keys, or if none does."""
@@ -309,7 +316,7 @@ class Nodes:
             process.pid = message.pid
             return
         del node.processes[message.child]
-        process.end(f"{message.why} on node {node.name}")
+        process.end(f"{message.why} on node {node.name}", is_innocent=message.is_innocent)
         self._place()
 
     def _lose(self, peer: str, why: str) -> None:
@@ -320,7 +327,7 @@ class Nodes:
         node.processes.clear()
         for process in processes:
             self._carrier.port.disconnect(process.child)
-            process.end(f"is lost with its node: {node.name} {why}")
+            process.end(f"is lost with its node: {node.name} {why}", is_innocent=True)
         self._on_change()
 
     def _tick(self) -> None:

@@ -23,6 +23,7 @@ from ..messages.base import Message
 from ..messages.processes import EdgeStatus, EngineUp, PeerLeft, PeerStarted
 from ..messages.system import Beat, StartProcess
 from .config import EngineConfig, NodesConfig
+from .edge_watch import EdgeWatch
 from .graph import ModelFacts
 from .settings import ServerSettings
 
@@ -119,6 +120,7 @@ class OtherEdges:
         self._digest = digest
         self._clock = MonotonicClock()
         self._heard_ns: dict[str, int] = {}  # of those that were adopted
+        self._watch = EdgeWatch(run_dir, self._lose)  # of the same
         self._looks: asyncio.TimerHandle | None = None
         self._looked_ns = 0
         self._left = asyncio.Event()  # set whenever one of them is gone
@@ -135,6 +137,10 @@ class OtherEdges:
     @property
     def num_restarts(self) -> int:
         return self._supervisor.core.restarts_by_kind["edge"] if self._supervisor is not None else 0
+
+    @property
+    def num_late_messages(self) -> int:
+        return self._supervisor.core.num_late_messages if self._supervisor is not None else 0
 
     async def start(
         self, config: EngineConfig, settings: ServerSettings, facts: ModelFacts, host: str, port: int
@@ -163,6 +169,7 @@ class OtherEdges:
     def _take_in(self, name: str, incarnation: int) -> None:
         self._incarnations[name] = incarnation
         self._heard_ns[name] = self._clock.now_ns()
+        self._watch.add(name, incarnation)
         self._carrier.port.connect(name, incarnation, endpoint_of(self._run_dir, name, incarnation))
         self._post_to_engines(PeerStarted(name, incarnation))
         for message in (PeerStarted(EDGE, self._edge_incarnation), self._status, *self._engines.values()):
@@ -178,6 +185,7 @@ class OtherEdges:
         """Let them drain for so long, then end them."""
         if self._looks is not None:
             self._looks.cancel()
+        self._watch.close()
         if self._supervisor is not None:
             await self._supervisor.stop(grace_s)
 
@@ -207,23 +215,33 @@ class OtherEdges:
             self._carrier.send(name, message)
 
     def _look(self) -> None:
-        """Adopt those that listen, and find those that no longer do or are silent: nobody tells of their end."""
+        """Adopt those that listen, and find those that have ended, are stopped, no longer listen, or are silent."""
         self._looks = asyncio.get_running_loop().call_later(_LOOK_S, self._look)
         last_ns, now_ns = self._looked_ns, self._clock.now_ns()
         self._looked_ns = now_ns
-        if now_ns - last_ns > _MAX_SILENCE_NS // 2:  # this process stood still, and heard nobody
+        stood_still = now_ns - last_ns > _MAX_SILENCE_NS // 2  # this process did, and heard nobody
+        if stood_still:
             self._heard_ns = dict.fromkeys(self._heard_ns, now_ns)
         listening = edges_listening(self._run_dir)
         for name, incarnation in listening.items():
             if name not in self._incarnations:
                 self._take_in(name, incarnation)
+        self._watch.look(now_ns, stood_still=stood_still)
         for name, heard_ns in list(self._heard_ns.items()):
-            if name not in listening or now_ns - heard_ns > _MAX_SILENCE_NS:
-                del self._heard_ns[name]
-                self._forget(name, self._incarnations[name])
+            if now_ns - heard_ns > _MAX_SILENCE_NS:
+                self._watch.kill(name, f"it was silent for {(now_ns - heard_ns) / 1e9:.0f} s")
+                self._lose(name, self._incarnations[name])
+            elif name not in listening:
+                self._lose(name, self._incarnations[name])
 
     def _hear(self, message: Message) -> None:
         log.error("edges.given_up", message=message)
+
+    def _lose(self, name: str, incarnation: int) -> None:
+        """One that was adopted is gone."""
+        self._heard_ns.pop(name, None)
+        self._watch.remove(name)
+        self._forget(name, incarnation)
 
     def _forget(self, name: str, incarnation: int) -> None:
         """One has ended, and nobody waits any more for what it had asked for."""

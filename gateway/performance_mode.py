@@ -26,6 +26,9 @@ class ModeSettings(msgspec.Struct, frozen=True, kw_only=True):
         memory_utilization: see `EngineConfig`.
         cuda_graph_sizes: rows of decode steps that are captured; a step of another size is padded to the next one, and
             one beyond the last is launched kernel by kernel.
+        cuda_graph_tokens: tokens of prompts in one step that are captured, each with some numbers of decodes, and
+            padded likewise. So many launches cost the host milliseconds: longer than a GPU computes few tokens of a
+            small model, and less than it computes many of a large one, which graphs would only pad.
     """
 
     max_num_seqs: int
@@ -33,6 +36,7 @@ class ModeSettings(msgspec.Struct, frozen=True, kw_only=True):
     pipeline_depth: int
     memory_utilization: float
     cuda_graph_sizes: tuple[int, ...]
+    cuda_graph_tokens: tuple[int, ...] = ()
 
 
 def graph_sizes(max_rows: int, *, dense_to: int = 1, step: int = 8) -> tuple[int, ...]:
@@ -48,6 +52,7 @@ _ON_GPU: dict[PerformanceMode, ModeSettings] = {
         pipeline_depth=2,
         memory_utilization=0.92,
         cuda_graph_sizes=(*graph_sizes(256), *range(272, 513, 16)),
+        cuda_graph_tokens=(64, 128, 256, 384, 512, 1024),
     ),
     "balanced": ModeSettings(
         max_num_seqs=256,
@@ -55,6 +60,7 @@ _ON_GPU: dict[PerformanceMode, ModeSettings] = {
         pipeline_depth=2,
         memory_utilization=0.9,
         cuda_graph_sizes=graph_sizes(256),
+        cuda_graph_tokens=(64, 128, 256, 384, 512),
     ),
     "interactivity": ModeSettings(
         max_num_seqs=64,
@@ -62,6 +68,7 @@ _ON_GPU: dict[PerformanceMode, ModeSettings] = {
         pipeline_depth=2,
         memory_utilization=0.9,
         cuda_graph_sizes=graph_sizes(64, dense_to=16, step=4),
+        cuda_graph_tokens=(64, 128, 256, 384, 512),
     ),
 }
 
@@ -101,7 +108,8 @@ def mode_settings(mode: PerformanceMode, device: Literal["cpu", "cuda"]) -> Mode
 def fill_in(fields: Mapping[str, Any], device: Literal["cpu", "cuda"]) -> dict[str, Any]:
     """`fields`, and what the mode that they name decides of what they leave open (absent or None).
 
-    Graphs for more rows than a step can have are left out, so that `max_num_seqs` alone need be given.
+    Graphs are for as many rows as a step can have, no more and no less, so that `max_num_seqs` alone need be given, and
+    for no more tokens than it can have.
     """
     mode = fields.get("performance_mode", "balanced")
     settings = (_ON_GPU if device == "cuda" else _ON_CPU).get(mode)
@@ -112,12 +120,24 @@ def fill_in(fields: Mapping[str, Any], device: Literal["cpu", "cuda"]) -> dict[s
         if filled.get(name) is None:
             filled[name] = getattr(settings, name)
     if fields.get("cuda_graph_sizes") is None and isinstance(filled["max_num_seqs"], int):
-        most = filled["max_num_seqs"]
-        sizes = [size for size in settings.cuda_graph_sizes if size <= most]
-        if settings.cuda_graph_sizes and most > 0 and most not in sizes and most < settings.cuda_graph_sizes[-1]:
-            sizes.append(most)
-        filled["cuda_graph_sizes"] = tuple(sizes)
+        filled["cuda_graph_sizes"] = _up_to(filled["max_num_seqs"], settings.cuda_graph_sizes)
+    if fields.get("cuda_graph_tokens") is None:
+        most = filled["max_num_batched_tokens"]
+        is_captured = bool(filled["cuda_graph_sizes"]) and isinstance(most, int)
+        tokens = settings.cuda_graph_tokens if is_captured else ()
+        filled["cuda_graph_tokens"] = tuple(count for count in tokens if count <= most)
     return filled
+
+
+def _up_to(max_rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """These sizes as far as a step has rows; beyond their last one each a sixteenth larger, and at last `max_rows`."""
+    if not sizes or max_rows < 1:
+        return ()
+    found = [size for size in sizes if size <= max_rows]
+    while not found or found[-1] < max_rows:
+        last = found[-1] if found else 0
+        found.append(min(max_rows, last + max(16, last // 16)) if last >= sizes[-1] else max_rows)
+    return tuple(found)
 
 
 def described(fields: Mapping[str, Any], device: Literal["cpu", "cuda"]) -> dict[str, Any]:
@@ -127,5 +147,7 @@ def described(fields: Mapping[str, Any], device: Literal["cpu", "cuda"]) -> dict
         value = fields[name]
         if name == "cuda_graph_sizes":
             value = f"{len(value)} of 1 to {value[-1]} rows" if value else "none"
+        elif name == "cuda_graph_tokens":
+            value = f"{len(value)} of {value[0]} to {value[-1]} tokens, with decodes" if value else "none"
         told[name] = value
     return told

@@ -11,7 +11,9 @@ from ..actors.runtime.process_title import restore_title, set_title
 from ..actors.runtime.run_dir import RunDir
 from ..actors.runtime.succession import Succession
 from ..messages.errors import ExecutorLostError
+from ..messages.kv import ResetPrefixCache
 from ..messages.processes import ExecutorLoaded
+from ..messages.system import Drain
 from .checkpoint_digest import checkpoint_digest
 from .config import EngineConfig, NodesConfig
 from .edge_graph import EdgeGraph
@@ -150,6 +152,20 @@ class ProcessGraph(EdgeGraph):
     @property
     def restarts(self) -> Mapping[str, int]:
         return self._supervision.restarts
+
+    @property
+    def drops_of_others(self) -> Mapping[str, int]:
+        return self._supervision.messages_dropped
+
+    @property
+    def num_late_compilations(self) -> int:
+        return self._supervision.num_late_compilations
+
+    def send(self, message: Drain | ResetPrefixCache) -> None:
+        # Beside other edges draining is this one's own matter, as it is theirs: they may have accepted requests that no
+        # engine has heard of yet.
+        if self.others is None or isinstance(message, ResetPrefixCache):
+            super().send(message)
 
     async def close(self) -> None:
         if self._edge is not None:

@@ -22,6 +22,7 @@ from ..messages.base import Message
 from ..messages.errors import InvalidConfigError, OctavoError
 from ..messages.nodes import Listening, MeetAt
 from ..messages.processes import (
+    EdgeShed,
     EngineReport,
     EngineStuck,
     EngineUp,
@@ -48,6 +49,7 @@ from .engine_link import EngineLink, FromEngine
 from .engine_setup import allocator_config, executor_process_spec, journal_file, scheduler_config
 from .graph import ModelFacts
 from .lost_steps import LostStepWatch
+from .shed_edge import take_up_again
 
 if TYPE_CHECKING:
     from ..actors.runtime.asyncio_port import AsyncioPort
@@ -208,8 +210,9 @@ class Replica:
         return ""
 
     @property
-    def num_executor_restarts(self) -> int:
-        return self._supervisor.core.num_restarts
+    def num_late_messages(self) -> int:
+        """Of older incarnations of its processes, which their supervisor dropped."""
+        return self._supervisor.core.num_late_messages
 
     @property
     def restarts(self) -> dict[str, int]:
@@ -225,12 +228,15 @@ class Replica:
         elif isinstance(message, EngineReport):
             self.link.take(message)
             self._look_for_lost_step(message)
+        elif isinstance(message, EdgeShed):
+            take_up_again(self.link, message)
         elif isinstance(message, ExecutorLoaded):
             if not self.loaded.done():
                 self.loaded.set_result(message)
         elif isinstance(message, LoadFailed):
             log.error("executor.cannot_load", child=message.child, why=message.error)
             self._why_not_loaded = message.error
+            self._supervisor.handle(message)
             if not self.loaded.done():
                 self.loaded.set_exception(_public_error(message))
         elif isinstance(message, EngineReady):
@@ -328,7 +334,7 @@ class Replica:
             for name in self.executor_names:
                 self._carrier.send(name, message)
         elif isinstance(message, ExecutorLost):
-            log.error("executor.lost", epoch=message.epoch, why=message.why)
+            log.error("executor.lost", epoch=message.epoch, why=message.why, is_innocent=message.is_innocent)
             self.link.send(message)
         elif isinstance(message, EngineLost):
             self.link.resubmit(message.epoch, message.why)
@@ -368,6 +374,7 @@ class Replica:
                 log_format=self._log_format,
                 edge_incarnation=self._edge_incarnation,
                 address=self._tcp.host if self._tcp is not None and self._is_elsewhere else "",
+                is_one_host=self._nodes is None,
             )
             target = f"{EXECUTOR_MODULE}:run"
         return ProcessSpec(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -114,7 +113,7 @@ async def _respond_held(
         # Resolved here rather than by the front end, whose generator begins anew with the next server.
         options = msgspec.structs.replace(options, seeds=streams.new_seeds(len(plan.prompts)))
     record = StreamRecord(
-        *(plan.response_id, plan.created, plan.kind, body, options.seeds, owner_of(request), time.time_ns()),
+        *(plan.response_id, plan.created, plan.kind, body, options.seeds, owner_of(request)),
         defaults=context.engine.request_defaults,
     )
     held = streams.hold(record, exchange)

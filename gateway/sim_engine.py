@@ -83,7 +83,7 @@ def add_replica_flags(parser: Parser, *, is_sweep: bool) -> None:
     )
     add("--tensor-parallel-size", positive, 1, "GPUs of a replica", "--tp", dest="tp")
     group.add_argument("--dtype", default="auto", help="of weights: auto, bfloat16, fp8, ...")
-    group.add_argument("--kv-cache-dtype", help="of the KV cache")
+    group.add_argument("--kv-cache-dtype", default="auto", help="of the KV cache; auto: as octavo serve chooses it")
     group.add_argument(
         "--profile",
         default="",
@@ -127,7 +127,13 @@ def add_replica_flags(parser: Parser, *, is_sweep: bool) -> None:
     )
     group.add_argument("--max-num-queued-reqs", dest="max_num_queued_requests", type=positive, default=4096)
     group.add_argument("--max-num-queued-tokens", type=positive, default=8_000_000)
-    group.add_argument("--long-prefill-token-threshold", dest="long_prefill_threshold", type=number, default=0)
+    group.add_argument(
+        "--long-prefill-token-threshold",
+        dest="long_prefill_threshold",
+        type=number,
+        default=0,
+        help="most tokens of one prompt in a step; 0: no limit but the step's",
+    )
     group = parser.add_argument_group("cluster")
     add("--routing", routing, "least_loaded", "router's policy: " + ", ".join(ROUTING_POLICIES), dest="routing")
     group.add_argument(
@@ -154,7 +160,7 @@ def base_deployment(arguments: argparse.Namespace) -> Deployment:
     return Deployment(
         model=find_model(arguments.model),
         dtype=arguments.dtype,
-        kv_dtype=arguments.kv_cache_dtype,
+        kv_dtype=None if arguments.kv_cache_dtype == "auto" else arguments.kv_cache_dtype,
         max_model_len=arguments.max_model_len,
         max_num_queued_requests=arguments.max_num_queued_requests,
         max_num_queued_tokens=arguments.max_num_queued_tokens,

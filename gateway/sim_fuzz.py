@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 import msgspec
 
 from ..messages.errors import InvalidConfigError
+from .host import usable_cores
 from .sim_progress import progress_bar
 
 VIOLATED = 1  # exit status of a run that found a violated invariant
@@ -24,7 +24,7 @@ def sim_fuzz(arguments: argparse.Namespace) -> int:
         report = fuzz(
             arguments.seeds,
             arguments.seed,
-            arguments.jobs or os.cpu_count() or 1,
+            arguments.jobs or usable_cores(),
             progress=lambda done: bar.show(done, arguments.seeds),
         )
     if arguments.json:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +10,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ..messages.errors import InvalidConfigError
-from .flag_parser import Parser
-from .flags import add_engine_flags
+from .host import usable_cores
 from .sim_engine import base_deployment, prices_of, sweep_of
 from .sim_load import Load, LoadSource, load_source
 from .sim_progress import Bar, check_writable, progress_bar
+from .sim_serve_command import serve_command
 
 if TYPE_CHECKING:
     from ..sim.plan.capacity import Capacity
@@ -69,7 +67,7 @@ def sim_plan(arguments: argparse.Namespace) -> int:
     if arguments.capacity:
         return _capacity(arguments, make_prober, question)
     Load(make_prober.source)  # what is wrong with the trace is said here, not by another process
-    jobs = arguments.jobs or os.cpu_count() or 1
+    jobs = arguments.jobs or usable_cores()
     with progress_bar("planning", "candidate") as bar:
         found = plan(
             candidates,
@@ -80,20 +78,21 @@ def sim_plan(arguments: argparse.Namespace) -> int:
             with_curve=bool(arguments.html),
             progress=bar.show,
         )
-    remarks = _remarks(found)
+    command, remarks = "", _remarks(found)
+    if found.chosen >= 0:
+        command, left_out = serve_command(found.findings[found.chosen], arguments)
+        remarks += left_out
     if arguments.html:
         from ..sim.report.plan_report import plan_report
 
         title = f"Plan for {Path(arguments.trace).name}"
-        command = serve_command(found.findings[found.chosen], arguments) if found.chosen >= 0 else ""
         page = plan_report(found, slo, title=title, serve_command=command, remarks=remarks)
         Path(arguments.html).write_text(page, encoding="utf-8")
     if arguments.json:
-        _print_json(plan_json(found, arguments))
+        _print_json(plan_json(found, arguments, command, remarks))
     else:
         from .sim_tables import print_plan
 
-        command = serve_command(found.findings[found.chosen], arguments) if found.chosen >= 0 else ""
         print_plan(found, serve_command=command, remarks=remarks)
     return 0 if found.chosen >= 0 else INFEASIBLE
 
@@ -140,48 +139,20 @@ class _Counter:
         self._bar.show(self._count, 0, text)
 
 
-def serve_command(finding: Finding, arguments: argparse.Namespace) -> str:
-    """The command that starts one replica as it was simulated; only flags that `octavo serve` has."""
-    serve = Parser()
-    add_engine_flags(serve)
-    candidate, replica = finding.candidate, finding.replica
-    assert replica is not None
-    wanted = {
-        "--tensor-parallel-size": candidate.tensor_parallel_size if candidate.tensor_parallel_size > 1 else None,
-        "--dtype": arguments.dtype if arguments.dtype != "auto" else None,
-        "--max-model-len": replica.max_sequence_len,
-        "--max-num-seqs": candidate.max_num_seqs,
-        "--max-num-batched-tokens": candidate.max_num_batched_tokens,
-        "--block-size": candidate.block_size,
-        "--num-gpu-blocks-override": replica.num_blocks,
-        "--max-num-queued-reqs": arguments.max_num_queued_requests,
-        "--max-num-queued-tokens": arguments.max_num_queued_tokens,
-    }
-    words = ["octavo", "serve", arguments.model]
-    for flag, value in wanted.items():
-        if value is not None and serve.has_flag(flag):
-            words += [flag, str(value)]
-    if not candidate.enable_prefix_caching:
-        words.append("--no-enable-prefix-caching")
-    return shlex.join(words)
-
-
-def plan_json(plan: Plan, arguments: argparse.Namespace) -> dict[str, object]:
-    """The plan for programs."""
+def plan_json(plan: Plan, arguments: argparse.Namespace, command: str, remarks: list[str]) -> dict[str, object]:
+    """The plan for programs; `command` starts one replica of what was chosen."""
     chosen = plan.findings[plan.chosen] if plan.chosen >= 0 else None
     return {
         "schema_version": 1,
         "trace": arguments.trace,
         "slo": arguments.slo,
         "feasible": chosen is not None,
-        "chosen": None
-        if chosen is None
-        else {**finding_json(chosen), "serve_command": serve_command(chosen, arguments)},
+        "chosen": None if chosen is None else {**finding_json(chosen), "serve_command": command},
         "candidates": [finding_json(finding) for finding in plan.findings],
         "pareto_front": [{"candidate": index, "num_replicas": number} for index, number in plan.front],
         "diagnosis": msgspec.to_builtins(plan.diagnosis),
         "curve": msgspec.to_builtins(plan.curve),
-        "remarks": _remarks(plan),
+        "remarks": remarks,
     }
 
 
@@ -219,8 +190,7 @@ def _remarks(plan: Plan) -> list[str]:
 
     if plan.chosen < 0:
         return []
-    finding = plan.findings[plan.chosen]
-    best = finding.best
+    best = plan.findings[plan.chosen].best
     assert best is not None
     remarks = []
     if best.load != "STABLE":
@@ -228,11 +198,6 @@ def _remarks(plan: Plan) -> list[str]:
     if best.extrapolated_share:
         remarks.append(
             f"{best.extrapolated_share:.1%} of its steps lie outside what the step-time model was measured on"
-        )
-    if finding.candidate.tensor_parallel_size > 1:
-        remarks.append(
-            f"each replica is a tensor-parallel group of {finding.candidate.tensor_parallel_size} GPUs: start it with "
-            "as many executors"
         )
     return remarks
 

@@ -9,14 +9,16 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Gauges, and totals since the start.
 
     Attributes:
-        num_dropped_messages: by scheduler and allocator, of older epochs or about what nobody knows.
-        num_executor_restarts: of one executor or group; `actor_restarts` has those of all.
+        num_dropped_messages: by cores, of older epochs or incarnations, or about what nobody knows.
         actor_restarts: by actor, as `octavo.gateway.engine_metrics.RESTARTING_ACTORS` names them.
         num_requeued: sequences put back among the waiting because their executor or engine was lost.
         num_quarantined: requests refused or ended because they had killed executors.
         num_numerics_losses: executors given up because no row of a step came to numbers.
         step_sizes, step_tokens: steps by their tokens, as `octavo.actors.scheduler.step_sizes` counts, and all tokens.
+        num_edges_shed: times that an edge took no more of what an engine told it.
+        num_failed_streams: whose tokens could not be made into text.
         messages_dropped: by the ports between processes, by reason (`octavo.gateway.engine_metrics.DROP_REASONS`).
+        num_late_compilations: kernels compiled and graphs captured since executors were ready.
     """
 
     num_running: int
@@ -30,7 +32,6 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     generation_tokens: int
     num_steps: int
     num_dropped_messages: int
-    num_executor_restarts: int
     actor_restarts: dict[str, int] = {}
     num_requeued: int = 0
     num_quarantined: int = 0
@@ -38,3 +39,6 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_numerics_losses: int = 0
     step_sizes: tuple[int, ...] = ()
     step_tokens: int = 0
+    num_edges_shed: int = 0
+    num_failed_streams: int = 0
+    num_late_compilations: int = 0

@@ -54,7 +54,6 @@ class StreamRecord(msgspec.Struct, frozen=True):
         body: as the client sent it.
         seeds: one for each prompt, if the body names none.
         owner: digest of the credentials it came with; only the same may have its events.
-        accepted_at_ns: Unix time.
         num_attempts: how many servers have begun with it since it got further.
         num_events: told to clients when it was last noted to have got further than ever before.
         defaults: for what the body does not say; None is those of the server that reads it.
@@ -66,7 +65,6 @@ class StreamRecord(msgspec.Struct, frozen=True):
     body: bytes
     seeds: tuple[int, ...] = ()
     owner: str = ""
-    accepted_at_ns: int = 0
     num_attempts: int = 0
     num_events: int = 0
     defaults: RequestDefaults | None = None

@@ -47,7 +47,13 @@ def hold_streams(app: web.Application, folder: Path, limits: HoldLimits | None =
     Raises:
         InvalidConfigError: the folder cannot be used.
     """
-    streams = app[HELD_STREAMS] = HeldStreams(StreamJournal(folder), app[CONTEXT].pump, limits)
+    journal = StreamJournal(folder)
+    streams = app[HELD_STREAMS] = HeldStreams(journal, app[CONTEXT].pump, limits)
+    app[CONTEXT].metrics.tell(
+        "octavo:stream_journal_failed_writes",
+        "Notes of open streams that could not be written; those streams cannot be taken up after a crash.",
+        lambda: journal.num_failed_writes,
+    )
     app.router.add_get("/v1/responses-stream/{response_id}", handle_resume)
     app.cleanup_ctx.append(_take_up)
     return streams

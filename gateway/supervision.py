@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Self
@@ -24,6 +25,7 @@ from ..messages.nodes import Listening, PrepareNode
 from ..messages.processes import EdgeStatus, EngineStuck, ExecutorLoaded, LoadFailed
 from ..messages.system import Beat, ExecutorFailed, ExecutorReady
 from .config import EngineConfig, NodesConfig
+from .drop_tally import DropTally
 from .edge_port import FROM_ENGINE, log_link_event
 from .engine_link import FromEngine
 from .graph import ModelFacts
@@ -110,6 +112,8 @@ class Supervision:
                 on_change=self._on_change,
             )
         quarantine = Quarantine()
+        self._drops = DropTally()
+        self._late_compilations = DropTally()
         self.replicas: list[Replica] = []
         for index, name in enumerate(engine_names):
             replica = Replica(
@@ -167,6 +171,20 @@ class Supervision:
                 restarts[kind] = restarts.get(kind, 0) + number
         return restarts
 
+    @property
+    def messages_dropped(self) -> Counter[str]:
+        """By reason, of executors and nodes as they tell it; `late`: of what the supervisor itself had no use for."""
+        dropped = self._drops.totals
+        dropped["late"] += sum(replica.num_late_messages for replica in self.replicas)
+        if self.others is not None:
+            dropped["late"] += self.others.num_late_messages
+        return dropped
+
+    @property
+    def num_late_compilations(self) -> int:
+        """Of executors, after they were ready, as they tell it."""
+        return self._late_compilations.totals.total()
+
     async def close(self) -> None:
         """End the processes."""
         if self.others is not None:
@@ -182,11 +200,17 @@ class Supervision:
     def _take(self, messages: list[tuple[str, Message]]) -> None:
         for peer, message in messages:
             if self.nodes is not None and isinstance(message, FromNode) and peer.startswith("node "):
+                if isinstance(message, Beat):
+                    self._drops.note(peer, message.incarnation, message.messages_dropped)
                 self.nodes.take(peer, message)
                 continue
             if isinstance(message, Beat):
                 replica = self._by_process.get(message.child)
-                if replica is None and self.others is not None:
+                if replica is not None:
+                    self._drops.note(message.child, message.incarnation, message.messages_dropped)
+                    late = (("", message.num_late_compilations),)
+                    self._late_compilations.note(message.child, message.incarnation, late)
+                elif self.others is not None:
                     self.others.take(message)
             elif isinstance(message, EngineStuck):
                 replica = self._by_process.get(message.name)
@@ -259,6 +283,7 @@ def _make_port(incarnation: int, nodes: NodesConfig | None, tcp: TcpSettings | N
             **({"node": FROM_NODE} if nodes is not None else {}),
         },
         allow_plain_loopback=nodes is not None and nodes.plain_loopback,
+        self_announced=("node",),  # of two of one name the first ends, and says so
     )
 
 

@@ -54,7 +54,7 @@ def pack_blocks(rows: torch.Tensor, name: str) -> QuantizedWeight | None:
     in_features = num_blocks * layout.block_size
     padded = -(-in_features // PAD) * PAD
     codes = huge_pages.empty(codes_shape(out_features, padded, layout.bits), torch.uint8).zero_()
-    factors = (out_features, in_features // layout.group_size)
+    factors: tuple[int, ...] = (out_features, in_features // layout.group_size)
     if layout.factor_dtype == torch.int8 and layout.bits == 4:
         factors = (-(-out_features // NIBBLE_ROWS), factors[1], NIBBLE_ROWS)
     scales = torch.zeros(factors, dtype=layout.factor_dtype)

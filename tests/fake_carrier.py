@@ -28,6 +28,9 @@ class FakeCarrier:
     def vouch(self, peer: str, key: str) -> None:
         """Whoever speaks for a peer is who the test says."""
 
+    def expect(self, peer: str, incarnation: int) -> None:
+        """Which incarnations may speak is for the test to say."""
+
     def disconnect(self, peer: str) -> None:
         self.incarnations.pop(peer, None)
 

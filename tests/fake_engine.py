@@ -270,7 +270,6 @@ class FakeEngine:
             generation_tokens=self._num_tokens,
             num_steps=0,
             num_dropped_messages=0,
-            num_executor_restarts=0,
         )
 
     async def drain(self) -> None:

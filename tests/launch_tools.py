@@ -25,6 +25,7 @@ from octavo.messages.sampling import SamplingParams
 from octavo.messages.step import ExecuteStep, StepExecuted
 
 GRAPH_SIZES = (1, 2, MAX_SEQS)
+GRAPH_TOKENS = (5, 16)
 
 
 class LateStream:
@@ -86,7 +87,11 @@ def config_of(folder: Path, **fields: Any) -> ExecutorConfig:
 
 
 def gpu_runner(
-    config: ExecutorConfig, *, graph_sizes: Sequence[int] = GRAPH_SIZES, stream: Stream | None = None
+    config: ExecutorConfig,
+    *,
+    graph_sizes: Sequence[int] = GRAPH_SIZES,
+    graph_tokens: Sequence[int] = (),
+    stream: Stream | None = None,
 ) -> GpuRunner:
     """The GPU's runner on this CPU."""
     return GpuRunner(
@@ -96,6 +101,7 @@ def gpu_runner(
         pipeline_depth=config.pipeline_depth,
         block_size=config.block_size,
         graph_sizes=graph_sizes,
+        graph_tokens=graph_tokens,
         stream=stream,
     )
 

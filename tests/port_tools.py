@@ -147,5 +147,13 @@ def open_port(
     peers: Sequence[str] = ("edge",),
     limits: PortLimits | None = None,
     schema: str = "",
+    self_announced: tuple[str, ...] = (),
 ) -> Port:
-    return Port(name, incarnation, allowed=dict.fromkeys(peers, hears), limits=limits, schema=schema)
+    return Port(
+        name,
+        incarnation,
+        allowed=dict.fromkeys(peers, hears),
+        limits=limits,
+        schema=schema,
+        self_announced=self_announced,
+    )

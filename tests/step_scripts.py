@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from octavo.actors.executor.gpu.device_batch import DeviceBatch
+from octavo.actors.executor.gpu.mixed_sizes import MixedSizes
 from octavo.actors.executor.gpu.packed_step import PackedStep
 from octavo.actors.executor.gpu.step_diff import StepDiff
 from octavo.actors.executor.sampler import Sampler
@@ -22,6 +23,8 @@ from octavo.messages.step import ExecuteStep, StartRequest
 VOCAB_SIZE = 1000
 MAX_ROWS, MAX_MODEL_LEN, BLOCK_SIZE, NUM_STATE_ROWS = 6, 40, 4, 12
 LAYOUT = StepLayout(MAX_ROWS, MAX_MODEL_LEN, BLOCK_SIZE)
+MIXED_SIZES = MixedSizes(MAX_ROWS, (10, 30))
+PADDED_LAYOUT = StepLayout(MIXED_SIZES.most_rows, MAX_MODEL_LEN, BLOCK_SIZE)
 
 
 @dataclass

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("actors", "messages", "kernels", "models", "gateway", "sim")
@@ -44,3 +48,19 @@ def test_help_imports_neither_torch_nor_aiohttp() -> None:
         "assert not {'torch', 'transformers', 'aiohttp', 'rich'} & set(sys.modules), sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, check=True, timeout=60)
+
+
+def test_what_torch_is_installed_with_pins_nothing_that_its_builds_pin_themselves() -> None:
+    lines = (ROOT / ".ci/constraints.txt").read_text().splitlines()
+    assert [line.partition("==")[0] for line in lines if not line.startswith("#")] == ["torch"]
+
+
+@pytest.mark.parametrize("needs", ["filelock", 'triton==3.7.1; platform_system == "Linux"'])
+def test_make_pins_triton_only_where_torch_brings_none(needs: str, tmp_path: Path) -> None:
+    found = re.search(r"BRINGS_TRITON := \$\(BIN\)/python -c \\\n *'(.*)'\n", (ROOT / "Makefile").read_text())
+    assert found is not None
+    (tmp_path / "torch-2.13.0.dist-info").mkdir()
+    (tmp_path / "torch-2.13.0.dist-info" / "METADATA").write_text(f"Name: torch\nRequires-Dist: {needs}\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", found.group(1)], env=environment, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (int("triton" not in needs), b"")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from octavo.models.registry import NATIVE
+
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 EXAMPLES = dict(re.findall(r"<!-- example: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL))
 
@@ -23,3 +25,27 @@ def test_an_example_of_the_readme_runs_as_printed(name: str, tmp_path: Path) -> 
     assert len(lines) >= 2
     if name == "llm":
         assert lines[0].startswith("'The file is' -> ")
+
+
+FAMILIES = {
+    "Llama 1 to 3.x": "llama",
+    "Mistral": "mistral",
+    "Mixtral": "mixtral",
+    "Qwen2 and 2.5": "qwen2",
+    "Qwen3": "qwen3",
+    "Qwen3-MoE": "qwen3_moe",
+    "SmolLM3": "smollm3",
+    "Gemma 2": "gemma2",
+    "Gemma 3 (text)": "gemma3_text",
+    "GPT-OSS": "gpt_oss",
+}
+
+
+def test_the_families_that_the_readme_calls_native_are_those_of_the_registry() -> None:
+    (named,) = re.findall(r"\*\*Natively\*\*, in readable torch: ([^*]*?)\.\n- ", README)
+    assert sorted(FAMILIES[name] for name in re.split(r",\s+", named)) == sorted(NATIVE)
+
+
+def test_no_family_is_both_native_and_served_through_transformers() -> None:
+    (named,) = re.findall(r"\*\*Any other decoder[^:]*: ([^:]*?) and many more\.", README)
+    assert not set(re.split(r",\s+", named)) & set(FAMILIES)

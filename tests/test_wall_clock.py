@@ -20,7 +20,6 @@ STAMPS = {
     "gateway/node.py": "a number that a later start exceeds; one that does not is refused, and told what to do",
     "gateway/openai_chat.py": "`created` of a response",
     "gateway/openai_completions.py": "`created` of a response",
-    "gateway/respond.py": "when a stream was accepted, for whoever reads the journal",
     "gateway/telemetry.py": "when a span began",
     "gateway/supervision.py": "a number that differs between two runs",
 }

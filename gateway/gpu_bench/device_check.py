@@ -6,8 +6,10 @@
 Every Triton kernel is checked against its meaning in float64, on fresh random inputs with poisoned outputs; an engine's
 tokens against those of the same engine on the CPU in float32; then the ceilings, attention beside others, products and
 small kernels, decode steps and the workload of 256 requests are timed. Each part is a process of its own with a limit
-of its own, so that what hangs or crashes costs nothing but itself; what was found until then is in
-DIR/device_check.json.
+of its own, so that what hangs or crashes costs nothing but itself; each figure is in DIR/device_check.json as soon as
+it is known. What the kernels' parts launch is found on a GPU that computes nothing and compiled on all cores first;
+that takes no GPU, and `python -m octavo.kernels.gpu.compile_checks` does it before there is one: bring along the folder
+that TRITON_CACHE_DIR names, of the same Triton on such a Python.
 
 What the machine needs: Python 3.11 or later, torch with CUDA and its Triton, numpy. That is enough for kernels and
 attention. Engines need more, and these may have to be brought along as wheels: msgspec, structlog, pyzmq, setproctitle
@@ -51,22 +53,26 @@ from .parts import PartResult, run_part  # noqa: E402
 from .rows import Row, ceilings_of, kernel_row, table_of  # noqa: E402
 
 # Part, options, seconds at most; in the order of their worth. Ceilings come first, since the rest is a share of them.
+# `compile` fills Triton's cache on all cores, so that no part compiles kernels one after the other; models' kernels are
+# compiled on all cores by whoever loads one. Beside each part what it is expected to take on an H200 with 16 cores,
+# of which little is compilation any more; all in all under 7 minutes.
 PLAN: tuple[tuple[str, dict[str, Any], float], ...] = (
-    ("ceilings", {}, 60),
-    ("checks", {}, 150),
-    ("tokens", {}, 90),
-    ("steps", {"shape": "qwen3-0.6b"}, 90),
-    ("octavo", {}, 60),
-    ("workload", {"shape": "qwen3-0.6b"}, 90),
-    ("steps", {"shape": "qwen3-8b", "batches": [1, 64, 256], "without_graphs": []}, 90),
-    ("torch_attention", {}, 60),
-    ("fa3", {}, 60),
-    ("flashinfer", {}, 120),
-    ("products", {}, 60),
-    ("small_ops", {}, 60),
-    ("attention", {"peers": []}, 60),
-    ("flex_attention", {}, 90),
-    ("workload", {"shape": "qwen3-8b"}, 120),
+    ("ceilings", {}, 45),  # 15
+    ("compile", {}, 120),  # 40: half to find 327 variants, half to compile them, which takes one core 3 minutes
+    ("octavo", {}, 45),  # 15
+    ("checks", {}, 90),  # 45
+    ("steps", {"shape": "qwen3-0.6b"}, 75),  # 40
+    ("fa3", {}, 45),  # 15
+    ("flashinfer", {}, 90),  # 30, or 1 where it is not there
+    ("workload", {"shape": "qwen3-0.6b"}, 75),  # 35
+    ("steps", {"shape": "qwen3-8b", "batches": [1, 64, 256], "without_graphs": []}, 75),  # 40
+    ("tokens", {}, 75),  # 40
+    ("products", {}, 60),  # 25
+    ("small_ops", {}, 45),  # 15
+    ("torch_attention", {}, 45),  # 15
+    ("attention", {"peers": []}, 45),  # 15
+    ("workload", {"shape": "qwen3-8b"}, 90),  # 45
+    ("flex_attention", {}, 60),  # 30
 )
 _NEEDED_BY_ENGINES = ("msgspec", "structlog", "zmq", "setproctitle", "anyio", "aiohttp", "psutil", "rich", "tqdm")
 
@@ -154,17 +160,21 @@ class Check:
         shape = options.pop("shape", "")
         if shape:
             options["model"] = self._model_folder(shape)
-        result = run_part(name, options, timeout_s=timeout_s)
-        if name in ("checks", "tokens"):
-            self._checks += result.found
-            if result.failure:
-                self._checks.append(_failed_check(label, result))
-            return
+        is_check = name in ("checks", "tokens")
+
+        def take(found: dict[str, Any]) -> None:
+            if is_check:
+                self._checks.append(found)
+            else:
+                self._rows.append(self._row(name, shape, found))
+            self._write()  # as it comes: what is next may be the last that this machine does
+
+        result = run_part(name, options, timeout_s=timeout_s, on_row=take)
         if name == "ceilings" and not result.failure:
             self._ceilings = ceilings_of(result.found, self._gpu)
-        for found in result.found:
-            self._rows.append(self._row(name, shape, found))
-        if result.failure:
+        if result.failure and is_check:
+            self._checks.append(_failed_check(label, result))
+        elif result.failure:
             self._note(label, f"failed: {result.failure}")
 
     def _row(self, name: str, shape: str, found: dict[str, Any]) -> Row:
@@ -222,13 +232,28 @@ class Check:
         """Print the tables: figures first, and what has to be right last, where it is seen."""
         print(table_of(self._rows, f"{self._gpu}: figures; {self._ceilings.source}"))
         print()
-        for row in self._checks:
-            error = f"{row['error']:.1e} of {row['bound']:.1e}" if row["ok"] else "; ".join(row["failures"][:3])
-            print(
-                f"{'ok   ' if row['ok'] else 'WRONG'}  {row['kernel']:<18} {row['shape']:<32} {error}  {row['worst']}"
-            )
+        for line in lines_of(self._checks):
+            print(line)
         num_wrong = sum(not row["ok"] for row in self._checks)
         print(f"{len(self._checks)} checks, {num_wrong} wrong; {time.monotonic() - self._started:.0f} s")
+
+
+def lines_of(checks: list[dict[str, Any]]) -> list[str]:
+    """A line for each kernel and dtype, with its worst case; and one for each case that is wrong."""
+    lines = []
+    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in checks:
+        kinds.setdefault((row["kernel"], row.get("dtype", "")), []).append(row)
+    for (kernel, dtype), rows in kinds.items():
+        right = [row for row in rows if row["ok"]]
+        if right:
+            worst = max(right, key=lambda row: row["error"] / row["bound"] if row["bound"] else 0.0)
+            error = f"{worst['error']:.1e} of {worst['bound']:.1e}"
+            lines.append(f"ok     {kernel:<18} {len(right):>3} cases {dtype:<9} worst {error}  {worst['shape']}")
+        lines += [
+            f"WRONG  {kernel:<18} {row['shape']:<44} {'; '.join(row['failures'][:3])}" for row in rows if not row["ok"]
+        ]
+    return lines
 
 
 def _failed_check(label: str, result: PartResult) -> dict[str, Any]:

@@ -20,6 +20,7 @@ _ATTENTION = "kernels.gpu.bench_attention_peers"
 
 # Name -> module, from octavo's own package on. Each has `rows(device, ...) -> iterable of dicts`.
 PARTS: dict[str, str] = {
+    "compile": "kernels.gpu.compile_checks",
     "checks": "kernels.gpu.device_checks",
     "tokens": "gateway.gpu_bench.check_tokens",
     "ceilings": "kernels.gpu.bench_ceilings",

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 from collections.abc import Sequence
 from typing import Any
+
+import psutil
 
 from ...messages.sampling import SamplingParams
 from ..config import make_config
@@ -44,6 +48,7 @@ class Octavo:
             "max_model_len": engine.max_model_len,
             "weights_s": engine.load_seconds,
             "kv_bytes_per_token": engine.kv_cache_bytes / (engine.num_blocks * config.block_size),
+            "threads_bound_to": bound_cores() or "no core",
         }
 
     def run(self, requests: Sequence[Request]) -> list[list[int]]:
@@ -65,3 +70,17 @@ class Octavo:
             )
         )
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def bound_cores() -> str:
+    """The cores that single threads of this process and its children are bound to, as the system has it."""
+    if not hasattr(os, "sched_getaffinity"):
+        return ""
+    found: set[int] = set()
+    this = psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # what has ended meanwhile computes nothing
+            for thread in process.threads():
+                if len(cores := os.sched_getaffinity(thread.id)) == 1:
+                    found |= cores
+    return ",".join(map(str, sorted(found)))

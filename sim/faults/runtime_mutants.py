@@ -41,8 +41,8 @@ RUNTIME_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "one restart more than the budget",
         "actors/supervisor/restart_budget.py",
-        "if len(self._restarts_ns) >= self._max_restarts:",
-        "if len(self._restarts_ns) > self._max_restarts:",
+        "if len(self._counted_until_ns) >= self._max_restarts:",
+        "if len(self._counted_until_ns) > self._max_restarts:",
         "F-05, TensorRT-LLM#18663: a crash loop that nobody ends",
     ),
     # -- runtime -------------------------------------------------------------------------------------------------------

@@ -164,6 +164,7 @@ def shape_from_config(config: dict[str, Any], name: str = "") -> ModelShape:
             other_params=hidden_size * ((max_model_len if model_type in _LEARNED_POSITIONS else 0) + plain_mlp),
             weight_dtype=weight_dtype,
             kv_dtype=kv_dtype,
+            hub_name="",
             **heads,
             **_feed_forward(config, fields, num_layers, hidden_size),
         )

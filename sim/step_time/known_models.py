@@ -11,6 +11,36 @@ from .model_shape import ModelShape
 
 DEFAULT_MODEL = "llama-3.1-8b"
 
+HUB_NAMES = {
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama-2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.1-70b": "meta-llama/Llama-3.1-70B",
+    "llama-3.1-405b": "meta-llama/Llama-3.1-405B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "llama-3.3-70b": "meta-llama/Llama-3.3-70B-Instruct",
+    "mistral-7b": "mistralai/Mistral-7B-v0.3",
+    "mistral-small-24b": "mistralai/Mistral-Small-24B-Base-2501",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-14b": "Qwen/Qwen3-14B",
+    "qwen3-32b": "Qwen/Qwen3-32B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen2.5-32b": "Qwen/Qwen2.5-32B-Instruct",
+    "qwen2.5-72b": "Qwen/Qwen2.5-72B-Instruct",
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
+    "mixtral-8x22b": "mistralai/Mixtral-8x22B-Instruct-v0.1",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+    "qwen3-235b-a22b": "Qwen/Qwen3-235B-A22B",
+}
+"""Where the checkpoints are on the hub; of those with several, one with these sizes."""
+
 
 def _llama(
     name: str,
@@ -27,6 +57,7 @@ def _llama(
 ) -> ModelShape:
     return ModelShape(
         name=name,
+        hub_name=HUB_NAMES[name],
         num_layers=layers,
         hidden_size=hidden,
         num_heads=heads,
@@ -42,6 +73,7 @@ def _llama(
 def _qwen3(name: str, *, layers: int, hidden: int, heads: int, mlp: int, tied: bool = False) -> ModelShape:
     return ModelShape(
         name=name,
+        hub_name=HUB_NAMES[name],
         num_layers=layers,
         hidden_size=hidden,
         num_heads=heads,
@@ -58,6 +90,7 @@ def _qwen3(name: str, *, layers: int, hidden: int, heads: int, mlp: int, tied: b
 def _qwen25(name: str, *, layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocab: int) -> ModelShape:
     return ModelShape(
         name=name,
+        hub_name=HUB_NAMES[name],
         num_layers=layers,
         hidden_size=hidden,
         num_heads=heads,
@@ -86,6 +119,7 @@ def _moe(
 ) -> ModelShape:
     return ModelShape(
         name=name,
+        hub_name=HUB_NAMES[name],
         num_layers=layers,
         hidden_size=hidden,
         num_heads=heads,
@@ -187,7 +221,7 @@ def _plain(name: str) -> str:
     return plain.replace("metallama", "llama")
 
 
-_BY_PLAIN_NAME = {_plain(model.name): model for model in KNOWN_MODELS}
+_BY_PLAIN_NAME = {_plain(name): model for model in KNOWN_MODELS for name in (model.name, model.hub_name)}
 
 
 def find_model(name_or_path: str) -> ModelShape:

@@ -29,6 +29,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         num_sliding_layers: layers with a window.
         other_params: learned positions, the last norm's bias; read once a step at most, never multiplied with.
         weight_dtype, kv_dtype: keys of `BITS`.
+        hub_name: of the checkpoint on the hub; empty: not known.
     """
 
     name: str
@@ -55,6 +56,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     other_params: int = 0
     weight_dtype: str = "bfloat16"
     kv_dtype: str = "bfloat16"
+    hub_name: str = ""
 
     def __post_init__(self) -> None:
         for field in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):

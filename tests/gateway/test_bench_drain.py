@@ -73,7 +73,7 @@ def test_streams_that_are_refused_prove_nothing_and_are_told_of(model: Path) -> 
 
 
 def test_a_server_that_does_not_start_is_told_of(tmp_path: Path) -> None:
-    with pytest.raises(OctavoError, match="before it was ready"):
+    with pytest.raises(OctavoError, match="did not start"):
         asyncio.run(drain(msgspec.structs.replace(PLAN, serve_flags=(str(tmp_path / "nothing"),))))
 
 

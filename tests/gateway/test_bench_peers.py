@@ -13,8 +13,18 @@ import pytest
 from engines import save_servable
 from rich.console import Console
 
+from octavo.actors.executor.cpu_topology import Cpu
 from octavo.gateway import bench_peers as module
-from octavo.gateway.bench_peers import Report, Workload, agreement, ceiling_rates, make_workloads, print_report, rate_of
+from octavo.gateway.bench_peers import (
+    Report,
+    Workload,
+    agreement,
+    ceiling_rates,
+    make_workloads,
+    print_report,
+    rate_of,
+    same_cores,
+)
 from octavo.gateway.ceilings import Ceilings, ModelTraffic
 from octavo.gateway.cli import build_parser, main
 from octavo.gateway.peers.adapter import LoadOptions, Peer
@@ -72,6 +82,12 @@ def test_ceilings_are_given_for_what_one_thing_bounds() -> None:
     assert rates["decode 8"] == pytest.approx(80) and rates["prefill 512"] == pytest.approx(50)
     assert "mixed 32" not in rates
     assert ceiling_rates(workloads(), LIMITS, None) == {}
+
+
+def test_our_own_engines_are_bound_to_one_list_physical_cores_first() -> None:
+    pairs = [Cpu(cpu, (0, cpu % 2), 0) for cpu in range(4)]  # 0 and 2 are one core, 1 and 3 the other
+    assert [same_cores(pairs, count) for count in (2, 3, 4)] == ["0,1", "0,1,2", "0,1,2,3"]
+    assert same_cores(pairs, 1) == same_cores(pairs, 5) == same_cores([], 2) == "off"
 
 
 def run_bench(

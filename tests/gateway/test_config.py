@@ -29,6 +29,7 @@ WRONG: list[tuple[str, Any]] = [
     ("max_logprobs", -2),
     ("priority_aging_s", -1.0),
     ("priority_aging_s", math.inf),
+    ("long_prefill_token_threshold", -1),
 ]
 
 

@@ -545,7 +545,7 @@ async def test_a_failed_step_costs_no_stream_a_token(folder: Path, params: Sampl
         countdown = iter([False] * 9 + [True])
         fail_steps(engine, lambda _: next(countdown, False))
         stormy = await asyncio.gather(*(engine.generate(prompt, params) for prompt in prompts))
-        assert engine.stats().num_executor_restarts == 1
+        assert engine.stats().actor_restarts["executor"] == 1
         assert engine.is_ready
     for one, other in zip(calm, stormy, strict=True):
         assert [each.token_ids for each in one.outputs] == [each.token_ids for each in other.outputs]
@@ -560,7 +560,7 @@ async def test_a_failure_amid_a_prompt_repeats_no_log_probability(folder: Path) 
             countdown = iter([False] * num_good + [True])
             fail_steps(engine, lambda _, countdown=countdown: next(countdown, False))
             output = await engine.generate(PROMPT, params)
-            assert engine.stats().num_executor_restarts == 1
+            assert engine.stats().actor_restarts["executor"] == 1
         assert output.prompt_logprobs is not None
         assert [entry and entry.token_id for entry in output.prompt_logprobs] == [None, *PROMPT[1:]], num_good
         assert [entry.token_id for entry in output.outputs[0].logprobs or ()] == output.outputs[0].token_ids
@@ -632,7 +632,7 @@ async def test_f_46_a_log_that_cannot_be_written_costs_no_stream(folder: Path, m
         engine.submit(PROMPT, GREEDY, lambda _: 1 / 0)
         async with asyncio.timeout(180):
             assert await tokens_of(engine, GREEDY) == calm
-        assert engine.stats().num_executor_restarts == 1
+        assert engine.stats().actor_restarts["executor"] == 1
 
 
 @on_loop

@@ -6,10 +6,12 @@ from typing import Any
 
 from fake_carrier import FakeCarrier
 
+from octavo.actors.scheduler.quarantine import Quarantine
 from octavo.gateway.engine_link import EngineLink, FromEngine
 from octavo.gateway.fleet import Fleet
 from octavo.messages.ids import Epoch, RequestId, StepId
 from octavo.messages.kv import ResetPrefixCache
+from octavo.messages.processes import RememberQuarantined
 from octavo.messages.request import CancelRequest, RequestEnded, StopMatched, SubmitRequest
 from octavo.messages.sampling import SamplingParams
 from octavo.messages.step import StepExecuted
@@ -25,8 +27,10 @@ class Rig:
     def __init__(self, num_replicas: int) -> None:
         self.carrier = FakeCarrier()
         self.delivered: list[FromEngine] = []
+        carrier: Any = self.carrier  # has what is used of it
+        quarantine = Quarantine()
         self.links = [
-            EngineLink(f"engine {index}", self.carrier, "/run", deliver=self._deliver)  # type: ignore[arg-type]
+            EngineLink(f"engine {index}", carrier, "/run", deliver=self._deliver, quarantine=quarantine)
             for index in range(num_replicas)
         ]
         for link in self.links:
@@ -101,3 +105,33 @@ def test_what_is_about_no_request_reaches_every_replica_that_is_up() -> None:
     rig.links[1].is_up = False
     rig.fleet.post(ResetPrefixCache())
     assert [rig.sent(index) for index in range(3)] == [[ResetPrefixCache()], [], [ResetPrefixCache()]]
+
+
+def test_what_one_replica_found_to_be_poison_the_others_hear_before_any_further_request() -> None:
+    rig = Rig(4)
+    rig.fleet.post(submit(0))
+    rig.links[2].connect(2)  # is being replaced
+    assert rig.fleet.abandon(3)
+    rig.carrier.sent.clear()
+    rig.links[0].take(RequestEnded(RequestId(0), "error", error_code="request_quarantined", error="it kills"))
+    for request_id in (4, 8):  # the client asks again
+        rig.fleet.post(submit(request_id))
+    assert rig.sent(0) == [], "it knows, and it is not its turn"
+    entry, again = rig.sent(1)
+    assert isinstance(entry, RememberQuarantined) and isinstance(again, SubmitRequest)
+    quarantine = Quarantine()
+    quarantine.remember(entry)
+    assert quarantine.holds(again, entry.until_ns - 1)
+    assert rig.sent(2) == [] and rig.sent(3) == []
+    rig.links[2].is_up = True
+    rig.links[2].resubmit(Epoch(1), "died")
+    first, *others = rig.sent(2)
+    assert first == entry and [message.request_id for message in others] == [8]
+
+
+def test_a_replica_that_only_refused_what_another_had_found_to_be_poison_tells_nobody() -> None:
+    rig = Rig(2)
+    rig.fleet.post(submit(0))
+    rig.carrier.sent.clear()
+    rig.links[0].take(RequestEnded(RequestId(0), "refused", error_code="request_quarantined"))
+    assert rig.sent(1) == []

@@ -61,10 +61,11 @@ def lines_of(engine: FakeEngine, name: str) -> dict[str, float]:
 
 def test_restarts_requeues_drops_and_quarantines_are_told_each_by_its_kind() -> None:
     engine = CountingEngine(
-        num_executor_restarts=2,
         actor_restarts={"executor": 5, "engine": 1, "tokenizer": 3},
         num_requeued=128,
         num_quarantined=1,
+        num_failed_streams=6,
+        num_late_compilations=3,
         num_dropped_messages=4,
         messages_dropped={"stale_incarnation": 7, "repeated": 2, "resent": 50},
     )
@@ -75,11 +76,22 @@ def test_restarts_requeues_drops_and_quarantines_are_told_each_by_its_kind() -> 
     }
     assert lines_of(engine, "octavo:requests_requeued_total") == {"": 128.0}
     assert lines_of(engine, "octavo:requests_quarantined_total") == {"": 1.0}
+    assert lines_of(engine, "octavo:streams_failed_total") == {"": 6.0}
+    assert lines_of(engine, "octavo:late_compilations_total") == {"": 3.0}
     assert lines_of(engine, "octavo:messages_dropped_total") == {
         'reason="late"': 4.0,
         'reason="stale_incarnation"': 7.0,
         'reason="repeated"': 2.0,
     }
+
+
+def test_no_fact_is_told_under_two_names_but_for_vllm_s_older_ones() -> None:
+    async def run() -> str:
+        async with serving(CountingEngine(num_dropped_messages=4711, actor_restarts={"executor": 4712})) as client:
+            return (await client.get("/metrics")).body.decode()
+
+    text = asyncio.run(run())
+    assert [text.count(f" {value}.0\n") for value in (4711, 4712)] == [1, 1]
 
 
 def test_an_engine_that_never_failed_says_so_in_zeros() -> None:

@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 from engines import engine_on, save_servable
+from launch_tools import ThreadStream
 from process_family import named
 
 from octavo import Engine
+from octavo.actors.executor.config import ExecutorConfig
+from octavo.actors.executor.device import Device
+from octavo.actors.executor.gpu.runner import GpuRunner
 from octavo.gateway.http_errors import from_ended
 from octavo.gateway.metrics import ERROR_CODES
 from octavo.messages.errors import ModelNumericsError
@@ -81,15 +85,28 @@ async def all_tokens(engine: Engine) -> list[list[int]]:
 
 def spoil(engine: Engine, choose: Callable[[int], slice | int]) -> None:
     """Let rows of every step come to NaN: `choose` names them, of so many."""
-    device: Any = engine._graph.executor._runner.device
-    compute = device.logits
+    model: Any = engine._graph.executor._runner.device.model
+    compute = model.compute_logits
 
     def spoilt(*args: Any) -> torch.Tensor:
         logits: torch.Tensor = compute(*args).clone()
         logits[choose(len(logits))] = torch.nan
         return logits
 
-    device.logits = spoilt
+    model.compute_logits = spoilt
+
+
+def load_ahead(config: ExecutorConfig) -> GpuRunner:
+    """What serves on a GPU, its device a thread beside it."""
+    return GpuRunner(
+        Device(config),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        pipeline_depth=config.pipeline_depth,
+        block_size=config.block_size,
+        graph_sizes=(1, 4),
+        stream=ThreadStream(),
+    )
 
 
 def run(coroutine: Any) -> None:
@@ -121,28 +138,33 @@ def test_f_14_a_request_for_which_the_model_computes_nan_ends_alone(model: Path)
             (sick,) = [index for index, answer in enumerate(got) if isinstance(answer, BaseException)]
             assert isinstance(got[sick], ModelNumericsError) and "infinite" in str(got[sick])
             assert got[:sick] + got[sick + 1 :] == expected[:sick] + expected[sick + 1 :]
-            assert engine.stats().num_executor_restarts == 0 and engine.stats().num_numerics_losses == 0
+            assert engine.stats().actor_restarts["executor"] == 0 and engine.stats().num_numerics_losses == 0
 
     run(scenario())
 
 
+@pytest.mark.parametrize("launches_ahead", [False, True], ids=["a runner that waits", "one that launches ahead"])
 def test_f_15_a_model_that_computes_only_nan_costs_one_retry_then_clear_errors_and_the_engine_still_answers(
-    model: Path,
+    model: Path, launches_ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if launches_ahead:
+        monkeypatch.setattr("octavo.actors.executor.actor.load_runner", load_ahead)
+
     async def scenario() -> None:
         async with engine_on(model) as engine:
+            assert isinstance(engine._graph.executor._runner, GpuRunner) == launches_ahead
             expected = await all_tokens(engine)
-            device: Any = engine._graph.executor._runner.device
-            compute = device.logits
+            served: Any = engine._graph.executor._runner.device.model
+            compute = served.compute_logits
             spoil(engine, lambda num_rows: slice(0, num_rows))
             got = await asyncio.gather(
                 *(tokens_of(engine, index) for index in range(NUM_STREAMS)), return_exceptions=True
             )
             assert all(isinstance(answer, ModelNumericsError) for answer in got), got
             stats = engine.stats()
-            assert (stats.num_numerics_losses, stats.num_executor_restarts) == (1, 1)
+            assert (stats.num_numerics_losses, stats.actor_restarts["executor"]) == (1, 1)
             assert stats.num_quarantined == 0
-            device.logits = compute
+            served.compute_logits = compute
             assert await all_tokens(engine) == expected
 
     run(scenario())

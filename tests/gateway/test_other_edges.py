@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_carrier import FakeCarrier
 
+from octavo.actors.runtime.addresses import mark_of
+from octavo.actors.runtime.process_mark import write_mark
+from octavo.actors.runtime.process_state import started_at
 from octavo.actors.supervisor.config import SupervisorConfig
 from octavo.actors.supervisor.core import SupervisorCore
 from octavo.gateway import other_edges
@@ -24,6 +31,10 @@ from octavo.messages.processes import EdgeStatus, EngineUp, PeerLeft, PeerStarte
 from octavo.messages.system import Beat, KillProcess, StartProcess, Tick
 
 MS = 1_000_000
+PATIENCE_S = 180.0
+needs_pidfd = pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(os, "pidfd_open"), reason="only silence tells elsewhere"
+)
 FACTS = ModelFacts(
     name="m",
     folder="/m",
@@ -132,6 +143,98 @@ def test_an_adopted_edge_that_has_closed_its_socket_has_left(monkeypatch: pytest
         stage.pass_time(100)
         assert stage.said_to_engines[-1] == PeerLeft("edge 2", 4)
         await stage.others.wait_for_leave(but="edge 1")
+
+    on_stage(monkeypatch, test)
+
+
+@pytest.fixture
+def edge_2() -> Iterator[subprocess.Popen[bytes]]:
+    """Its process."""
+    with subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]) as process:  # ourselves
+        yield process
+        process.kill()
+
+
+@needs_pidfd
+def test_an_adopted_edge_that_is_killed_has_left_at_once(
+    monkeypatch: pytest.MonkeyPatch, edge_2: subprocess.Popen[bytes]
+) -> None:
+    async def test(stage: Stage) -> None:
+        write_mark(mark_of(str(stage.run_dir), "edge 2", 4), edge_2.pid)
+        (stage.run_dir / "edge-2.3").unlink()
+        stage.pass_time(100)
+        stage.said_to_engines.clear()
+        edge_2.kill()
+        async with asyncio.timeout(PATIENCE_S):
+            await stage.others.wait_for_leave(but="edge 1")
+        assert stage.said_to_engines == [PeerLeft("edge 2", 4)]
+        for left in ("edge-2.4", "edge-2.4.pid"):
+            assert not (stage.run_dir / left).exists(), "or it would be adopted again"
+        stage.pass_time(100)
+        assert stage.others.running == [("edge 1", 1)]
+
+    on_stage(monkeypatch, test)
+
+
+@needs_pidfd
+def test_an_adopted_edge_that_is_stopped_is_ended_or_it_would_stay_for_good(
+    monkeypatch: pytest.MonkeyPatch, edge_2: subprocess.Popen[bytes]
+) -> None:
+    async def test(stage: Stage) -> None:
+        write_mark(mark_of(str(stage.run_dir), "edge 2", 4), edge_2.pid)
+        for _ in range(2):  # not long enough, the first time
+            edge_2.send_signal(signal.SIGSTOP)
+            os.waitpid(edge_2.pid, os.WUNTRACED)
+            for _ in range(3):
+                stage.pass_time(100)
+            edge_2.send_signal(signal.SIGCONT)
+            os.waitpid(edge_2.pid, os.WCONTINUED)
+            stage.pass_time(100)
+            assert edge_2.poll() is None
+        edge_2.send_signal(signal.SIGSTOP)
+        os.waitpid(edge_2.pid, os.WUNTRACED)
+        stage.pass_time(100)
+        stage.pass_time(30_000)  # this process stood still itself, and knows nothing
+        for _ in range(3):
+            stage.pass_time(100)
+        assert edge_2.poll() is None
+        stage.pass_time(100)
+        assert edge_2.wait(PATIENCE_S) == -signal.SIGKILL
+        async with asyncio.timeout(PATIENCE_S):
+            await stage.others.wait_for_leave(but="edge 1")
+        assert stage.said_to_engines[-1] == PeerLeft("edge 2", 4)
+
+    on_stage(monkeypatch, test)
+
+
+@needs_pidfd
+def test_an_adopted_edge_that_hangs_is_ended_when_it_has_been_silent_for_too_long(
+    monkeypatch: pytest.MonkeyPatch, edge_2: subprocess.Popen[bytes]
+) -> None:
+    async def test(stage: Stage) -> None:
+        write_mark(mark_of(str(stage.run_dir), "edge 2", 4), edge_2.pid)
+        (stage.run_dir / "edge-2.3").unlink()
+        for _ in range(102):
+            stage.pass_time(100)
+            stage.beat(("edge 1", 1))
+        assert edge_2.wait(PATIENCE_S) == -signal.SIGKILL
+        assert stage.others.running == [("edge 1", 1)]
+
+    on_stage(monkeypatch, test)
+
+
+@needs_pidfd
+def test_an_edge_that_died_before_it_was_adopted_is_nobody_s_and_who_has_its_pid_now_lives_on(
+    monkeypatch: pytest.MonkeyPatch, edge_2: subprocess.Popen[bytes]
+) -> None:
+    async def test(stage: Stage) -> None:
+        started = started_at(edge_2.pid) - 1
+        mark_of(str(stage.run_dir), "edge 2", 4).write_text(f"{edge_2.pid} {started}")
+        stage.pass_time(100)
+        assert stage.said_to_engines[-1] == PeerLeft("edge 2", 4)
+        assert edge_2.poll() is None
+        stage.pass_time(100)
+        assert stage.others.running == [("edge 1", 1), ("edge 2", 3)], "whose socket is still there"
 
     on_stage(monkeypatch, test)
 

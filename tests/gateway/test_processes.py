@@ -19,6 +19,7 @@ from octavo import Engine
 from octavo.gateway.process_graph import ProcessGraph
 from octavo.messages.errors import ExecutorLostError, InvalidConfigError, UnsupportedModelError
 from octavo.messages.sampling import SamplingParams
+from octavo.messages.system import Beat
 from octavo.sim.journal.replay import replay
 
 PATIENCE_S = 400.0  # of a whole test, on a busy machine; alone none takes 20
@@ -109,6 +110,23 @@ def test_whoever_is_killed_or_hangs_every_stream_goes_on_with_its_own_tokens(mod
             assert stats.num_requeued > 0
             await until(lambda: engine.stats().kv_cache_usage == 0.0 and engine.is_ready)
         assert psutil.Process().children(recursive=True) == []
+
+    run(scenario())
+
+
+def test_what_an_executor_throws_away_is_counted_and_so_is_what_comes_too_late(model: Path) -> None:
+    async def scenario() -> None:
+        async with engine_on(model, in_process=False) as engine:
+            supervision = engine._graph._supervision
+            assert engine.stats().messages_dropped.get("malformed", 0) == 0
+            supervision.port.send("executor 0", Beat("edge 0", 1))  # which edges do not say to executors
+            await until(lambda: engine.stats().messages_dropped["malformed"] == 1)
+            (await living("executor 0")).kill()
+            await until(lambda: engine.stats().actor_restarts["executor"] >= 1 and engine.is_ready)
+            before = engine.stats()
+            assert before.messages_dropped["malformed"] == 1
+            supervision.replicas[0].take(Beat("executor 0", 1))  # of the one that is dead
+            assert engine.stats().num_dropped_messages == before.num_dropped_messages + 1
 
     run(scenario())
 

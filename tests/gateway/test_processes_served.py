@@ -249,6 +249,30 @@ def test_when_edge_0_dies_streams_of_other_edges_go_on_and_the_server_ends_with_
         assert not list(default_base().glob(f"octavo-*/{server.process.pid}-*")), "and leaves no socket"
 
 
+def test_an_edge_that_is_stopped_after_edge_0_died_is_not_left_behind(model: Path, expected: list[str]) -> None:
+    with Served(model, "--gateways", "3", "--max-model-len", "4096") as server:
+        edges = [server.serving_edge(f"edge {number}") for number in (1, 2)]
+        family = server.family()
+        lost: list[Client] = []
+
+        def disturb(clients: list[Client]) -> None:
+            server.popen.kill()
+            server.popen.wait()
+            wait_until(lambda: '"supervision.taken_over"' in server.log)
+            (news,) = [line for line in server.log.splitlines() if '"supervision.taken_over"' in line]
+            stopped, heir = sorted(edges, key=lambda edge: title(edge).removeprefix("octavo: ") in news)
+            lost.extend(client for client in clients if client not in of_edge(clients, heir))
+            stopped.suspend()
+
+        clients = asyncio.run(streams(server.url, NUM_STREAMS, MAX_TOKENS, disturb, edges=[server.process, *edges]))
+        for client in clients:
+            if client not in lost:
+                assert (client.error, client.text) == ("", expected[client.index]), server.log
+        _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
+        assert not alive
+        assert "edge.killed" in server.log
+
+
 def test_f_07_edge_0_is_ended_if_it_is_stopped_when_an_executor_dies_and_streams_of_others_go_on(
     model: Path, expected: list[str]
 ) -> None:

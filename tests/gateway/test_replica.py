@@ -24,6 +24,7 @@ from octavo.gateway.settings import ServerSettings
 from octavo.messages.base import Message
 from octavo.messages.ids import Epoch
 from octavo.messages.processes import (
+    EdgeShed,
     EdgeStatus,
     EngineStuck,
     EngineUp,
@@ -31,6 +32,7 @@ from octavo.messages.processes import (
     LoadFailed,
     PeerLeft,
     PeerStarted,
+    ShedHeard,
 )
 from octavo.messages.system import (
     Beat,
@@ -275,6 +277,9 @@ def test_f_10_an_executor_that_cannot_load_any_more_says_why(on_stage: OnStage) 
         assert starts_ns[-2] - starts_ns[-3] >= 2000 * MS, "later each time"
         assert stage.given_up == ["executor failed too often: out of memory"]
         assert stage.replica.why_not_ready == "processes failed too often: out of memory"
+        first, *others = (m for m in stage.carrier.take_sent("engine") if isinstance(m, ExecutorLost))
+        assert not first.is_innocent and others
+        assert all(lost.is_innocent for lost in others), "requests that wait have not been computed"
 
     on_stage(test, max_restarts=6)
 
@@ -316,5 +321,14 @@ def test_other_edges_hear_of_each_change_once(on_stage: OnStage) -> None:
         stage.others.tell(status)
         stage.others.tell(EngineUp("engine", 2, Epoch(1)))
         assert stage.carrier.take_sent("edge 1") == [status, EngineUp("engine", 2, Epoch(1))]
+
+    on_stage(test)
+
+
+def test_a_replica_whose_engine_has_shed_this_edge_is_asked_anew(on_stage: OnStage) -> None:
+    async def test(stage: Stage) -> None:
+        await stage.start()
+        stage.replica.take(EdgeShed(1, 7))
+        assert stage.carrier.take_sent("engine") == [ShedHeard(7)]
 
     on_stage(test)

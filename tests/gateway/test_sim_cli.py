@@ -15,8 +15,9 @@ from journaled_ring import record_ring
 
 from octavo.actors.scheduler.core import SchedulerCore
 from octavo.gateway.cli import build_parser, main
-from octavo.gateway.config import make_config
+from octavo.gateway.config import EngineConfig, make_config
 from octavo.gateway.flags import engine_fields
+from octavo.gateway.sim_serve_command import FLAGS
 from octavo.messages.step import PlanStep
 
 SMALL = "synthetic:poisson,rate=8,n=40,prompt=400,output=20"
@@ -185,6 +186,67 @@ def test_plan_finds_the_fewest_and_prints_what_starts_it(capsys: pytest.CaptureF
     assert config.num_blocks == chosen["replica"]["num_blocks"]
     assert config.max_num_batched_tokens == chosen["candidate"]["max_num_batched_tokens"]
     assert config.max_model_len == chosen["replica"]["max_sequence_len"]
+
+
+def served_by(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[EngineConfig, list[str]]:
+    """What the printed command starts, read by the parser of `octavo serve` itself; and the remarks on it."""
+    slo = ["--slo", "ttft_p99<9s", "--jobs", "1", "--max-replicas", "4", "--no-diagnosis"]
+    assert run("plan", "--trace", "synthetic:constant,rate=1,n=5,prompt=400,output=20", "--json", *slo, *words) == 0
+    found = as_json(capsys)
+    command = found["chosen"]["serve_command"].split()  # type: ignore[index]
+    assert command[:2] == ["octavo", "serve"]
+    remarks = found["remarks"]
+    assert isinstance(remarks, list)
+    return make_config(engine_fields(build_parser().parse_args(command[1:]))), remarks
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        ([], "model", "meta-llama/Llama-3.1-8B"),
+        (["--model", "qwen3-8b"], "model", "Qwen/Qwen3-8B"),
+        (["--model", "meta-llama/Llama-3.1-8B-Instruct"], "model", "meta-llama/Llama-3.1-8B-Instruct"),
+        (["--dtype", "float16"], "dtype", "float16"),
+        (["--kv-cache-dtype", "fp8"], "kv_cache_dtype", "fp8"),
+        (["--kv-cache-dtype", "auto"], "kv_cache_dtype", "auto"),
+        (["--tensor-parallel-size", "2"], "tensor_parallel_size", 2),
+        (["--max-model-len", "4K"], "max_model_len", 4096),
+        (["--max-num-seqs", "7"], "max_num_seqs", 7),
+        (["--max-num-batched-tokens", "512"], "max_num_batched_tokens", 512),
+        (["--block-size", "32"], "block_size", 32),
+        (["--num-gpu-blocks-override", "500"], "num_blocks", 500),
+        (["--gpu-memory-utilization", "0.8"], "memory_utilization", 0.8),
+        (["--no-enable-prefix-caching"], "enable_prefix_caching", False),
+        (["--max-num-queued-reqs", "77"], "max_num_queued_requests", 77),
+        (["--max-num-queued-tokens", "7777"], "max_num_queued_tokens", 7777),
+        (["--long-prefill-token-threshold", "256"], "long_prefill_token_threshold", 256),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_the_command_of_a_plan_starts_what_was_simulated(
+    words: list[str], field: str, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, remarks = served_by(words, capsys)
+    assert (getattr(config, field), remarks) == (value, [])
+
+
+def test_the_test_above_names_every_flag_that_a_plan_prints() -> None:
+    (mark,) = test_the_command_of_a_plan_starts_what_was_simulated.pytestmark  # type: ignore[attr-defined]
+    assert {field for _, field, _ in mark.args[1]} == {"model", *FLAGS}
+
+
+@pytest.mark.parametrize("words", [["--dtype", "fp8"], ["--dtype", "int4"], ["--kv-cache-dtype", "int4"]])
+def test_what_was_simulated_and_cannot_be_served_is_said(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    config, remarks = served_by(words, capsys)
+    assert (config.dtype, config.kv_cache_dtype) == ("auto", "auto")
+    assert len(remarks) == 1 and f"octavo serve cannot do {' '.join(words)}:" in remarks[0]
+
+
+def test_a_plan_for_a_folder_serves_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 2, "intermediate_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 999, **sizes}))
+    for given in (tmp_path, tmp_path / "config.json"):
+        assert served_by(["--model", str(given)], capsys)[0].model == str(tmp_path)
 
 
 def test_plan_prints_tables_and_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from octavo.messages.errors import InvalidConfigError
 
 
 def record(name: str, body: bytes = b"{}") -> StreamRecord:
-    return StreamRecord(name, 1_700_000_000, "chat", body, seeds=(7,), owner="me", accepted_at_ns=5)
+    return StreamRecord(name, 1_700_000_000, "chat", body, seeds=(7,), owner="me")
 
 
 def names(folder: Path) -> list[str]:

@@ -122,6 +122,25 @@ async def _settle(streams: HeldStreams) -> None:
         await asyncio.sleep(0)
 
 
+def test_notes_of_streams_that_could_not_be_written_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def told(served: Served) -> list[str]:
+        async with served.session.get(served.url + "/metrics") as response:
+            lines = (await response.text()).splitlines()
+        return [line.split()[-1] for line in lines if line.startswith("octavo:stream_journal_failed_writes_total{")]
+
+    async def main() -> None:
+        async with serving(tmp_path) as served:
+            assert await told(served) == ["0.0"]
+            monkeypatch.setattr(served.streams.journal, "_fd", 1 << 30)  # nothing is open there
+            await served.read(CHAT, chat())
+            assert float((await told(served))[0]) >= 1.0
+            monkeypatch.undo()
+
+    asyncio.run(main())
+
+
 def test_events_are_numbered_only_where_a_journal_is_kept_and_its_stream_ends_with_its_last_byte(
     tmp_path: Path,
 ) -> None:
@@ -275,7 +294,7 @@ def test_what_nobody_reads_is_left_to_the_next_server_when_this_one_drains(tmp_p
                 engine.step()
                 await asyncio.sleep(0)
             reading = asyncio.ensure_future(served.read(CHAT, chat()))
-            while served.streams.num_unread != 1 or len(served.streams) != 2:
+            while sorted(held.num_readers for held in served.streams._streams.values()) != [0, 1]:
                 engine.step()
                 await asyncio.sleep(0)
             served.streams.leave_unread()

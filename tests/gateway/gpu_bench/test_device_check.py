@@ -13,9 +13,9 @@ import torch
 
 from octavo.gateway.gpu_bench import device_check
 from octavo.gateway.gpu_bench.check_tokens import equal_share, rows
-from octavo.gateway.gpu_bench.device_check import PLAN, Check, main, missing_packages
+from octavo.gateway.gpu_bench.device_check import PLAN, Check, lines_of, main, missing_packages
 from octavo.gateway.gpu_bench.part import PARTS
-from octavo.gateway.gpu_bench.parts import PartResult
+from octavo.gateway.gpu_bench.parts import OnRow, PartResult
 
 ROOT = Path(__file__).resolve().parents[3]
 GOOD = {"kernel": "k", "shape": "s", "ok": True, "error": 1e-3, "bound": 1e-2, "worst": "w", "failures": []}
@@ -43,8 +43,10 @@ def answer(name: str) -> PartResult:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any], float]]:
     seen: list[tuple[str, dict[str, Any], float]] = []
 
-    def run_part(name: str, options: dict[str, Any], *, timeout_s: float) -> PartResult:
+    def run_part(name: str, options: dict[str, Any], *, timeout_s: float, on_row: OnRow) -> PartResult:
         seen.append((name, options, timeout_s))
+        for row in answer(name).found:
+            on_row(row)
         return answer(name)
 
     monkeypatch.setattr(device_check, "run_part", run_part)
@@ -72,16 +74,19 @@ def test_it_writes_what_it_found_and_says_what_is_wrong_last(
 def test_wrong_kernels_and_parts_that_crash_make_it_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        device_check, "run_part", lambda name, options, timeout_s: PartResult(name=name, found=[GOOD, BAD])
-    )
+    def wrong(name: str, options: dict[str, Any], *, timeout_s: float, on_row: OnRow) -> PartResult:
+        on_row(GOOD)
+        on_row(BAD)
+        return PartResult(name=name, found=[GOOD, BAD])
+
+    monkeypatch.setattr(device_check, "run_part", wrong)
     check = Check(None, 480.0, "a GPU")
     check.run([("checks", {}, 9.0)])
     check.report()
     assert not check.is_right
     assert "WRONG  broken" in capsys.readouterr().out
     monkeypatch.setattr(
-        device_check, "run_part", lambda name, options, timeout_s: PartResult(name=name, found=[], failure="segfault")
+        device_check, "run_part", lambda name, options, **_: PartResult(name=name, found=[], failure="segfault")
     )
     check = Check(None, 480.0, "a GPU")
     check.run([("checks", {}, 9.0), ("products", {}, 9.0)])
@@ -152,7 +157,32 @@ def test_without_a_gpu_it_says_so_and_gives_2(
 
 def test_the_plan_names_parts_that_exist_and_fits_its_time_where_nothing_hangs() -> None:
     assert {name for name, _, _ in PLAN} - {"workload"} <= PARTS.keys()
-    assert [name for name, _, _ in PLAN][:2] == ["ceilings", "checks"]
+    names = [name for name, _, _ in PLAN]
+    assert names[:2] == ["ceilings", "compile"], "the rest is a share of the ones, and finds its kernels by the other"
+    assert names.index("octavo") < names.index("checks") < names.index("fa3") < names.index("products")
+
+
+def test_each_figure_is_in_the_file_as_soon_as_its_part_says_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def killed(name: str, options: dict[str, Any], *, timeout_s: float, on_row: OnRow) -> PartResult:
+        on_row({"kernel": "first", "shape": "s", "us": 7.0})
+        raise KeyboardInterrupt  # of whoever takes the machine back
+
+    monkeypatch.setattr(device_check, "run_part", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Check(tmp_path, 480.0, "a GPU").run([("products", {}, 9.0)])
+    found = json.loads((tmp_path / "device_check.json").read_text())
+    assert [row["what"] for row in found["rows"]] == ["first"]
+
+
+def test_cases_that_are_right_are_a_line_for_each_kernel_and_dtype_and_wrong_ones_a_line_each() -> None:
+    one = {**GOOD, "dtype": "bfloat16"}
+    lines = lines_of([one, {**one, "shape": "worse", "error": 9e-3}, {**one, "dtype": "float16"}, BAD, BAD])
+    assert len(lines) == 4
+    assert "2 cases bfloat16" in lines[0]
+    assert "9.0e-03 of 1.0e-02" in lines[0] and lines[0].endswith("worse")
+    assert [line.startswith("WRONG") for line in lines] == [False, False, True, True]
 
 
 def test_tokens_are_compared_up_to_each_request_s_first_difference() -> None:

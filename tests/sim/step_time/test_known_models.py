@@ -49,8 +49,9 @@ def test_a_model_is_found_by_its_hub_name(asked: str, name: str) -> None:
     assert find_model(asked).name == name
 
 
-def test_every_known_model_is_found_by_its_own_name() -> None:
+def test_every_known_model_is_found_by_its_own_name_and_by_that_of_its_checkpoint() -> None:
     assert [find_model(model.name) for model in KNOWN_MODELS] == list(KNOWN_MODELS)
+    assert [find_model(model.hub_name) for model in KNOWN_MODELS] == list(KNOWN_MODELS)
 
 
 def test_a_folder_goes_before_a_known_name(tmp_path: Path) -> None:
