@@ -50,7 +50,7 @@ class QuantizedWeight:
     Attributes:
         codes: uint8, rows filled up to `PAD` inputs with code 0. On a CPU as csrc/quantized.c wants them: with 4 bits
             `NIBBLE_ROWS` rows among each other; elsewhere as gpu/linear_quantized.py wants them.
-        scales: `[out_features, num_groups]`, float32, bfloat16 or float16. Where there are `superblock_scales` int8, and
+        scales: `[out_features, num_groups]`, float32, bfloat16 or float16. With `superblock_scales` int8, and
             with 4 bits `[ceil(out_features / 8), num_groups, 8]`: those of `NIBBLE_ROWS` rows beside each other.
         zeros: int16, the same shape; None means 8 for codes of 4 bits and 0 for codes of 8.
         offsets: of the dtype of scales or another float, the same shape, in place of zeros.
