@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from . import cpu_build, huge_pages
-from .linear_quantized import NIBBLE_ROWS, PAD, QuantizedWeight, codes_shape
+from .code_layout import NIBBLE_ROWS, PAD, codes_shape
+from .linear_quantized import QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ from triton.runtime import jit
 from triton.runtime.driver import driver
 
 from .. import linear_quantized
-from ..linear_quantized import PAD, QuantizedWeight, codes_shape
+from ..code_layout import PAD, codes_shape
+from ..linear_quantized import QuantizedWeight
 
 DEVICE = torch.device("cuda", 0)
 _GIB = 1024**3

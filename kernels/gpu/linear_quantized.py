@@ -18,7 +18,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ..linear_quantized import QuantizedWeight, unpack_nibbles
+from ..code_layout import unpack_nibbles
+from ..linear_quantized import QuantizedWeight
 from .launch import is_interpreted, num_processors
 from .linear import _sum_parts_kernel, linear_deterministic
 
