@@ -29,7 +29,7 @@ def random_weight(out_features: int, in_features: int, *, bits: int, group_size:
     rng = generator(0)
     low, high = (0, 16) if bits == 4 else (-128, 128)
     num_groups = 1 if group_size == -1 else -(-in_features // group_size)
-    shape = (out_features, num_groups)
+    shape: tuple[int, ...] = (out_features, num_groups)
     options: dict[str, Any] = {}
     if factors == "zeros":
         options["zeros"] = torch.randint(low, high, shape, generator=rng).short()
@@ -44,6 +44,8 @@ def random_weight(out_features: int, in_features: int, *, bits: int, group_size:
     )
     if factors != "superblocks":
         return weight
+    if bits == 4:  # eight rows beside each other, as in gguf_blocks.py
+        shape = (-(-out_features // 8), num_groups, 8)
     return QuantizedWeight(
         weight.codes,
         torch.randint(-100, 100, shape, generator=rng).to(torch.int8),
