@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import random
 import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 
 import aiohttp
 import msgspec
@@ -23,8 +25,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from ..messages.errors import OctavoError
-from .chaos import connected
-from .chaos_workload import Recipe, StreamOutput, read_stream
+from .chaos.run import connected
+from .chaos.workload import Recipe, StreamOutput, read_stream
 from .latency import write_json
 from .server_start import until_ready
 
@@ -113,23 +115,23 @@ async def drain(plan: DrainPlan, *, is_shown: bool = False) -> DrainReport:
     Raises:
         OctavoError: it does not start, or ends before it is told to.
     """
-    port = _free_port()
-    url = f"http://127.0.0.1:{port}"
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "octavo", "serve", *plan.serve_flags),
-        *("--host", "127.0.0.1", "--port", str(port), "--drain-timeout", str(plan.limit_s)),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-    try:
-        await until_ready(url, process, lambda: "see what `octavo serve` says")
-        async with connected(url, None) as session:
-            return await _Drain(session, process, plan).run(is_shown=is_shown)
-    finally:
-        if process.returncode is None:
-            process.kill()  # its children die with it
-            await process.wait()
+    with _reserved_port() as port:
+        url = f"http://127.0.0.1:{port}"
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "octavo", "serve", *plan.serve_flags),
+            *("--host", "127.0.0.1", "--port", str(port), "--drain-timeout", str(plan.limit_s)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        try:
+            await until_ready(url, process, lambda: "see what `octavo serve` says")
+            async with connected(url, None) as session:
+                return await _Drain(session, process, plan).run(is_shown=is_shown)
+        finally:
+            if process.returncode is None:
+                process.kill()  # its children die with it
+                await process.wait()
 
 
 class _Drain:
@@ -141,11 +143,11 @@ class _Drain:
         self._recipes = [_recipe(chance, plan.num_tokens) for _ in range(plan.num_streams)]
 
     async def run(self, *, is_shown: bool) -> DrainReport:
-        family = psutil.Process(self._process.pid).children(recursive=True)
         with tqdm(total=len(self._recipes), desc="streams", unit="stream", disable=not is_shown) as bar:
             streams = [asyncio.create_task(self._stream(recipe, bar)) for recipe in self._recipes]
             try:
                 await self._until_accepted(streams)
+                family = psutil.Process(self._process.pid).children(recursive=True)
                 told_s = time.monotonic()
                 self._process.send_signal(signal.SIGTERM)
                 seen = await self._see_refusals(told_s)
@@ -247,12 +249,17 @@ def _recipe(chance: random.Random, num_tokens: int) -> Recipe:
     return Recipe("greedy", msgspec.json.encode(body), 1)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name == "posix"))
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+@contextlib.contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A port that nobody else is given until the server listens there.
+
+    One that is merely free may be the local end of some connection by then. So it stays bound here, without listening,
+    in the way that lets a server bind it as well.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name == "posix"))
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def print_drain(report: DrainReport) -> None:

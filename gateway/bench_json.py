@@ -20,9 +20,9 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from .http_errors import ApiError
-from .json_body import BodyDecoder
-from .protocol import ChatRequest, CompletionRequest
+from .api.http_errors import ApiError
+from .api.json_body import BodyDecoder
+from .api.protocol import ChatRequest, CompletionRequest
 
 
 def _bodies(num_bytes: int) -> dict[str, tuple[BodyDecoder[CompletionRequest] | BodyDecoder[ChatRequest], bytes]]:

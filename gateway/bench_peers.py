@@ -20,13 +20,12 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from ..actors.executor.cpu_topology import Cpu, read_cpus
 from ..actors.runtime.logs import configure_logs
 from ..messages.errors import InvalidConfigError, OctavoError
-from .ceilings import Ceilings, ModelTraffic, measure_ceilings, model_traffic
+from .ceilings import measure_ceilings, model_traffic
 from .config import make_config
 from .flags import engine_fields
 from .host import usable_cores
@@ -34,75 +33,12 @@ from .latency import write_json
 from .peers.adapter import LoadOptions, Request
 from .peers.catalog import OURS, PEERS
 from .peers.process import PeerFailedError, PeerProcess
+from .peers.report import Cell, Report, ceiling_rates, print_report
+from .peers.workload import Workload, agreement, make_workloads, rate_of
 
-MIXED_REQUESTS = 32
-MIXED_INPUT = (32, 512)
-MIXED_OUTPUT = (16, 256)
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bits of a weight in the layers and in the head, with its share of a scale: what `--quantization` makes at load.
 _QUANTIZED_BITS = {"int8": (8.25, 8.25), "int4": (4.5, 8.25)}
-
-
-class Workload(msgspec.Struct, frozen=True, kw_only=True):
-    """Requests that arrive all at once.
-
-    Attributes:
-        kind: what is counted. `decode`: output tokens after each request's first, over the time of the whole less the
-            time of the prompts alone (a second run, one output token each). `prefill`: prompt tokens over the time to
-            one output token. `mixed`: output tokens over the time of the whole.
-        lengths: `(prompt, output)` tokens of each request.
-    """
-
-    name: str
-    kind: str
-    lengths: tuple[tuple[int, int], ...]
-
-    @property
-    def longest(self) -> int:
-        return max(prompt + output for prompt, output in self.lengths)
-
-    @property
-    def total_tokens(self) -> int:
-        return sum(prompt + output for prompt, output in self.lengths)
-
-
-class Cell(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine on one workload.
-
-    Attributes:
-        tokens_per_s: median of the rounds.
-        low, high: of the rounds.
-        ratio: ours over theirs, medians of the same rounds; None for ours and for a failure.
-        foreign_cores: processors that others kept busy, median of the rounds.
-        same_tokens: share of output tokens that are ours, counted up to each request's first difference.
-    """
-
-    engine: str
-    workload: str
-    tokens_per_s: float
-    low: float
-    high: float
-    ratio: float | None
-    rounds: list[float]
-    foreign_cores: float
-    cpu_s: float
-    same_tokens: float | None
-
-
-class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that was found out."""
-
-    model: str
-    dtype: str
-    num_threads: int
-    repeats: int
-    workloads: list[Workload]
-    cells: list[Cell]
-    versions: dict[str, dict[str, str]]
-    facts: dict[str, dict[str, Any]]
-    left_out: dict[str, str]
-    ceilings: Ceilings
-    ceiling_tokens_per_s: dict[str, float]
 
 
 class _Round(msgspec.Struct):
@@ -117,22 +53,6 @@ class NothingToCompareError(OctavoError):
     """Our own engine did not start, or no workload fits the model."""
 
     code = "nothing_to_compare"
-
-
-def make_workloads(arguments: argparse.Namespace) -> list[Workload]:
-    """The workloads that the flags ask for; the mixed one has the same lengths for the same seed."""
-    shape = (arguments.input_len, arguments.output_len)
-    workloads = [
-        Workload(name=f"decode {count}", kind="decode", lengths=(shape,) * count) for count in arguments.concurrency
-    ]
-    workloads += [
-        Workload(name=f"prefill {length}", kind="prefill", lengths=((length, 1),)) for length in arguments.prefill_len
-    ]
-    if arguments.mixed:
-        chance = random.Random(arguments.workload_seed)  # noqa: S311  # a workload, not a secret
-        lengths = tuple((chance.randint(*MIXED_INPUT), chance.randint(*MIXED_OUTPUT)) for _ in range(MIXED_REQUESTS))
-        workloads.append(Workload(name=f"mixed {MIXED_REQUESTS}", kind="mixed", lengths=lengths))
-    return workloads
 
 
 def bench_peers(arguments: argparse.Namespace) -> int:
@@ -381,98 +301,6 @@ class _Bench:
                 )
             )
         return cells
-
-
-def rate_of(workload: Workload, elapsed_s: float, prefill_s: float) -> float:
-    """Tokens a second as the workload counts them; NaN where no time is left for decoding."""
-    match workload.kind:
-        case "decode":
-            num_tokens = sum(output - 1 for _, output in workload.lengths)
-            return num_tokens / (elapsed_s - prefill_s) if elapsed_s > prefill_s else math.nan
-        case "prefill":
-            return sum(prompt for prompt, _ in workload.lengths) / elapsed_s
-        case _:
-            return sum(output for _, output in workload.lengths) / elapsed_s
-
-
-def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
-    """Share of tokens before each request's first difference."""
-    same = total = 0
-    for a, b in zip(ours, theirs, strict=True):
-        total += len(a)
-        for x, y in zip(a, b, strict=True):
-            if x != y:
-                break
-            same += 1
-    return same / total
-
-
-def ceiling_rates(workloads: Sequence[Workload], ceilings: Ceilings, traffic: ModelTraffic | None) -> dict[str, float]:
-    """What the machine allows on each workload that is bound by one thing; the mixed one is not."""
-    if traffic is None:
-        return {}
-    rates = {}
-    for workload in workloads:
-        if workload.kind == "decode":
-            prompt, output = workload.lengths[0]
-            rates[workload.name] = traffic.decode_ceiling(ceilings, len(workload.lengths), prompt + output / 2)
-        elif workload.kind == "prefill":
-            rates[workload.name] = traffic.prefill_ceiling(ceilings)
-    return rates
-
-
-def print_report(report: Report, console: Console) -> None:
-    """A table for a person: a section for each workload, a row for each engine."""
-    cells = {(cell.workload, cell.engine): cell for cell in report.cells}
-    table = Table("workload", "engine", title_justify="left")
-    for heading in ("tok/s", "from", "to", "ratio", "same"):
-        table.add_column(heading, justify="right")
-    table.title = (
-        f"octavo bench offline --peers: {Path(report.model).name}, {report.dtype}, {report.num_threads} threads, "
-        f"medians of {report.repeats} rounds"
-    )
-    for workload in report.workloads:
-        label = workload.name
-        for engine in report.versions:
-            cell = cells.get((workload.name, engine))
-            figures = ("failed", "", "", "", "") if cell is None else _figures(cell)
-            table.add_row(label, engine, *figures)
-            label = ""
-        ceiling, ours = report.ceiling_tokens_per_s.get(workload.name), cells.get((workload.name, OURS))
-        if ceiling is not None:
-            share = f"{ours.tokens_per_s / ceiling:.2f}x" if ours else ""
-            table.add_row("", "(ceiling)", _figure(ceiling), "", "", share, "")
-        table.add_section()
-    console.print(table)
-    console.print("ratio: ours over theirs, or over the ceiling; same: share of their tokens that are ours")
-    limits = report.ceilings
-    console.print(
-        f"ceilings: {limits.read_gb_per_s:.1f} GB/s read ({limits.read_one_stream_gb_per_s:.1f} in one stream), "
-        f"{limits.f32_tflop_per_s:.3f} TFLOP/s float32, {limits.bf16_tflop_per_s:.3f} TFLOP/s bfloat16 by torch.mm"
-    )
-    if foreign := [cell.foreign_cores for cell in report.cells]:
-        console.print(f"cores that others kept busy: median {statistics.median(foreign):.2f}, most {max(foreign):.2f}")
-    for engine, versions in report.versions.items():
-        facts = {key: value for key, value in report.facts[engine].items() if key in _SHOWN_FACTS}
-        words = [*(f"{name} {version}" for name, version in versions.items()), *map(str, facts.values())]
-        console.print(f"{engine}: {', '.join(words) or 'version unknown'}", markup=False)
-    for name, why in report.left_out.items():
-        console.print(f"left out: {name}: {why}", markup=False)
-
-
-_SHOWN_FACTS = ("attention", "file", "model", "threads_bound_to")
-
-
-def _figures(cell: Cell) -> tuple[str, str, str, str, str]:
-    return (
-        *(_figure(cell.tokens_per_s), _figure(cell.low), _figure(cell.high)),
-        "" if cell.ratio is None else f"{cell.ratio:.2f}x",
-        "" if cell.same_tokens is None else f"{cell.same_tokens:.0%}",
-    )
-
-
-def _figure(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def _requests(chance: random.Random, vocab_size: int, lengths: Sequence[tuple[int, int]]) -> list[Request]:

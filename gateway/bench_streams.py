@@ -30,11 +30,11 @@ from ..messages.errors import InvalidRequestError
 from ..messages.ids import RequestId
 from ..messages.request import ChatPrompt, PromptReady, RequestEnded, TextDelta
 from ..messages.sampling import SamplingParams
+from .api.engine_protocol import EngineLike, Sink
+from .api.server import start_http
+from .api.settings import ServerSettings
 from .config import EngineConfig
-from .engine_protocol import EngineLike, Sink
 from .generation_config import RequestDefaults
-from .server import start_http
-from .settings import ServerSettings
 from .stats import EngineStats
 
 WORD = " token"
@@ -64,6 +64,7 @@ class PacedEngine:
         self.request_defaults = RequestDefaults()
         self.is_ready = True
         self.why_not_ready = ""
+        self.is_broken = False
         self.special_token_ids: frozenset[int] = frozenset()
         self.num_cancelled = 0
         self._live: dict[RequestId, _Sequence] = {}

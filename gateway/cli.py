@@ -9,7 +9,7 @@ from collections.abc import Callable
 from .. import __version__
 from .bench_drain_cli import add_bench_drain
 from .bench_overload_cli import add_bench_overload
-from .chaos_cli import add_chaos
+from .chaos.cli import add_chaos
 from .flag_parser import Parser
 from .flag_values import named_path, positive, rate, seconds
 from .flags import add_engine_flags
@@ -17,7 +17,7 @@ from .gpu_bench.flags import add_bench_gpu
 from .keys import add_keys
 from .node_cli import add_node
 from .server_flags import add_nodes_flags, add_server_flags
-from .sim_cli import add_sim
+from .simulate.cli import add_sim
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
@@ -18,8 +18,8 @@ from ..messages.kv import ResetPrefixCache
 from ..messages.request import ChatPrompt, PromptReady, TextDelta
 from ..messages.sampling import SamplingParams
 from ..messages.system import Drain
+from .api.settings import ServerSettings
 from .config import EngineConfig, NodesConfig, make_config
-from .edge import MAX_N
 from .engine_setup import check_options, scheduler_config
 from .frontend import Sink
 from .generation_config import RequestDefaults, named_generation_config, request_defaults
@@ -27,8 +27,11 @@ from .graph import Graph, Tap
 from .local_graph import LocalGraph
 from .outputs import Collector, CompletionOutput, RequestOutput, StreamDelta, raise_if_failed
 from .params import validate_params
-from .settings import ServerSettings
+from .processes.edge import MAX_N
 from .stats import EngineStats
+
+if TYPE_CHECKING:
+    from .api.service_account import ServiceAccount
 
 __all__ = ["CompletionOutput", "Engine", "EngineStats", "RequestOutput", "StreamDelta", "Tap"]
 
@@ -133,7 +136,7 @@ class Engine:
                 "only an engine in one process can be tapped: leave in_process on", field="in_process"
             )
         else:
-            from .process_graph import ProcessGraph
+            from .processes.process_graph import ProcessGraph
 
             graph = await ProcessGraph.start(
                 self.config, num_edges=self._num_edges, log_format=self._log_format, nodes=self._nodes
@@ -348,6 +351,11 @@ class Engine:
             return "not running"
         return self._graph.why_not_ready
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether it will never be ready again: its processes failed too often, or one of its actors did."""
+        return self._is_open and self._graph.is_broken
+
     def stats(self) -> EngineStats:
         """Gauges and totals; reading them changes nothing. Those of the last run, once the engine is closed.
 
@@ -357,6 +365,11 @@ class Engine:
         if not hasattr(self, "_graph"):
             self._check_open()
         return self._graph.stats()
+
+    @property
+    def service_account(self) -> ServiceAccount | None:
+        """What the processes that serve HTTP know of each other's counts; None if there is but one."""
+        return self._graph.service_account if self._is_open else None
 
     def reset_prefix_cache(self) -> None:
         """Forget cached blocks that no request holds."""
@@ -375,7 +388,7 @@ class Engine:
         Raises:
             ProcessStartError: no process can be started.
         """
-        from .process_graph import ProcessGraph
+        from .processes.process_graph import ProcessGraph
 
         self._check_open()
         graph = self._graph

@@ -93,9 +93,11 @@ def executor_process_spec(
         address: of this host for others; empty: the whole group is on this one, and meets by a file.
         is_one_host: every replica is on this one.
     """
-    executor = executor_config(config, Path(folder))
+    number = int(start.child.rpartition(" ")[2])
+    # Executors of this host are the first ones; a node counts its own.
+    executor = msgspec.structs.replace(executor_config(config, Path(folder)), gpu=number)
     if is_one_host:
-        replica = int(start.child.rpartition(" ")[2]) // (config.tensor_parallel_size * config.pipeline_parallel_size)
+        replica = number // (config.tensor_parallel_size * config.pipeline_parallel_size)
         executor = msgspec.structs.replace(executor, replica=replica, num_replicas=config.data_parallel_size)
     if config.tensor_parallel_size * config.pipeline_parallel_size > 1 and not address:
         # The ranks of a group start in the same epoch, though one of them may have been started more often.

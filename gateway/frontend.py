@@ -29,7 +29,7 @@ class FrontEnd:
     Args:
         send: gives a message to the runtime in the front end's name.
         max_live: sequences that may be waiting, running or being tokenized.
-        seed: of the generator that seeds requests which bring no seed.
+        seed: of the generator that seeds requests which bring no seed; each front end draws others from the same one.
         first_request_id: of the ids that this front end gives; each front end of an engine has a range of its own.
     """
 
@@ -37,7 +37,8 @@ class FrontEnd:
         self._send = send
         self._max_live = max_live
         self._next_id = first_request_id
-        self._seeds = random.Random(seed)  # noqa: S311  # chance of sampling, not a secret
+        own_seed = f"{seed}/{first_request_id}" if first_request_id else seed
+        self._seeds = random.Random(own_seed)  # noqa: S311  # chance of sampling, not a secret
         self._sinks: dict[RequestId, Sink] = {}
         self._deadlines: dict[RequestId, int] = {}
         self._closed_because = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -12,6 +12,9 @@ from ..messages.kv import ResetPrefixCache
 from ..messages.system import Drain
 from .frontend import FrontEnd
 from .stats import EngineStats
+
+if TYPE_CHECKING:
+    from .api.service_account import ServiceAccount
 
 ActorHandle = Callable[[Any, int], Any]
 """`handle(message, now_ns)` of a core."""
@@ -72,6 +75,14 @@ class Graph(Protocol):
     @property
     def why_not_ready(self) -> str:
         """Empty if a request sent now would be answered."""
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether it will never be ready again."""
+
+    @property
+    def service_account(self) -> ServiceAccount | None:
+        """What the edges know of each other's counts; None if there is but one."""
 
     def send(self, message: Drain | ResetPrefixCache) -> None:
         """Say something in the front end's name."""

@@ -25,10 +25,10 @@ from ..messages.kv import ResetPrefixCache
 from ..messages.step import PlanDue
 from ..messages.system import Drain, StartExecutor
 from .config import EngineConfig
-from .edge import EdgeActors
 from .engine_setup import allocator_config, executor_config, journal_file, load, scheduler_config, tokenizer_folder_of
 from .frontend import FrontEnd
 from .graph import ActorHandle, ModelFacts, Tap
+from .processes.edge import EdgeActors
 from .stats import EngineStats
 
 if TYPE_CHECKING:
@@ -165,6 +165,10 @@ class LocalGraph:
         return self._edge.max_submitting
 
     @property
+    def is_broken(self) -> bool:
+        return bool(self._broken_because)
+
+    @property
     def why_not_ready(self) -> str:
         if self._broken_because:
             return self._broken_because
@@ -173,6 +177,10 @@ class LocalGraph:
         if self.executor.busy_for_ns() > STALL_NS:
             return "a step has been running for too long"
         return ""
+
+    @property
+    def service_account(self) -> None:
+        return None
 
     def send(self, message: Drain | ResetPrefixCache) -> None:
         self._runtime.send("frontend", message)
@@ -202,6 +210,7 @@ class LocalGraph:
             step_sizes=scheduler.step_sizes,
             step_tokens=scheduler.step_tokens,
             num_late_compilations=self.executor.num_late,
+            num_completed=scheduler.num_completed,
         )
 
     def crash_actor(self, actor: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import platform
 import re
@@ -22,10 +23,12 @@ import msgspec
 import structlog
 
 from ..actors.executor.config import ExecutorProcessSpec
+from ..actors.executor.cpu_topology import cpu_quota, read_cpus
 from ..actors.runtime.addresses import EDGE, TcpSettings, address_towards, in_brackets, split_endpoint
 from ..actors.runtime.asyncio_port import AsyncioPort
 from ..actors.runtime.curve import CurveKeys, check_public_key
 from ..actors.runtime.logs import configure_logs
+from ..actors.runtime.parent_death import die_with_parent
 from ..actors.runtime.port import LinkEvent, Port
 from ..actors.runtime.port_record import drops_of
 from ..actors.runtime.process_title import set_title
@@ -46,10 +49,10 @@ from ..messages.nodes import (
     StartOnNode,
 )
 from ..messages.system import Beat
-from .checkpoint_digest import checkpoint_digest
 from .flag_parser import Parser
-from .node_cli import add_node_flags
-from .replica import EXECUTOR_MODULE, PRELOAD_MODULE
+from .node_flags import add_node_flags
+from .processes.checkpoint_digest import checkpoint_digest
+from .processes.replica import EXECUTOR_MODULE, PRELOAD_MODULE
 
 log = structlog.get_logger("octavo.node")
 
@@ -61,12 +64,14 @@ only stand still, and if it has given us up, it says so once it hears us again."
 REJOIN_S = 1.0
 _REMIND_TICKS = 40
 _FATAL = ("version", "schema", "unknown", "key", "name")
-_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE")
+_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE")
 """What torchrun tells its processes, and torch in an executor would take to be about itself."""
 
 DEFAULT_PORT = 7000
 ALLOW_LIST = "allowed"
 _CHILD = re.compile(r"executor \d{1,6}")
+_REPLACED_BY = re.compile(r"was replaced by (\d{1,18})$")
+"""How a port refuses an incarnation that it takes for an old one."""
 
 End = Literal["again", "stopped", "unfit"]
 
@@ -86,6 +91,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
         num_threads, cpu_affinity: of executors; None: what the engine was given.
         log_format: of the processes.
         rank, world_size: among the nodes that a launcher starts; -1 and 0 without one.
+        first_gpu: of its executors'; others of this host's are other nodes'.
     """
 
     join: str
@@ -102,6 +108,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str = "auto"
     rank: int = -1
     world_size: int = 0
+    first_gpu: int = 0
 
 
 class NodeRefusedError(OctavoError):
@@ -112,15 +119,30 @@ class NodeRefusedError(OctavoError):
 
 def run_node(arguments: argparse.Namespace) -> int:
     """Serve an engine elsewhere until SIGTERM or SIGINT; `arguments` are those of `add_node_flags`."""
+    if arguments.die_with_parent is not None:
+        die_with_parent(arguments.die_with_parent)
     configure_logs(arguments.log_format)
     settings = node_settings(arguments)
-    for name in _LAUNCHERS:
-        os.environ.pop(name, None)
+    _forget_launcher()
     set_title(f"node {settings.name}")
     with RunDir() as run_dir:
         if settings.keys:  # nobody but the engine's host speaks to this host's executors
             (run_dir.path / ALLOW_LIST).write_text(f"{settings.server_key}\n", encoding="ascii")
         return asyncio.run(_serve(settings, run_dir.path))
+
+
+def _forget_launcher() -> None:
+    """Take out of the environment what torchrun tells of itself.
+
+    Where it starts several processes on a host, and nobody says how many threads each is to have, it says one. That is
+    no wish of anybody's, and a CPU's executor would be slow: each gets its share of the cores.
+    """
+    num_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if num_here > 1 and os.environ.get("OMP_NUM_THREADS") == "1" and hasattr(os, "sched_getaffinity"):
+        num_cores = min(len({cpu.core for cpu in read_cpus(os.sched_getaffinity(0))}), cpu_quota())
+        os.environ["OMP_NUM_THREADS"] = str(max(1, int(num_cores // num_here)))
+    for name in _LAUNCHERS:
+        os.environ.pop(name, None)
 
 
 def node_settings(arguments: argparse.Namespace) -> NodeSettings:
@@ -168,6 +190,7 @@ def node_settings(arguments: argparse.Namespace) -> NodeSettings:
         log_format=arguments.log_format,
         rank=int(os.environ["RANK"]) if is_launched else -1,
         world_size=int(os.environ["WORLD_SIZE"]) if is_launched else 0,
+        first_gpu=int(os.environ.get("LOCAL_RANK", "0")) * num_slots if is_launched else 0,
     )
 
 
@@ -209,14 +232,15 @@ async def _serve(settings: NodeSettings, folder: Path) -> int:
     tcp = TcpSettings(host=settings.address, keys=settings.keys, allow_list=allow_list)
     keys = tcp.read_keys()
     nursery = Nursery((PRELOAD_MODULE, EXECUTOR_MODULE))
-    incarnation = 0
+    incarnation = least_next = 0
     try:
         await nursery.start()
         while True:
-            # Of a node that was started anew, too, the later incarnation counts.
-            incarnation = max(incarnation + 1, time.time_ns() // 1_000_000)
+            # Of a node that was started anew, too, the later incarnation counts, be it that the clock was set back.
+            incarnation = max(incarnation + 1, time.time_ns() // 1_000_000, least_next)
             membership = Membership(settings, tcp, keys, nursery, incarnation=incarnation, run_dir=str(folder))
             end = await membership.last(stop)
+            least_next = membership.least_next
             if end == "stopped":
                 return 0
             if end == "unfit":
@@ -239,6 +263,7 @@ class Membership:
 
     Attributes:
         why: it ended.
+        least_next: incarnation with which the node may join again; 0: any later one.
     """
 
     def __init__(
@@ -252,6 +277,7 @@ class Membership:
         run_dir: str,
     ) -> None:
         self.why = ""
+        self.least_next = 0
         self._settings = settings
         self._tcp = tcp
         self._nursery = nursery
@@ -261,6 +287,7 @@ class Membership:
         self._ended: asyncio.Future[End] = self._loop.create_future()
         self._children: dict[str, ChildProcess] = {}
         self._doomed: dict[str, int] = {}
+        self._gpus: dict[str, int] = {}  # that executors were given, if there are as many
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._model_path = ""
         self._edge_incarnation = 0
@@ -276,7 +303,10 @@ class Membership:
         )
         endpoint = self._port.bind(tcp.endpoint)
         self._port.connect(EDGE, 0, settings.join, server_key=settings.server_key.encode())
-        self._carrier = AsyncioPort(self._loop, self._port, self._take, self._on_link)
+        self._carrier = AsyncioPort(
+            *(self._loop, self._port, self._take, self._on_link),
+            on_failure=lambda error: self._end("again", f"a message could not be taken: {type(error).__name__}"),
+        )
         self._send(
             NodeJoined(
                 settings.name,
@@ -341,7 +371,11 @@ class Membership:
     def _on_link(self, event: LinkEvent) -> None:
         if event.what == "refused":
             code = event.why.partition(":")[0]
-            if code == "stale":
+            announced = _REPLACED_BY.search(event.why) if code == "stale" and not self._edge_incarnation else None
+            if announced is not None:
+                self.least_next = int(announced[1]) + 1
+                self._end("again", f"{self._settings.join} knows a later start of this node: {event.why}")
+            elif code == "stale":
                 self._end("unfit", f"another node joined as {self._settings.name}: give each a --name of its own")
             self._end("unfit" if code in _FATAL else "again", f"{self._settings.join} refuses: {event.why}")
         elif event.what == "keys":
@@ -403,6 +437,7 @@ class Membership:
             trust_remote_code=settings.trust_remote_code,
             num_threads=settings.num_threads or wanted.config.num_threads,
             cpu_affinity=settings.cpu_affinity or wanted.config.cpu_affinity,
+            gpu=self._gpu_for(start.child),
         )
         here = {
             "run_dir": self._run_dir,
@@ -420,11 +455,18 @@ class Membership:
             incarnation=start.incarnation,
         )
 
+    def _gpu_for(self, child: str) -> int:
+        """The first GPU that no other executor of this node was given."""
+        others = [gpu for name, gpu in self._gpus.items() if name != child]
+        self._gpus[child] = next(gpu for gpu in itertools.count(self._settings.first_gpu) if gpu not in others)
+        return self._gpus[child]
+
     async def _spawn(self, start: StartOnNode, spec: ProcessSpec) -> None:
         try:
             process = await self._nursery.spawn(spec)
         except ProcessStartError as error:
             log.error("process.not_started", child=start.child, incarnation=start.incarnation, why=str(error))
+            self._gpus.pop(start.child, None)
             self._send(ExitedOnNode(start.child, start.incarnation, str(error), is_innocent=True))
             return
         self._children[start.child] = process
@@ -435,6 +477,7 @@ class Membership:
         ended = await process.wait()
         if self._children.get(start.child) is process:
             del self._children[start.child]
+            self._gpus.pop(start.child, None)
         log.info("process.exited", child=start.child, incarnation=start.incarnation, why=ended.why)
         self._send(ExitedOnNode(start.child, start.incarnation, ended.why, ended.is_innocent))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .flag_parser import Parser
-from .flag_values import number
+from .node_flags import add_node_flags
 
 DESCRIPTION = """Join an engine that `octavo serve --listen` runs on another host, and run executors for it. The model
 is loaded from this host's own copy, which must be the same. Started by torchrun (-m octavo.gateway.node), each process
@@ -17,35 +17,6 @@ def add_node(commands: argparse._SubParsersAction[Parser]) -> None:
     node = commands.add_parser("node", help="run executors for an engine on another host", description=DESCRIPTION)
     add_node_flags(node)
     node.set_defaults(run=_node, parser=node)
-
-
-def add_node_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that become a `NodeSettings`."""
-    group = parser.add_argument_group("engine")
-    group.add_argument(
-        "--join",
-        metavar="tcp://HOST:PORT",
-        help="what the engine was given as --listen; default under torchrun: port 7000 of MASTER_ADDR",
-    )
-    group.add_argument("--keys", metavar="FILE", help="this host's CURVE keys, made by `octavo keys FILE`")
-    group.add_argument("--server-key", metavar="KEY", help="public key of the engine's host, or a file that holds it")
-    group.add_argument("--plain-loopback", action="store_true", help="join on a loopback address without keys")
-    group = parser.add_argument_group("node")
-    group.add_argument("--name", help="of this node, unique; default: the host's name (and torchrun's local rank)")
-    group.add_argument(
-        "--address", help="of this host, for the others; default: that of the interface that leads to the engine"
-    )
-    group.add_argument("--slots", type=number, help="executors at most; default: any number, under torchrun one")
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", help="folder, GGUF file or hub name here; default: what the engine was given")
-    group.add_argument("--offline", action="store_true", help="never contact the hub (HF_HUB_OFFLINE works too)")
-    group.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint brings")
-    group.add_argument("--num-threads", type=number, help="of each executor; default: what the engine was given")
-    group.add_argument("--cpu-affinity", metavar="CORES", help="as of `octavo serve`; default: what it was given")
-    group = parser.add_argument_group("log")
-    group.add_argument(
-        "--log-format", choices=["auto", "human", "json"], default="auto", help="auto: human on a terminal"
-    )
 
 
 def _node(arguments: argparse.Namespace) -> int:

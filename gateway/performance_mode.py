@@ -7,7 +7,7 @@ A setting that is given wins over the mode's. The table is a starting point that
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -112,9 +112,9 @@ def fill_in(fields: Mapping[str, Any], device: Literal["cpu", "cuda"]) -> dict[s
     for no more tokens than it can have.
     """
     mode = fields.get("performance_mode", "balanced")
-    settings = (_ON_GPU if device == "cuda" else _ON_CPU).get(mode)
-    if settings is None:  # no such mode, which the check of the whole configuration says better
+    if mode not in get_args(PerformanceMode):  # which the check of the whole configuration says better
         return dict(fields)
+    settings = mode_settings(mode, device)
     filled = dict(fields)
     for name in MODE_FIELDS:
         if filled.get(name) is None:

@@ -6,10 +6,12 @@ its host is lost; the node then joins the engine as any other that comes back.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
@@ -19,7 +21,7 @@ from ..messages.errors import InvalidConfigError, OctavoError
 from .flag_parser import Parser
 from .flag_values import positive
 from .node import node_settings
-from .node_cli import add_node_flags
+from .node_flags import add_node_flags
 
 log = structlog.get_logger("octavo.ray")
 
@@ -40,7 +42,9 @@ class NodeActor:
 
     def run(self) -> int:
         """Be a node until it ends; returns its exit status."""
-        self._process = subprocess.Popen(self._command)  # noqa: S603  # ours
+        # Ray may kill its worker, and would start another beside a node that lived on.
+        command = [*self._command, f"--die-with-parent={os.getpid()}"]
+        self._process = subprocess.Popen(command)  # noqa: S603  # ours
         return self._process.wait()
 
     def stop(self) -> None:
@@ -56,7 +60,12 @@ def main() -> None:
     group.add_argument("--num-nodes", type=positive, required=True, help="as of `octavo serve --nodes`")
     group.add_argument("--ray-address", help="of a Ray cluster; default: RAY_ADDRESS, or a Ray started here")
     group.add_argument("--num-cpus", type=positive, default=1, help="that Ray reserves for each node")
-    group.add_argument("--num-gpus", type=int, default=0, help="that Ray reserves for each node")
+    group.add_argument(
+        "--num-gpus",
+        type=int,
+        help="that Ray reserves for each node; it sees no others. Default: one for each of its --slots (one without) "
+        "if Ray's hosts have GPUs, else 0",
+    )
     group.add_argument(
         "--strategy",
         default="SPREAD",
@@ -89,10 +98,11 @@ def place(arguments: Any) -> int:
     except ImportError:
         raise InvalidConfigError("Ray is not installed: pip install 'octavo[ray]'") from None
     ray.init(address=arguments.ray_address, log_to_driver=True)
-    resources = {"CPU": arguments.num_cpus} | ({"GPU": arguments.num_gpus} if arguments.num_gpus else {})
+    num_gpus = _num_gpus(arguments, ray.cluster_resources())
+    resources = {"CPU": arguments.num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
     group = placement_group([resources] * arguments.num_nodes, strategy=arguments.strategy)
     ray.get(group.ready())
-    options = {"num_cpus": arguments.num_cpus, "num_gpus": arguments.num_gpus, "max_concurrency": 2}
+    options = {"num_cpus": arguments.num_cpus, "num_gpus": num_gpus, "max_concurrency": 2}
     remote = ray.remote(NodeActor)
     actors = [
         remote.options(
@@ -119,6 +129,13 @@ def place(arguments: Any) -> int:
         ray.wait(running, num_returns=len(running), timeout=STOP_S) if running else None
         ray.shutdown()
     return 0
+
+
+def _num_gpus(arguments: Any, cluster: Mapping[str, float]) -> int:
+    """GPUs of each node: Ray hides all others from it, and with 0 all of them."""
+    if arguments.num_gpus is not None:
+        return int(arguments.num_gpus)
+    return int(arguments.slots or 1) if cluster.get("GPU") else 0
 
 
 def _node_command(arguments: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""`octavo serve`: an engine and a gateway in one process."""
+"""`octavo serve`: an engine and a gateway, as processes of their own or, with `--in-process`, in one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import structlog
 from ..actors.runtime.logs import configure_logs
 from ..messages.errors import InvalidConfigError
 from .accelerator import resolve_device
+from .api.server import serve_http
+from .api.settings import ServerSettings
 from .config import EngineConfig, NodesConfig, make_config
 from .engine import Engine
 from .flags import engine_fields
 from .generation_config import say_request_defaults
 from .performance_mode import described
-from .server import serve_http
 from .server_flags import nodes_fields, server_fields
-from .settings import ServerSettings
 
 log = structlog.get_logger("octavo")
 

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..messages.errors import InvalidConfigError
+from .durations import duration
 from .flag_values import host_name, network, number, origin, port, positive, seconds, secret
 
 
@@ -61,6 +62,13 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=30.0,
         help="seconds that SIGTERM waits for open answers",
+    )
+    group.add_argument(
+        "--request-timeout",
+        type=duration,
+        metavar="TIME",
+        help="an answer that takes longer from its request's arrival on, waiting included, ends with what it has, as "
+        "`abort`; without this flag: no limit",
     )
     group.add_argument(
         "--max-queue-wait",
@@ -134,6 +142,7 @@ def server_fields(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_connections_per_client": arguments.max_connections_per_client,
         "trusted_proxies": tuple(arguments.trusted_proxies),
         "shutdown_timeout_s": arguments.shutdown_timeout,
+        "request_timeout_s": arguments.request_timeout,
         "max_queue_wait_s": arguments.max_queue_wait,
         "enable_fault_injection": arguments.enable_fault_injection,
         "stream_journal": arguments.journal or "",

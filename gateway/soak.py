@@ -9,6 +9,9 @@ tasks, shared memory, and memory (RSS) beyond a per cent. Exit status 0: nothing
 Before the first count every KV block has been written: the system gives a page of the cache its memory only then. At
 both counts this process has given back what its malloc keeps of freed memory: how large the largest step was is chance.
 With `--processes` only the edge can do that; a step of the executor that was larger than all before may count there.
+
+Memory is compared of processes that are still the same. With `--processes` hardly any executor lives from the first
+count to the last; so there is a stretch without faults at the end, with a warm-up and two counts of its own.
 """
 
 from __future__ import annotations
@@ -33,14 +36,14 @@ from ..actors.runtime.logs import configure_logs
 from ..messages.errors import InvalidRequestError
 from ..messages.request import TextDelta
 from ..messages.sampling import SamplingParams
-from .chaos_processes import ServerProcesses
-from .chaos_workload import Recipe, ask_served_model, make_recipes, read_stream
+from .api.engine_protocol import EngineEvent, EngineLike
+from .api.fault_injection import CrashesActors
+from .api.server import RunningServer, start_http
+from .api.settings import ServerSettings
+from .chaos.processes import ServerProcesses
+from .chaos.workload import Recipe, ask_served_model, make_recipes, read_stream
 from .durations import duration
-from .engine_protocol import EngineEvent, EngineLike
-from .fault_injection import CrashesActors
-from .server import RunningServer, start_http
-from .settings import ServerSettings
-from .soak_holdings import Holdings, compare, holdings_when_quiet, keep_one_heap
+from .soak_holdings import Holdings, compare, holdings_when_quiet, keep_one_heap, replaced
 
 FAULT_PAUSE_S: Final = 1.0
 """Least time between two faults: each is to be recovered from before the next."""
@@ -60,6 +63,13 @@ class Work(msgspec.Struct):
     num_failed: int = 0
     failures: list[str] = []
 
+    def add(self, more: Work) -> None:
+        """What they did afterwards."""
+        self.num_finished += more.num_finished
+        self.num_left += more.num_left
+        self.num_failed += more.num_failed
+        self.failures += more.failures
+
 
 class SoakReport(msgspec.Struct, frozen=True, kw_only=True):
     """The verdict.
@@ -67,6 +77,7 @@ class SoakReport(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         leaks: a line for each kind of thing that grew; empty if nothing did.
         rss_growth: by process title, as a share.
+        calm_growth: the same of the stretch without faults; empty if there was none.
         faults: actors that were made to fail, by name.
     """
 
@@ -78,6 +89,7 @@ class SoakReport(msgspec.Struct, frozen=True, kw_only=True):
     faults: dict[str, int]
     leaks: list[str]
     rss_growth: dict[str, float]
+    calm_growth: dict[str, float]
     failures: list[str]
     before: Holdings
     after: Holdings
@@ -92,6 +104,7 @@ class SoakPlan(msgspec.Struct, frozen=True, kw_only=True):
         fault_share: of requests at which an actor is made to fail.
         leave_share: of requests whose client leaves early.
         most_tokens: of an answer.
+        calm_s: of the stretch without faults at the end, and of the warm-up before it; 0 for none.
     """
 
     warm_up_s: float
@@ -101,6 +114,7 @@ class SoakPlan(msgspec.Struct, frozen=True, kw_only=True):
     leave_share: float = 0.1
     most_tokens: int = 64
     seed: int = 0
+    calm_s: float = 0.0
 
 
 async def soak(engine: EngineLike, plan: SoakPlan, *, clients_inside: bool = False) -> SoakReport:
@@ -121,9 +135,13 @@ async def soak(engine: EngineLike, plan: SoakPlan, *, clients_inside: bool = Fal
         work = await _disturbed(breaker, server.port, msgspec.structs.replace(plan, seed=plan.seed + 1), clients_inside)
         seconds = time.monotonic() - started_s
         after = await holdings_when_quiet(engine, server)
+        leaks, growth = compare(before, after)
+        calm_growth: dict[str, float] = {}
+        if plan.calm_s:
+            calm_leaks, calm_growth = await _calm(engine, server, plan, work, clients_inside)
+            leaks += [f"without faults: {leak}" for leak in calm_leaks]
     finally:
         await server.close()
-    leaks, growth = compare(before, after)
     work.failures += unfilled
     if plan.fault_share and not breaker.faults:
         work.failures.append("no actor could be made to fail, or there were too few requests for one")
@@ -136,10 +154,28 @@ async def soak(engine: EngineLike, plan: SoakPlan, *, clients_inside: bool = Fal
         faults=dict(breaker.faults),
         leaks=leaks,
         rss_growth={title: round(share, 4) for title, share in growth.items()},
+        calm_growth={title: round(share, 4) for title, share in calm_growth.items()},
         failures=work.failures,
         before=before,
         after=after,
     )
+
+
+async def _calm(
+    engine: EngineLike, server: RunningServer, plan: SoakPlan, work: Work, clients_inside: bool
+) -> tuple[list[str], dict[str, float]]:
+    """Go on without faults, and compare: what the processes that are there at the end of the faults gather themselves.
+
+    Adds what the clients did to `work`.
+    """
+    calm = msgspec.structs.replace(plan, for_s=plan.calm_s, seed=plan.seed + 2)
+    work.add(await _drive(server.port, calm, clients_inside))
+    work.failures += await fill_kv_cache(engine, calm.seed)
+    before = await holdings_when_quiet(engine, server)
+    work.add(await _drive(server.port, msgspec.structs.replace(calm, seed=plan.seed + 3), clients_inside))
+    after = await holdings_when_quiet(engine, server)
+    leaks, growth = compare(before, after)
+    return [*leaks, *replaced(before, after)], growth
 
 
 async def fill_kv_cache(engine: EngineLike, seed: int) -> list[str]:
@@ -324,6 +360,8 @@ def print_soak(report: SoakReport) -> None:
     for title, share in sorted(report.rss_growth.items()):
         size = report.after.rss_bytes[title] / 2**20
         table.add_row(f"memory of {title}", f"{100 * share:+.2f} %, {size:.0f} MiB")
+    for title, share in sorted(report.calm_growth.items()):
+        table.add_row(f"memory of {title}, without faults", f"{100 * share:+.2f} %")
     table.add_row("verdict", "[green]passed[/]" if report.is_passed else "[red]failed[/]")
     console = Console()
     console.print(table)
@@ -345,6 +383,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--processes", action="store_true", help="engine and executor in processes of their own, as of `octavo serve`"
     )
+    parser.add_argument(
+        "--calm",
+        dest="calm_s",
+        type=duration,
+        metavar="TIME",
+        help="without faults, at the end; default: a sixth of --for with --processes, else none",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--connect", type=int, help=argparse.SUPPRESS)
@@ -361,6 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fault_share=options.faults,
         leave_share=options.leave,
         seed=options.seed,
+        calm_s=(options.for_s / 6 if options.processes else 0.0) if options.calm_s is None else options.calm_s,
     )
     keep_one_heap()
     configure_logs("auto")  # to standard error, and without the variables of a traceback's frames

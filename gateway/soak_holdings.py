@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import gc
+import os
 import time
 from pathlib import Path
 from typing import Final
@@ -12,9 +14,9 @@ from typing import Final
 import msgspec
 import psutil
 
-from .chaos_processes import ServerProcesses, title_of
-from .engine_protocol import EngineLike
-from .server import RunningServer
+from .api.engine_protocol import EngineLike
+from .api.server import RunningServer
+from .chaos.processes import ServerProcesses, title_of
 
 MAX_GROWTH: Final = 0.01
 """Of resident memory, after the warm-up."""
@@ -38,6 +40,7 @@ class Holdings(msgspec.Struct, frozen=True, kw_only=True):
         num_files, num_threads, rss_bytes: by process title; of this process as `edge`, without what is freed but kept.
         num_tasks: of this process's event loop.
         num_shared: mappings of shared memory.
+        num_orphans: files of shared memory, of this user, that no process maps any more.
         pids: by process title.
     """
 
@@ -50,6 +53,7 @@ class Holdings(msgspec.Struct, frozen=True, kw_only=True):
     num_tasks: int
     num_shared: int
     pids: dict[str, int]
+    num_orphans: int = 0
 
 
 def compare(before: Holdings, after: Holdings) -> tuple[list[str], dict[str, float]]:
@@ -63,6 +67,8 @@ def compare(before: Holdings, after: Holdings) -> tuple[list[str], dict[str, flo
         leaks.append(f"{after.num_tasks} tasks, were {before.num_tasks}")
     if after.num_shared > before.num_shared:
         leaks.append(f"{after.num_shared} mappings of shared memory, were {before.num_shared}")
+    if after.num_orphans > before.num_orphans:
+        leaks.append(f"{after.num_orphans} files of shared memory belong to nobody, were {before.num_orphans}")
     for name, ours, theirs in (
         ("file descriptors", before.num_files, after.num_files),
         ("threads", before.num_threads, after.num_threads),
@@ -84,6 +90,29 @@ def compare(before: Holdings, after: Holdings) -> tuple[list[str], dict[str, flo
         if is_same and share > MAX_GROWTH and grown > MIN_GROWTH_BYTES:
             leaks.append(f"{title}: memory grew by {100 * share:.1f} % ({grown / 2**20:.1f} MiB)")
     return sorted(leaks), growth
+
+
+def replaced(before: Holdings, after: Holdings) -> list[str]:
+    """Processes that are not the same ones any more, in words."""
+    return [
+        f"{title} was replaced, though nobody made it fail"
+        for title, pid in before.pids.items()
+        if after.pids.get(title, pid) != pid
+    ]
+
+
+def orphaned_shared_memory(folder: Path = _SHARED_MEMORY) -> set[Path]:
+    """Files of shared memory that are this user's, and that none of the user's processes maps."""
+    own = {path for path in _files(folder) if path.stat().st_uid == os.getuid()}
+    if own:  # rare: it takes a look at every process
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                own -= {Path(entry.path) for entry in process.memory_maps()}
+    return own
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
 
 
 def keep_one_heap() -> None:
@@ -149,4 +178,5 @@ def _holdings(engine: EngineLike, server: RunningServer) -> Holdings:
         num_tasks=len(asyncio.all_tasks()),
         num_shared=shared,
         pids={title: process.pid for title, process in family.items()},
+        num_orphans=len(orphaned_shared_memory()),
     )

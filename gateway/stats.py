@@ -10,14 +10,15 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         num_dropped_messages: by cores, of older epochs or incarnations, or about what nobody knows.
-        actor_restarts: by actor, as `octavo.gateway.engine_metrics.RESTARTING_ACTORS` names them.
+        actor_restarts: by actor, as `octavo.gateway.api.engine_metrics.RESTARTING_ACTORS` names them.
         num_requeued: sequences put back among the waiting because their executor or engine was lost.
         num_quarantined: requests refused or ended because they had killed executors.
         num_numerics_losses: executors given up because no row of a step came to numbers.
         step_sizes, step_tokens: steps by their tokens, as `octavo.actors.scheduler.step_sizes` counts, and all tokens.
         num_edges_shed: times that an edge took no more of what an engine told it.
         num_failed_streams: whose tokens could not be made into text.
-        messages_dropped: by the ports between processes, by reason (`octavo.gateway.engine_metrics.DROP_REASONS`).
+        messages_dropped: by the ports between processes, by reason (`octavo.gateway.api.engine_metrics.DROP_REASONS`).
+        num_completed: sequences of all edges that came to their own end (stop or length).
         num_late_compilations: kernels compiled and graphs captured since executors were ready.
     """
 
@@ -42,3 +43,4 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_edges_shed: int = 0
     num_failed_streams: int = 0
     num_late_compilations: int = 0
+    num_completed: int = 0

@@ -21,15 +21,19 @@ import torch.nn.functional as F
 
 from . import cpu_build, huge_pages
 from .attention_batch import AttentionBatch
+from .attention_kind import AttentionKind
 from .gated_activation import silu_and_mul, silu_and_mul_ref
 from .kv_quantization import row_width
 from .linear_dense import linear_dense, linear_dense_quick
-from .linear_quantized import LinearWeight, QuantizedWeight, linear_quantized, quantize
+from .linear_quantized import linear_quantized
 from .paged_attention import paged_attention, paged_attention_ref, write_kv
+from .quantized_weight import LinearWeight, QuantizedWeight
 from .rms_norm import rms_norm, rms_norm_ref
 from .rotary import rotary_and_write, rotary_and_write_ref
+from .weight_quantization import quantize
 
 _NUM_HEADS, _NUM_KV_HEADS, _HEAD_DIM, _BLOCK_SIZE = 16, 8, 128, 16
+_KIND = AttentionKind(_HEAD_DIM**-0.5)
 _HIDDEN, _INTERMEDIATE = 1024, 3072
 _MEASURED_NS = 1_000_000  # short operations are repeated until a measurement takes about this long
 _NUM_LAYERS = 28
@@ -124,7 +128,7 @@ def _kv_dtypes(num_rows: int, context: int, repeats: int) -> None:
     for _ in range(repeats):
         for dtype, (query, k_cache, v_cache) in operands.items():
             started = time.thread_time_ns()
-            paged_attention(query, k_cache, v_cache, batch, scale=_HEAD_DIM**-0.5)
+            paged_attention(query, k_cache, v_cache, batch, _KIND)
             times[dtype].append(time.thread_time_ns() - started)
     taken = (f"{str(dtype)[6:]} {statistics.median(some) / 1000:,.0f}" for dtype, some in times.items())
     print(f"attention {num_rows}x{context}, CPU us: {', '.join(taken)}", flush=True)
@@ -145,11 +149,10 @@ def _attention(num_rows: int, context: int, num_new: int, dtype: torch.dtype, re
         max_context_len=context,
         num_decodes=num_rows if num_new == 1 else 0,
     )
-    scale = _HEAD_DIM**-0.5
     _report(
         f"attention {num_rows}x{context}, {num_new} new, {dtype}",
-        lambda: paged_attention_ref(q, k_cache, v_cache, batch, scale=scale),
-        lambda: paged_attention(q, k_cache, v_cache, batch, scale=scale),
+        lambda: paged_attention_ref(q, k_cache, v_cache, batch, _KIND),
+        lambda: paged_attention(q, k_cache, v_cache, batch, _KIND),
         repeats,
     )
 

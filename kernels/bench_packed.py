@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from . import cpu_build, huge_pages
 from .linear_dense import linear_dense
 from .linear_packed import PackedWeight, Packer, linear_packed
-from .linear_quantized import QuantizedWeight, linear_quantized, quantize
+from .linear_quantized import linear_quantized
 from .linear_widened import linear_widened
+from .quantized_weight import QuantizedWeight
+from .weight_quantization import quantize
 
 _SHAPES = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072))  # qkv, o, gate_up, down
 _NUM_LAYERS = 28

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from dataclasses import dataclass
 
 import torch
 
 from . import cpu_build
+from .cpu_build import CODE, POINTER, REAL, SIZE
 
 
 def clamped_swiglu_ref(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
@@ -62,11 +61,4 @@ class ClampedSwiGLU:
         return out
 
 
-@functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    kernels = cpu_build.library()
-    if kernels is not None:
-        pointer, size, code, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-        kernels.octavo_clamped_swiglu.argtypes = (pointer, size, pointer, size, size, real, real, code, code)
-        kernels.octavo_clamped_swiglu.restype = None
-    return kernels
+_kernels = cpu_build.declared(octavo_clamped_swiglu=(None, POINTER, SIZE, POINTER, SIZE, SIZE, REAL, REAL, CODE, CODE))

@@ -9,6 +9,11 @@ PAD = 64  # inputs that rows of codes are filled up to a multiple of; as in csrc
 NIBBLE_ROWS = 8  # weight rows whose codes of 4 bits lie among each other; likewise
 
 
+def padded_inputs(in_features: int) -> int:
+    """How many codes a row has."""
+    return -(-in_features // PAD) * PAD
+
+
 def codes_shape(out_features: int, in_features: int, bits: int) -> tuple[int, int]:
     """Of codes on a CPU; in_features is a multiple of `PAD`."""
     if bits == 8:

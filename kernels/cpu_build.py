@@ -22,12 +22,15 @@ import stat
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from .cores import usable_cores
 
 try:
     import fcntl
@@ -38,6 +41,9 @@ log = logging.getLogger(__name__)
 
 # As in csrc/vector.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# What the kernels take and return: a size counts what lies in memory, a code is a dtype's, a status or a small number.
+POINTER, SIZE, CODE, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 _SOURCES = Path(__file__).parent / "csrc"
 # No -ffast-math, no contraction: masks rely on infinities, and sums and fused products are made as the source writes
@@ -190,6 +196,25 @@ def library() -> ctypes.CDLL | None:
         return _library_once()
 
 
+def declared(**signatures: tuple[type[Any] | None, ...]) -> Callable[[], ctypes.CDLL | None]:
+    """A function that gives the C kernels as `library` does, with the types of some of them declared.
+
+    Args:
+        signatures: by a kernel's name the type of its result, None for none, then those of its arguments.
+    """
+
+    @functools.cache
+    def kernels() -> ctypes.CDLL | None:
+        loaded = library()
+        if loaded is not None:
+            for name, (result, *arguments) in signatures.items():
+                kernel = getattr(loaded, name)
+                kernel.restype, kernel.argtypes = result, arguments
+        return loaded
+
+    return kernels
+
+
 def _find_compilers(environ: Mapping[str, str]) -> list[_Compiler]:
     """Those to try, in turn: what CC names, otherwise the usual ones, each compiler once whatever it is called.
 
@@ -226,7 +251,7 @@ def _compile(command: Sequence[str], flags: Sequence[str], sources: Sequence[Pat
     """Compile the sources, as many side by side as there are cores (each takes seconds, and memory), then link them."""
     largest_first = sorted(sources, key=lambda source: -source.stat().st_size)
     objects = {source: str(library.with_name(f"{source.stem}.o")) for source in largest_first}
-    with ThreadPoolExecutor(min(len(sources), _usable_cores())) as pool:
+    with ThreadPoolExecutor(min(len(sources), usable_cores())) as pool:
         compiled = [
             pool.submit(_run, [*command, *flags, "-c", str(source), "-o", target]) for source, target in objects.items()
         ]
@@ -237,10 +262,6 @@ def _compile(command: Sequence[str], flags: Sequence[str], sources: Sequence[Pat
             pool.shutdown(cancel_futures=True)  # the others would only keep this waiting
             raise
     _run([*command, *flags, "-shared", *sorted(objects.values()), "-o", str(library), "-lm"])
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_identity() -> str:

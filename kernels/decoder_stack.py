@@ -11,7 +11,6 @@ one, 39.9 ms in one call; reading the weights at that machine's 30 GB/s takes 39
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,14 +18,17 @@ import torch
 
 from . import cpu_build
 from .attention_batch import AttentionBatch
+from .attention_kind import AttentionKind
+from .cpu_build import CODE
 from .gated_activation import C_CODES as ACTIVATION_CODES
 from .gated_activation import GatedActivation
 from .kv_quantization import head_dim_of
 from .linear_packed import FEW_ROWS, PackedWeight
-from .linear_quantized import LinearWeight, QuantizedWeight
+from .linear_rounded import RoundedWeight
 from .paged_attention import CACHE_CODES
+from .quantized_weight import LinearWeight, QuantizedWeight
 
-_QUANTIZED, _PACKED = 16, 32  # as in csrc/decoder.c, as are the next two
+_QUANTIZED, _PACKED, _ROUNDED = 16, 32, 128  # as in csrc/decoder.c, as are the next two
 _MAX_PARTS = 3
 _OUT_OF_MEMORY, _POSITION_OUTSIDE = 1, 2
 
@@ -52,7 +54,7 @@ class StackLayer:
         q_norm, k_norm: gains of the norms of each head of queries and keys, before they turn; None: no norm.
         qk_eps: of those.
         cos_sin: as for `rotary_and_write`; None: nothing turns, and there are no such norms.
-        window, softcap, scale, sinks: as for `paged_attention`.
+        attention: which keys a query sees, and how it weighs them.
         activation: of the gate, a function of `gated_activation`.
     """
 
@@ -66,7 +68,7 @@ class StackLayer:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    scale: float
+    attention: AttentionKind
     activation: GatedActivation
     after_attention: torch.Tensor | None = None
     after_mlp: torch.Tensor | None = None
@@ -74,9 +76,6 @@ class StackLayer:
     k_norm: torch.Tensor | None = None
     qk_eps: float = 1e-6
     cos_sin: torch.Tensor | None = None
-    window: int = 0
-    softcap: float = 0.0
-    sinks: torch.Tensor | None = None
 
 
 class DecoderStack:
@@ -196,7 +195,8 @@ def _fits(layer: StackLayer, dtype: torch.dtype) -> bool:
         and _are_alike(norms, (dtype, torch.float32))
         and _are_alike((layer.q_norm, layer.k_norm), tuple(cpu_build.DTYPE_CODES))
         and _are_alike((layer.cos_sin,), (torch.float32,))
-        and _are_alike((layer.sinks,), (torch.float32,))
+        and _are_alike((layer.attention.sinks,), (torch.float32,))
+        and layer.attention.alibi_slopes is None
         and layer.activation in ACTIVATION_CODES
         and (layer.cos_sin is not None or layer.q_norm is None is layer.k_norm)
         and layer.head_dim <= _MAX_HEAD_DIM
@@ -224,13 +224,13 @@ def _part_fits(part: _Part, dtype: torch.dtype) -> bool:
     match part:
         case QuantizedWeight():
             return part.input_order is None and part.device.type == "cpu"
-        case PackedWeight():
+        case PackedWeight() | RoundedWeight():
             return part.dtype is dtype
         case _:
             return part.dtype in cpu_build.DTYPE_CODES and part.is_contiguous() and part.device.type == "cpu"
 
 
-_Part = torch.Tensor | QuantizedWeight | PackedWeight
+_Part = torch.Tensor | QuantizedWeight | PackedWeight | RoundedWeight
 
 
 def _parts(product: StackProduct) -> tuple[_Part, ...]:
@@ -294,6 +294,8 @@ def _described_product(product: StackProduct) -> _Product:
             described.weights[index], described.kinds[index] = part.described, _QUANTIZED
         elif isinstance(part, PackedWeight):
             described.weights[index], described.kinds[index] = part.address, _PACKED + part.panel
+        elif isinstance(part, RoundedWeight):
+            described.weights[index], described.kinds[index] = part.address, _ROUNDED
         else:
             described.weights[index], described.kinds[index] = part.data_ptr(), cpu_build.DTYPE_CODES[part.dtype]
         described.out_features[index] = part.shape[0]
@@ -305,27 +307,21 @@ def _described(layer: StackLayer) -> _Layer:
     return _Layer(
         *map(_described_product, (s.qkv, s.o, s.gate_up, s.down)),
         *map(_address, (s.before_attention, s.after_attention, s.before_mlp, s.after_mlp)),
-        *map(_address, (s.q_norm, s.k_norm, s.cos_sin, s.sinks)),
+        *map(_address, (s.q_norm, s.k_norm, s.cos_sin, s.attention.sinks)),
         num_heads=s.num_heads,
         num_kv_heads=s.num_kv_heads,
         head_dim=s.head_dim,
         rotary_dim=0 if s.cos_sin is None else s.cos_sin.shape[1],
         max_position=0 if s.cos_sin is None else s.cos_sin.shape[0],
-        window=s.window,
+        window=s.attention.sliding_window,
         eps=s.eps,
         qk_eps=s.qk_eps,
-        scale=s.scale,
-        softcap=s.softcap,
+        scale=s.attention.scale,
+        softcap=s.attention.softcap,
         norm_dtype=_code(s.before_attention),
         qk_norm_dtype=_code(s.q_norm, s.k_norm),
         activation=ACTIVATION_CODES[s.activation],
     )
 
 
-@functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    kernels = cpu_build.library()
-    if kernels is not None:
-        kernels.octavo_decoder_stack.argtypes = (ctypes.POINTER(_Step),)
-        kernels.octavo_decoder_stack.restype = ctypes.c_int
-    return kernels
+_kernels = cpu_build.declared(octavo_decoder_stack=(CODE, ctypes.POINTER(_Step)))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from . import cpu_build
+from .cpu_build import CODE, POINTER, SIZE
 
 _SILU, _GELU_TANH = 0, 1  # as in csrc/operations.h
 
@@ -89,11 +88,4 @@ def _launch(gate_up: torch.Tensor, kind: int) -> torch.Tensor | None:
     return out
 
 
-@functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    kernels = cpu_build.library()
-    if kernels is not None:
-        pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        kernels.octavo_gated_activation.argtypes = (pointer, size, pointer, size, size, code, code, code)
-        kernels.octavo_gated_activation.restype = None
-    return kernels
+_kernels = cpu_build.declared(octavo_gated_activation=(None, POINTER, SIZE, POINTER, SIZE, SIZE, CODE, CODE, CODE))

@@ -5,15 +5,14 @@ What the blocks mean is said in `models.gguf.dequantize`, whose results these ar
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from dataclasses import dataclass
 
 import torch
 
 from . import cpu_build, huge_pages
-from .code_layout import NIBBLE_ROWS, PAD, codes_shape
-from .linear_quantized import QuantizedWeight
+from .code_layout import NIBBLE_ROWS, codes_shape, padded_inputs
+from .cpu_build import CODE, POINTER, SIZE
+from .quantized_weight import QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ def pack_blocks(rows: torch.Tensor, name: str) -> QuantizedWeight | None:
         return None
     out_features, num_blocks = rows.shape[0], rows.shape[1] // layout.block_bytes
     in_features = num_blocks * layout.block_size
-    padded = -(-in_features // PAD) * PAD
+    padded = padded_inputs(in_features)
     codes = huge_pages.empty(codes_shape(out_features, padded, layout.bits), torch.uint8).zero_()
     factors: tuple[int, ...] = (out_features, in_features // layout.group_size)
     if layout.factor_dtype == torch.int8 and layout.bits == 4:
@@ -91,13 +90,7 @@ def decode_blocks(blocks: torch.Tensor, name: str, out: torch.Tensor) -> bool:
     return True
 
 
-@functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    kernels = cpu_build.library()
-    if kernels is not None:
-        pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        kernels.octavo_gguf_pack.argtypes = (code, pointer, size, size, pointer, size, pointer, pointer, pointer, code)
-        kernels.octavo_gguf_pack.restype = None
-        kernels.octavo_gguf_decode.argtypes = (code, pointer, size, pointer, code, code)
-        kernels.octavo_gguf_decode.restype = None
-    return kernels
+_kernels = cpu_build.declared(
+    octavo_gguf_pack=(None, CODE, POINTER, SIZE, SIZE, POINTER, SIZE, POINTER, POINTER, POINTER, CODE),
+    octavo_gguf_decode=(None, CODE, POINTER, SIZE, POINTER, CODE, CODE),
+)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-
 import torch
 import torch.nn.functional as F
 
 from . import cpu_build
+from .cpu_build import CODE, POINTER, SIZE
 
 
 def linear_dense_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -87,12 +85,5 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
     return out if bias is None else out.add_(bias)
 
 
-@functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    kernels = cpu_build.library()
-    if kernels is not None:
-        pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        for multiply in (kernels.octavo_linear, kernels.octavo_linear_quick):
-            multiply.argtypes = (pointer, pointer, pointer, size, size, size, code, code, code)
-            multiply.restype = code
-    return kernels
+_MULTIPLY = (CODE, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, CODE, CODE, CODE)
+_kernels = cpu_build.declared(octavo_linear=_MULTIPLY, octavo_linear_quick=_MULTIPLY)

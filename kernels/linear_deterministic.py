@@ -8,12 +8,12 @@ else is in the batch. These do not; `octavo bench offline --peers octavo-determi
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 import torch.nn.functional as F
 
 from . import cpu_build
+from .cpu_build import CODE, POINTER, REAL, SIZE
 
 
 def linear_deterministic_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -112,15 +112,8 @@ def _needed() -> ctypes.CDLL:
     return kernels
 
 
-@functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    kernels = cpu_build.library()
-    if kernels is not None:
-        pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        kernels.octavo_linear.argtypes = (pointer, pointer, pointer, size, size, size, code, code, code)
-        kernels.octavo_linear.restype = code
-        kernels.octavo_softcap.argtypes = (pointer, size, ctypes.c_float, code)
-        kernels.octavo_softcap.restype = None
-        kernels.octavo_gelu_erf.argtypes = (pointer, pointer, size, size, code, code)
-        kernels.octavo_gelu_erf.restype = None
-    return kernels
+_kernels = cpu_build.declared(
+    octavo_linear=(CODE, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, CODE, CODE, CODE),
+    octavo_softcap=(None, POINTER, SIZE, REAL, CODE),
+    octavo_gelu_erf=(None, POINTER, POINTER, SIZE, SIZE, CODE, CODE),
+)

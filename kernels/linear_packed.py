@@ -13,7 +13,6 @@ or packs in another way, or there is no C library, matrices stay as they are.
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +20,7 @@ from typing import Protocol
 import torch
 
 from . import cpu_build, huge_pages
+from .cpu_build import CODE, POINTER, SIZE
 from .linear_dense import linear_dense
 
 log = logging.getLogger(__name__)
@@ -164,6 +164,7 @@ def linear_packed(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         in the batch and however many threads there are; of more oneDNN promises no such thing.
 
     Raises:
+        MemoryError: no memory for the kernel's scratch.
         ValueError: sizes or dtypes that do not fit.
     """
     if x.dim() != 2 or x.shape[1] != weight.shape[1] or x.dtype is not weight.dtype:
@@ -198,11 +199,6 @@ def _lies_in_panels(memory: torch.Tensor, weight: torch.Tensor, panel: int) -> b
     return rest == 0 or torch.equal(panels[whole, :rest], units[num_rows - rest :])
 
 
-@functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    kernels = cpu_build.library()
-    if kernels is not None:
-        pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        kernels.octavo_linear_packed.argtypes = (pointer, pointer, pointer, size, size, size, size, code, code)
-        kernels.octavo_linear_packed.restype = code
-    return kernels
+_kernels = cpu_build.declared(
+    octavo_linear_packed=(CODE, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, CODE, CODE)
+)

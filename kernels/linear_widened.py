@@ -7,14 +7,13 @@ then are multiplied by all rows of `x`; that pays from as many rows on as make u
 
 from __future__ import annotations
 
-import ctypes
-import functools
-
 import torch
 import torch.nn.functional as F
 
 from . import cpu_build
-from .linear_quantized import QuantizedWeight, linear_quantized
+from .cpu_build import CODE, POINTER, SIZE
+from .linear_quantized import linear_quantized
+from .quantized_weight import QuantizedWeight
 
 _WIDENED_AT_ONCE = 1024  # weight rows: what bounds the scratch memory, to some megabytes
 
@@ -57,11 +56,4 @@ def linear_widened(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     return out
 
 
-@functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    kernels = cpu_build.library()
-    if kernels is not None:
-        pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        kernels.octavo_widen.argtypes = (pointer, size, size, pointer, code, code)
-        kernels.octavo_widen.restype = None
-    return kernels
+_kernels = cpu_build.declared(octavo_widen=(None, POINTER, SIZE, SIZE, POINTER, CODE, CODE))

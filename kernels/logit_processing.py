@@ -1,6 +1,6 @@
 """What a request changes in its logits before a token is chosen: bias, exclusions, and penalties on its tokens.
 
-All of it lies in the request's row of the standing batch, its tokens among it (`step_inputs.StepLayout`), so that a
+All of it lies in the request's row of the standing batch, its tokens among it (`step_layout.StepLayout`), so that a
 step with such requests needs no more words from the host than any other, and a CUDA graph can hold it.
 
 On a GPU a few programs take a request each: its tokens are counted in a buffer with a place for every token id, then
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from . import sampling
-from .step_inputs import MAX_EDITS, PARAM_WORDS, StepLayout
+from .step_layout import MAX_EDITS, PARAM_WORDS, StepLayout
 
 MAX_PROGRAMS = 64
 """Most requests that are taken at a time; a count buffer has a row for each."""

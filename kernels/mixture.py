@@ -6,53 +6,10 @@ for products over tokens that are grouped by expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
-from .clamped_swiglu import ClampedSwiGLU
-from .gated_activation import gelu_tanh_and_mul, silu_and_mul
-
-GatedActivation = Callable[[torch.Tensor], torch.Tensor]
-
-ACTIVATIONS = (silu_and_mul, gelu_tanh_and_mul)  # beside any `ClampedSwiGLU`
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertStack:
-    """Experts behind each other, for products over all of them in one launch.
-
-    Attributes:
-        w13: `[num_experts, 2 * inner, hidden_size]`: each expert's gate and, behind it, the other input's matrix.
-        w2: `[num_experts, hidden_size, inner]`.
-        b13, b2: `[num_experts, 2 * inner]` and `[num_experts, hidden_size]`; None for none.
-        first: the number that the router knows the first of them by; tokens for others are another rank's.
-        act: one of `ACTIVATIONS`, or a `ClampedSwiGLU`.
-    """
-
-    w13: torch.Tensor
-    w2: torch.Tensor
-    b13: torch.Tensor | None
-    b2: torch.Tensor | None
-    first: int
-    act: GatedActivation
-
-    def __post_init__(self) -> None:
-        num_experts, doubled, hidden_size = self.w13.shape
-        if tuple(self.w2.shape) != (num_experts, hidden_size, doubled // 2) or doubled % 2:
-            raise ValueError(f"w13 is {list(self.w13.shape)} and w2 {list(self.w2.shape)}: they do not fit each other")
-        for bias, shape in ((self.b13, (num_experts, doubled)), (self.b2, (num_experts, hidden_size))):
-            if bias is not None and tuple(bias.shape) != shape:
-                raise ValueError(f"a bias is {list(bias.shape)} instead of {list(shape)}")
-        if not is_fusable(self.act):
-            raise ValueError(f"{self.act} is none of the activations that are fused into the products")
-
-
-def is_fusable(act: GatedActivation) -> bool:
-    """Whether the products over a stack can activate by `act`."""
-    return act in ACTIVATIONS or isinstance(act, ClampedSwiGLU)
+from .expert_stack import ExpertStack
 
 
 def route(

@@ -10,12 +10,13 @@ within a block are contiguous. In int8 and fp8 (e4m3) a head's row is four bytes
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 
 from . import cpu_build
 from .attention_batch import AttentionBatch
+from .attention_kind import AttentionKind
+from .cpu_build import CODE, POINTER, SIZE
 from .kv_quantization import CODES, dequantize, head_dim_of, is_quantized, quantize_ref
 
 _NEGATIVE_INFINITY = float("-inf")
@@ -108,32 +109,27 @@ def _attend_row(
     q: torch.Tensor,  # [num_new, num_heads, k_head_dim]
     k: torch.Tensor,  # [num_kv_heads, context_len, k_head_dim]
     v: torch.Tensor,  # [num_kv_heads, context_len, v_head_dim]
-    *,
-    scale: float,
-    sliding_window: int,
-    softcap: float,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
+    kind: AttentionKind,
 ) -> torch.Tensor:
     """One row's attention in the dtype of `q`; `[num_new, num_heads, v_head_dim]`."""
     num_new, num_heads, _ = q.shape
     num_kv_heads, context_len, _ = k.shape
     group = num_heads // num_kv_heads
     queries = q.transpose(0, 1).reshape(num_kv_heads, group * num_new, -1)
-    logits = torch.matmul(queries, k.transpose(1, 2)).mul_(scale).view(num_kv_heads, group, num_new, context_len)
-    if softcap > 0:
-        logits = torch.tanh(logits / softcap) * softcap
+    logits = torch.matmul(queries, k.transpose(1, 2)).mul_(kind.scale).view(num_kv_heads, group, num_new, context_len)
+    if kind.softcap > 0:
+        logits = torch.tanh(logits / kind.softcap) * kind.softcap
     key_positions = torch.arange(context_len, device=q.device)
     query_positions = torch.arange(context_len - num_new, context_len, device=q.device)
     distance = key_positions[None, :] - query_positions[:, None]  # [num_new, context_len], <= 0 where visible
-    if alibi_slopes is not None:
-        logits = logits + alibi_slopes.to(q.dtype).view(num_kv_heads, group, 1, 1) * distance
+    if kind.alibi_slopes is not None:
+        logits = logits + kind.alibi_slopes.to(q.dtype).view(num_kv_heads, group, 1, 1) * distance
     hidden = distance > 0
-    if sliding_window > 0:
-        hidden = hidden | (distance <= -sliding_window)
+    if kind.sliding_window > 0:
+        hidden = hidden | (distance <= -kind.sliding_window)
     logits = logits.masked_fill(hidden, _NEGATIVE_INFINITY)
-    if sinks is not None:
-        sink = sinks.to(q.dtype).view(num_kv_heads, group, 1, 1).expand(-1, -1, num_new, 1)
+    if kind.sinks is not None:
+        sink = kind.sinks.to(q.dtype).view(num_kv_heads, group, 1, 1).expand(-1, -1, num_new, 1)
         weights = torch.softmax(torch.cat((logits, sink), dim=-1), dim=-1)[..., :-1]
     else:
         weights = torch.softmax(logits, dim=-1)
@@ -142,16 +138,7 @@ def _attend_row(
 
 
 def paged_attention_ref(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    batch: AttentionBatch,
-    *,
-    scale: float,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: AttentionBatch, kind: AttentionKind
 ) -> torch.Tensor:
     """What `paged_attention` means, row by row, in float32 (float64 for float64 queries)."""
     num_tokens, num_heads, _ = q.shape
@@ -166,11 +153,7 @@ def paged_attention_ref(
             q[start:end].to(compute),
             gather_kv(k_cache, batch.block_tables[row], context_len).to(compute),
             gather_kv(v_cache, batch.block_tables[row], context_len).to(compute),
-            scale=scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
-            alibi_slopes=alibi_slopes,
+            kind,
         ).to(q.dtype)
     return out
 
@@ -180,12 +163,8 @@ def paged_attention(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     batch: AttentionBatch,
+    kind: AttentionKind,
     *,
-    scale: float,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Causal attention of each new token over its row's cached tokens, itself included.
@@ -197,11 +176,7 @@ def paged_attention(
         q: `[num_tokens, num_heads, k_head_dim]`.
         k_cache, v_cache: `[num_blocks, num_kv_heads, block_size, head_dim]`, each with its own head_dim, of one dtype.
         batch: which tokens belong to which row, and where each row's blocks are.
-        scale: factor on the dot products.
-        sliding_window: w > 0 lets the query at position p see keys `p - w < j <= p`; 0 sees all.
-        softcap: c > 0 replaces each scaled logit s by `c * tanh(s / c)`.
-        sinks: `[num_heads]`, for each head one extra logit in the softmax's denominator, with no value.
-        alibi_slopes: `[num_heads]`, adds `slope * (j - p)` to the logit of key j.
+        kind: which keys a query sees, and how it weighs them.
         batch_invariant: on a GPU, promise of a query's bits what the C kernel always does, at some cost of speed.
 
     Returns:
@@ -219,71 +194,13 @@ def paged_attention(
     if q.device.type == "cuda":
         from .gpu.paged_attention import paged_attention as paged_attention_on_gpu  # triton need not be there without
 
-        return paged_attention_on_gpu(
-            q,
-            k_cache,
-            v_cache,
-            batch,
-            scale=scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
-            alibi_slopes=alibi_slopes,
-            batch_invariant=batch_invariant,
-        )
+        return paged_attention_on_gpu(q, k_cache, v_cache, batch, kind, batch_invariant=batch_invariant)
     kernels = None
     if _c_reads(q) and k_cache.dtype is v_cache.dtype and k_cache.dtype in CACHE_CODES:
         kernels = _kernels()
     if kernels is None or not k_cache.is_contiguous() or not v_cache.is_contiguous():
-        return paged_attention_ref(
-            q,
-            k_cache,
-            v_cache,
-            batch,
-            scale=scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
-            alibi_slopes=alibi_slopes,
-        )
-    return _attention_in_c(
-        *(kernels, q, k_cache, v_cache, batch, sinks, alibi_slopes),
-        scale=scale,
-        sliding_window=sliding_window,
-        softcap=softcap,
-    )
-
-
-def _attention_in_c(  # noqa: PLR0917 - tensors, in the order of `_attention_args`
-    kernels: ctypes.CDLL,
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    batch: AttentionBatch,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    *,
-    scale: float,
-    sliding_window: int,
-    softcap: float,
-) -> torch.Tensor:
-    """As `paged_attention`, for caches that the C kernel reads as they lie."""
-    _check_what_c_takes_for_granted(q, k_cache, v_cache, batch)
-    if q.stride(2) != 1:
-        q = q.contiguous()
-    # Tensors made here must outlive the call: only their addresses are passed on.
-    sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
-    alibi_slopes = None if alibi_slopes is None else alibi_slopes.to(torch.float32).contiguous()
-    out = torch.empty((*q.shape[:2], head_dim_of(v_cache)), dtype=q.dtype)
-    args = _attention_args(
-        *(q, k_cache, v_cache, out, batch, sinks, alibi_slopes),
-        scale=scale,
-        sliding_window=sliding_window,
-        softcap=softcap,
-    )
-    if kernels.octavo_paged_attention(args) != 0:
-        raise MemoryError("paged_attention could not allocate its scratch memory")
-    return out
+        return paged_attention_ref(q, k_cache, v_cache, batch, kind)
+    return _attention_in_c(kernels, q, k_cache, v_cache, batch, kind)
 
 
 def _check_what_c_takes_for_granted(
@@ -299,22 +216,25 @@ def _check_what_c_takes_for_granted(
     assert head_dim_of(k_cache) == q.shape[2]
 
 
-def _attention_args(  # noqa: PLR0917 - tensors, in the order of the C structure
+def _attention_in_c(  # noqa: PLR0917 - the library, and the arguments of `paged_attention`
+    kernels: ctypes.CDLL,
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    out: torch.Tensor,
     batch: AttentionBatch,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    *,
-    scale: float,
-    sliding_window: int,
-    softcap: float,
-) -> _AttentionArgs:
-    """Addresses, strides and sizes, as the C kernel takes them."""
+    kind: AttentionKind,
+) -> torch.Tensor:
+    """As `paged_attention`, for caches that the C kernel reads as they lie."""
+    _check_what_c_takes_for_granted(q, k_cache, v_cache, batch)
+    if q.stride(2) != 1:
+        q = q.contiguous()
+    # Tensors made here must outlive the call: only their addresses are passed on.
+    sinks = None if kind.sinks is None else kind.sinks.to(torch.float32).contiguous()
+    alibi_slopes = None if kind.alibi_slopes is None else kind.alibi_slopes.to(torch.float32).contiguous()
     num_tokens, num_heads, k_head_dim = q.shape
-    return _AttentionArgs(
+    v_head_dim = head_dim_of(v_cache)
+    out = torch.empty((num_tokens, num_heads, v_head_dim), dtype=q.dtype)
+    args = _AttentionArgs(
         q.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),
@@ -332,15 +252,18 @@ def _attention_args(  # noqa: PLR0917 - tensors, in the order of the C structure
         num_heads,
         v_cache.shape[1],
         k_head_dim,
-        out.shape[2],
+        v_head_dim,
         batch.block_size,
-        sliding_window,
+        kind.sliding_window,
         torch.get_num_threads(),
-        scale,
-        softcap,
+        kind.scale,
+        kind.softcap,
         cpu_build.DTYPE_CODES[q.dtype],
         CACHE_CODES[k_cache.dtype],
     )
+    if kernels.octavo_paged_attention(args) != 0:
+        raise MemoryError("paged_attention could not allocate its scratch memory")
+    return out
 
 
 class _AttentionArgs(ctypes.Structure):
@@ -375,13 +298,7 @@ class _AttentionArgs(ctypes.Structure):
     )
 
 
-@functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    """The C library with this module's functions declared; None where there is none."""
-    kernels = cpu_build.library()
-    if kernels is not None:
-        kernels.octavo_paged_attention.argtypes = (ctypes.POINTER(_AttentionArgs),)
-        kernels.octavo_paged_attention.restype = ctypes.c_int
-        kernels.octavo_write_kv.argtypes = (ctypes.c_void_p,) * 3 + (ctypes.c_int64,) * 7 + (ctypes.c_int,) * 2
-        kernels.octavo_write_kv.restype = ctypes.c_int
-    return kernels
+_kernels = cpu_build.declared(
+    octavo_paged_attention=(CODE, ctypes.POINTER(_AttentionArgs)),
+    octavo_write_kv=(CODE, POINTER, POINTER, POINTER, *(SIZE,) * 7, CODE, CODE),
+)

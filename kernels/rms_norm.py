@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 
 from . import cpu_build
+from .cpu_build import CODE, POINTER, REAL, SIZE
 
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -26,6 +26,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     Returns:
         A new contiguous tensor like `x`; for each token bitwise the same, whatever else is in the batch.
+
+    Raises:
+        MemoryError: on a CPU, no memory for the kernel's scratch.
     """
     if x.device.type == "cuda":
         from .gpu import rms_norm as gpu
@@ -48,6 +51,9 @@ def add_rms_norm(x: torch.Tensor | None, residual: torch.Tensor, weight: torch.T
 
     Returns:
         `rms_norm(residual)`, with the bits that it has after `residual.add_(x)`.
+
+    Raises:
+        MemoryError: as `rms_norm`.
     """
     if x is None:
         return rms_norm(residual, weight, eps)
@@ -100,14 +106,6 @@ def _launch(
     return out
 
 
-@functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    kernels = cpu_build.library()
-    if kernels is not None:
-        pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        kernels.octavo_rms_norm.argtypes = (
-            *(pointer, size, pointer, pointer, pointer, pointer),
-            *(size, size, ctypes.c_float, code, code, code),
-        )
-        kernels.octavo_rms_norm.restype = code
-    return kernels
+_kernels = cpu_build.declared(
+    octavo_rms_norm=(CODE, POINTER, SIZE, *(POINTER,) * 4, SIZE, SIZE, REAL, CODE, CODE, CODE)
+)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import NamedTuple
 
 import torch
 
 from . import cpu_build
+from .cpu_build import CODE
 from .paged_attention import CACHE_CODES, write_kv
 from .rms_norm import rms_norm_ref
 
@@ -192,10 +192,4 @@ def _c_arguments(tensors: _Tensors, eps: float) -> _RotaryArgs:
     )
 
 
-@functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    kernels = cpu_build.library()
-    if kernels is not None:
-        kernels.octavo_rotary.argtypes = (ctypes.POINTER(_RotaryArgs),)
-        kernels.octavo_rotary.restype = ctypes.c_int
-    return kernels
+_kernels = cpu_build.declared(octavo_rotary=(CODE, ctypes.POINTER(_RotaryArgs)))

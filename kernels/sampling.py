@@ -13,13 +13,12 @@ swap places of near ties, and change the token with the probability of the swapp
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from typing import NamedTuple
 
 import torch
 
 from . import cpu_build
+from .cpu_build import CODE, POINTER, SIZE
 
 GREEDY_EPS = 1e-5
 """A temperature below this means greedy."""
@@ -397,11 +396,4 @@ def logprobs_of(
     return logprobs.gather(1, column).squeeze(1), ranks, top_ids, logprobs.gather(1, top_ids)
 
 
-@functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    kernels = cpu_build.library()
-    if kernels is not None:
-        pointer, size = ctypes.c_void_p, ctypes.c_int64
-        kernels.octavo_greedy.argtypes = (pointer, size, size, size, pointer, ctypes.c_int)
-        kernels.octavo_greedy.restype = None
-    return kernels
+_kernels = cpu_build.declared(octavo_greedy=(None, POINTER, SIZE, SIZE, SIZE, POINTER, CODE))

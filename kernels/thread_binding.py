@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 from collections.abc import Sequence
 
 import torch
 
 from . import cpu_build
+from .cpu_build import CODE
 
 _PAUSE_SOFT = 1  # omp_pause_soft: settings stay (OpenMP 5.0, section 3.2.44)
 
@@ -60,12 +60,7 @@ def team_cpus(num_threads: int) -> list[int]:
     return list(found)
 
 
-@functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    kernels = cpu_build.library()
-    if kernels is not None:
-        kernels.octavo_bind_team.argtypes = (ctypes.POINTER(ctypes.c_int32), ctypes.c_int)
-        kernels.octavo_bind_team.restype = ctypes.c_int
-        kernels.octavo_team_cpus.argtypes = (ctypes.POINTER(ctypes.c_int32), ctypes.c_int)
-        kernels.octavo_team_cpus.restype = None
-    return kernels
+_kernels = cpu_build.declared(
+    octavo_bind_team=(CODE, ctypes.POINTER(ctypes.c_int32), CODE),
+    octavo_team_cpus=(None, ctypes.POINTER(ctypes.c_int32), CODE),
+)

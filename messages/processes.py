@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .base import Message
-from .ids import Epoch
+from .ids import Epoch, RequestId
+from .samples import SampleFamily
 
 
 class ExecutorLoaded(Message, frozen=True):
@@ -90,6 +91,20 @@ class EngineStuck(Message, frozen=True):
     incarnation: int
 
 
+class EngineFailed(Message, frozen=True):
+    """Engine -> edge, its last word: scheduler or KV allocator raised at a message about one request of the edge's.
+
+    Attributes:
+        incarnation: of the engine.
+        request_id: what the message was about.
+        why: type and text of the exception.
+    """
+
+    incarnation: int
+    request_id: RequestId
+    why: str
+
+
 class EdgeShed(Message, frozen=True):
     """Engine -> edge: it took no more of what it was told, so the rest of that is void, and so is all it had asked for.
 
@@ -146,6 +161,46 @@ class EngineReport(Message, frozen=True):
     step_tokens: int = 0
     num_edges_shed: int = 0
     messages_dropped: tuple[tuple[str, int], ...] = ()
+    num_completed: int = 0
+
+
+class EdgeAccount(Message, frozen=True):
+    """Other edge -> edge 0, once a second and before it asks: what it counts itself.
+
+    Attributes:
+        name, incarnation: of the edge.
+        num_live: sequences that its clients wait for.
+        families: of its metrics.
+    """
+
+    name: str
+    incarnation: int
+    num_live: int
+    families: tuple[SampleFamily, ...]
+
+
+class AccountAsked(Message, frozen=True):
+    """Other edge -> edge 0: somebody asks for the metrics of all edges.
+
+    Attributes:
+        number: of the question, to be told with the answer.
+    """
+
+    number: int
+
+
+class AccountTold(Message, frozen=True):
+    """Edge 0 -> other edge, to `AccountAsked`.
+
+    Attributes:
+        number: of the question.
+        metrics: Prometheus' text.
+        num_live: sequences that clients of all edges wait for.
+    """
+
+    number: int
+    metrics: bytes
+    num_live: int
 
 
 class EngineUp(Message, frozen=True):

@@ -71,6 +71,7 @@ class SubmitRequest(Message, frozen=True):
         fork_of: a sibling (`n > 1`) whose prompt blocks this one shares; -1 if none.
         output_token_ids: int32; tokens already emitted, when a request is taken up again.
         is_taken_up_again: an earlier engine accepted it, so no bound on the queue refuses it now.
+        num_losses: of executors that may have died of it at another replica, since its latest token; it has moved.
     """
 
     request_id: RequestId
@@ -84,6 +85,7 @@ class SubmitRequest(Message, frozen=True):
     deadline_ns: int = 0
     output_token_ids: bytes = b""
     is_taken_up_again: bool = False
+    num_losses: int = 0
 
 
 class CancelRequest(Message, frozen=True):

@@ -15,13 +15,13 @@ class RouteRequest(Message, frozen=True):
 
 
 class RequestLeft(Message, frozen=True):
-    """Replica -> router: a routed request ended there, whatever its end; unknown ids are ignored."""
+    """Replica -> router: a routed request ended there, whatever its end, or goes elsewhere; unknown ids are ignored."""
 
     request_id: RequestId
 
 
 class ReplicaDown(Message, frozen=True):
-    """Supervisor -> router: send nothing more to this replica for now; what it has stays there."""
+    """Supervisor -> router: send nothing more to this replica for now; what it has stays until its `RequestLeft`."""
 
     replica: int
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ..kernels.attention_batch import AttentionBatch
+from ..kernels.attention_kind import AttentionKind
 from ..kernels.decoder_stack import StackProduct
 from ..kernels.paged_attention import paged_attention, write_kv
 from ..kernels.rotary import rotary_and_write
@@ -72,6 +73,7 @@ class Attention:
     """One layer's attention, or one rank's heads of it.
 
     Attributes:
+        kind: what tells its attention from another layer's.
         linear: how both projections multiply.
         batch_invariant: a query's bits are the same alone and in any batch.
     """
@@ -85,8 +87,7 @@ class Attention:
         widths, rows = (q_width, kv_width, kv_width), (share.q, share.kv, share.kv)
 
         self.group, self.eps = group, sizes.eps
-        self.scale = head_dim**-0.5 if s.scale is None else s.scale
-        self.window, self.softcap, self.uses_rope = s.window, s.softcap, s.uses_rope
+        self.uses_rope = s.uses_rope
         self.num_heads, self.num_kv_heads, self.head_dim = share.num_heads, share.num_kv_heads, head_dim
         self.widths = [part.stop - part.start for part in rows]
         self.linear = linear_for(reader.dtype, reader.device)
@@ -104,11 +105,13 @@ class Attention:
         self.k_norm = s.take_gain(reader, f"{prefix}.k_norm.weight", head_dim) if s.qk_norm else None
         first = share.q.start // head_dim
         # The kernels read them in float32.
-        self.sinks = (
+        sinks = (
             reader.take(f"{prefix}.sinks", num_heads, rows=slice(first, first + share.num_heads)).float()
             if s.has_sinks
             else None
         )
+        scale = head_dim**-0.5 if s.scale is None else s.scale
+        self.kind = AttentionKind(scale, s.window, s.softcap, sinks)
         self.o = reader.take_linear(f"{prefix}.o_proj.weight", hidden, q_width, columns=share.q)
         o_bias = reader.take(f"{prefix}.o_proj.bias", hidden) if s.o_bias else None
         self.o_bias = o_bias if group.tp_rank == 0 else None  # of the sum, it is part once
@@ -121,10 +124,7 @@ class Attention:
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "scale": self.scale,
-            "window": self.window,
-            "softcap": self.softcap,
-            "sinks": self.sinks,
+            "attention": self.kind,
             "qk_eps": self.eps,
             "cos_sin": cos_sin if self.uses_rope else None,
             "q_norm": self.q_norm if self.uses_rope else None,
@@ -156,12 +156,5 @@ class Attention:
             )
         else:
             write_kv(k, v, cache.k, cache.v, batch.slot_mapping)
-        attended = paged_attention(
-            *(q, cache.k, cache.v, batch),
-            scale=self.scale,
-            sliding_window=self.window,
-            softcap=self.softcap,
-            sinks=self.sinks,
-            batch_invariant=self.batch_invariant,
-        )
+        attended = paged_attention(q, cache.k, cache.v, batch, self.kind, batch_invariant=self.batch_invariant)
         return self.group.all_reduce(linear(attended.view(num_tokens, -1), self.o, self.o_bias))

@@ -162,11 +162,11 @@ class Decoder(ABC):
     def pack(self) -> None:
         """Lay out dense matrices for the CPU's own instructions, where it has some for the model's dtype.
 
-        Call it after loading, and not for deterministic arithmetic, which takes them as they are.
+        Call it after loading, and not for deterministic arithmetic, which lays them out in a way of its own.
         """
         if self.device.type == "cpu" and self.linear.packs:
             with torch.inference_mode():
-                pack_layers(((layer.attention, layer.mlp) for layer in self.layers), Packer())
+                pack_layers(((layer.attention, layer.mlp) for layer in self.layers), Packer().pack)
 
     # ---- CausalLM ----
 

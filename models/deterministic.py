@@ -1,19 +1,25 @@
 """`--deterministic`: a model whose logits for a row are the same bits alone and in any batch.
 
 Of what a step computes, the C kernels for attention, norms, rotary embedding, quantised linears and most activations
-keep that promise anyway. Here the rest is replaced: torch's matrix products, soft cap and exact gelu. On a GPU norms,
-rotary embedding and everything elementwise keep it, and attention, products and mixtures do when they are asked to.
+keep that promise anyway. Here the rest is replaced: torch's matrix products, soft cap and exact gelu. The layers'
+bfloat16 matrices are rounded to whole numbers, once, where the CPU multiplies those quicker: then any number of rows
+has the bits that many rows have without `--deterministic`. On a GPU norms, rotary embedding and everything elementwise
+keep it, and attention, products and mixtures do when they are asked to.
 """
 
 from __future__ import annotations
 
+import torch
+
 from ..kernels import linear_deterministic as kernels
+from ..kernels.linear_rounded import round_weight
 from .decoder import Decoder
 from .errors import UnsupportedModelError
 from .gemma import GemmaForCausalLM
 from .interface import CausalLM
 from .layers import GATED_ACTIVATIONS, Linear
 from .mixture import MixtureOfExperts
+from .packing import pack_layers
 
 
 def make_deterministic(model: CausalLM) -> CausalLM:
@@ -44,6 +50,9 @@ def make_deterministic(model: CausalLM) -> CausalLM:
         layer.mlp.use(linear, acts)
         if isinstance(layer.mlp, MixtureOfExperts):
             layer.mlp.batch_invariant = True
+    if is_cpu and model.dtype is torch.bfloat16:
+        with torch.inference_mode():
+            pack_layers(((layer.attention, layer.mlp) for layer in model.layers), round_weight)
     if is_cpu and isinstance(model, GemmaForCausalLM):
         model.softcap = kernels.softcap_deterministic_
     return model

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import torch
 
+from ..kernels.cores import usable_cores
 from .errors import WeightsError
 from .stored_tensors import FileRange
 
@@ -146,7 +147,7 @@ class DeviceLoader:
         self, maker: StagingMaker, *, num_threads: int | None = None, staging_bytes: int = STAGING_BYTES
     ) -> None:
         self._maker = maker
-        self._num_threads = num_threads or max(1, min(_MAX_THREADS, _usable_cores()))
+        self._num_threads = num_threads or max(1, min(_MAX_THREADS, usable_cores()))
         self._staging_bytes = staging_bytes
         # Bounded: what is decoded on the host before it is placed must not pile up.
         self._pieces: queue.Queue[Piece | None] = queue.Queue(4 * self._num_threads)
@@ -275,7 +276,3 @@ def _read(where: FileRange, into: torch.Tensor) -> None:
         if count <= 0:
             raise EOFError(f"it ends {where.num_bytes - done} bytes too early")
         done += count
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -22,7 +22,7 @@ class UnsupportedModelError(ModelLoadError):
 
 
 class QuantizedModelError(UnsupportedModelError):
-    """The checkpoint's weights are quantised. No implementation reads them, so there is nothing to fall back to."""
+    """The checkpoint's weights are quantised: by a method that is not read, or no native implementation serves them."""
 
     code = "quantization_not_supported"
 

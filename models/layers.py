@@ -15,8 +15,10 @@ from ..kernels import linear_deterministic as deterministic_kernels
 from ..kernels.gated_activation import GatedActivation, gelu_tanh_and_mul, silu_and_mul
 from ..kernels.linear_dense import linear_dense, linear_dense_quick
 from ..kernels.linear_packed import FEW_ROWS, PackedWeight, linear_packed
-from ..kernels.linear_quantized import LinearWeight, linear_quantized
+from ..kernels.linear_quantized import linear_quantized
+from ..kernels.linear_rounded import RoundedWeight, linear_rounded
 from ..kernels.linear_widened import linear_widened
+from ..kernels.quantized_weight import LinearWeight
 from .errors import UnsupportedModelError
 
 _ROWS_BOUND_BY_MEMORY = 4
@@ -34,6 +36,7 @@ class WeightKind(Enum):
     DENSE = auto()  # of the dtype of what it multiplies
     OTHER_DTYPE = auto()
     PACKED = auto()
+    ROUNDED = auto()
     QUANTIZED = auto()
 
 
@@ -45,8 +48,10 @@ def weight_kinds(weights: Iterable[LinearWeight], dtype: torch.dtype) -> frozens
             kinds |= weight_kinds(weight, dtype)
         elif isinstance(weight, torch.Tensor):
             kinds.add(WeightKind.DENSE if weight.dtype is dtype else WeightKind.OTHER_DTYPE)
+        elif isinstance(weight, PackedWeight):
+            kinds.add(WeightKind.PACKED)
         else:
-            kinds.add(WeightKind.PACKED if isinstance(weight, PackedWeight) else WeightKind.QUANTIZED)
+            kinds.add(WeightKind.ROUNDED if isinstance(weight, RoundedWeight) else WeightKind.QUANTIZED)
     return frozenset(kinds)
 
 
@@ -77,6 +82,8 @@ class Linear:
             case PackedWeight():
                 assert self.packs, "it was packed for another way to multiply"
                 out = linear_packed(x, weight)
+            case RoundedWeight():
+                out = linear_rounded(x, weight)
             case _ if self._widens(x.shape[0]):
                 out = linear_widened(x, weight)
             case _:
@@ -98,6 +105,8 @@ class Linear:
         match kind:
             case WeightKind.QUANTIZED:
                 return not self._widens(num_rows)
+            case WeightKind.ROUNDED:
+                return True
             case WeightKind.PACKED:
                 return self.packs and num_rows <= FEW_ROWS
             case _:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels import mixture as kernels
+from ..kernels.expert_stack import ExpertStack, is_fusable
 from ..kernels.gated_activation import GatedActivation
-from ..kernels.linear_quantized import LinearWeight
+from ..kernels.quantized_weight import LinearWeight
 from .errors import UnsupportedModelError
 from .layers import Linear, linear_for
 from .mlp import Expert, GatedMLP
@@ -81,7 +82,7 @@ class MixtureOfExperts:
         read = read_stacked_experts if s.names == STACKED_NAMES else read_experts
         self.experts: dict[int, Expert] = read(reader, f"{prefix}.{s.block}.experts", hidden, s, act, group)
         self.batch_invariant = False
-        self._stack: kernels.ExpertStack | None = None
+        self._stack: ExpertStack | None = None
 
     def stack_experts(self, *, widens: bool = True) -> None:
         """Compute by products over all experts at once, as a GPU does, which must not wait for the router's choice.
@@ -97,13 +98,13 @@ class MixtureOfExperts:
         """
         experts = list(self.experts.values())
         act = experts[0].act
-        if not kernels.is_fusable(act):
+        if not is_fusable(act):
             raise UnsupportedModelError("this activation is not supported in a mixture of experts on a GPU")
         w13 = _stacked([expert.gate_up for expert in experts], self._dtype, widens=widens)
         w2 = _stacked([expert.down for expert in experts], self._dtype, widens=widens)
         b13 = [expert.gate_up_bias for expert in experts if expert.gate_up_bias is not None]
         b2 = [expert.down_bias for expert in experts if expert.down_bias is not None]
-        self._stack = kernels.ExpertStack(
+        self._stack = ExpertStack(
             w13=w13,
             w2=w2,
             b13=torch.stack(b13) if b13 else None,

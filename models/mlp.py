@@ -9,7 +9,7 @@ import torch
 
 from ..kernels.decoder_stack import StackProduct
 from ..kernels.gated_activation import GatedActivation
-from ..kernels.linear_quantized import LinearWeight
+from ..kernels.quantized_weight import LinearWeight
 from .layers import Linear, linear_for
 from .parallel import ParallelGroup
 from .sharding import share_evenly

@@ -1,14 +1,15 @@
-"""A model's dense matrices, packed for the CPU's own matrix instructions once it has been loaded."""
+"""A model's dense matrices, laid out anew for the way in which they will be multiplied, once it has been loaded."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
-from ..kernels.linear_packed import Packer
-from ..kernels.linear_quantized import LinearWeight
+from ..kernels.linear_packed import PackedWeight
+from ..kernels.linear_rounded import RoundedWeight
+from ..kernels.quantized_weight import LinearWeight
 from .attention import Attention
 from .mixture import MixtureOfExperts
 from .mlp import GatedMLP
@@ -16,11 +17,17 @@ from .mlp import GatedMLP
 log = logging.getLogger(__name__)
 
 
-def pack_layers(layers: Iterable[tuple[Attention, GatedMLP | MixtureOfExperts]], packer: Packer) -> int:
+Pack = Callable[[torch.Tensor], PackedWeight | RoundedWeight | None]
+
+
+def pack_layers(layers: Iterable[tuple[Attention, GatedMLP | MixtureOfExperts]], pack: Pack) -> int:
     """Put packed matrices in the place of dense ones, one after the other: no more than one is held twice.
 
     Not those of the vocabulary: the embedding reads rows of its own, and is the output projection's matrix too where
     they are tied.
+
+    Args:
+        pack: what is to take the place of a matrix; None: it stays.
 
     Returns:
         How many are packed now.
@@ -29,7 +36,7 @@ def pack_layers(layers: Iterable[tuple[Attention, GatedMLP | MixtureOfExperts]],
 
     def packed(weight: LinearWeight) -> LinearWeight:
         nonlocal count
-        made = packer.pack(weight) if isinstance(weight, torch.Tensor) else None
+        made = pack(weight) if isinstance(weight, torch.Tensor) else None
         if made is None:
             return weight
         count += 1

@@ -27,6 +27,8 @@ from .weights import checkpoint_dtype, weight_files
 
 ModelImpl = Literal["auto", "native", "transformers"]
 LoadFormat = Literal["auto", "dummy"]
+WeightsAre = Scheme | RandomWeights | Literal["int8", "int4"] | None
+"""How the weights are quantised or are to be, or that there are none to be read; None for floating ones."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -235,39 +237,30 @@ def load_model(
     config = _configuration(folder, model_impl, trust_remote_code=trust_remote_code)
     check_supported(config, folder)
     must_be_native = is_gguf(folder) or model_impl == "native"
-    implementation = None if model_impl == "transformers" else native_class(config)
     is_parallel = group is not None and group.world_size > 1
-    weights_are: Scheme | RandomWeights | Literal["int8", "int4"] | None
+    implementation = None if model_impl == "transformers" else native_class(config)
+    weights_are: WeightsAre
     if load_format == "dummy":
         weights_are = _random_weights(folder, quantization, native=implementation is not None)
     else:
         weights_are = weight_quantization(config, folder, quantization, native=implementation is not None)
-    if implementation is not None:
-        try:
-            model = implementation(
-                *(folder, config),
-                dtype=(
-                    dummy_dtype(dtype, config, target)
-                    if load_format == "dummy"
-                    else resolve_dtype(dtype, config, folder, target, native=True)
-                ),
-                device=target,
-                max_model_len=max_model_len,
-                quantization=weights_are,
-                group=group,
-            )
-        except UnsupportedModelError as error:
-            if must_be_native or weights_are is not None or deterministic or is_parallel:
-                raise UnsupportedModelError(f"{folder} cannot be served natively: {error}") from error
-        else:
-            if deterministic:
-                return make_deterministic(model)
-            model.pack()
-            return model
-    else:
+    if implementation is None:
         _check_needs_no_native(
             config, folder, must_be_native=must_be_native, deterministic=deterministic, is_parallel=is_parallel
         )
+    else:
+        model = _load_native(
+            *(implementation, folder, config),
+            dtype=dtype,
+            device=target,
+            max_model_len=max_model_len,
+            weights_are=weights_are,
+            deterministic=deterministic,
+            group=group,
+            may_fall_back=not (must_be_native or deterministic or is_parallel) and weights_are is None,
+        )
+        if model is not None:
+            return model
     if isinstance(config, PlainConfig):
         config = load_config(folder, trust_remote_code=trust_remote_code)
     # Not at the top: a native model needs neither the module nor `transformers`.
@@ -281,6 +274,47 @@ def load_model(
         device=target,
         max_model_len=max_model_len,
     )
+
+
+def _load_native(
+    implementation: type[Decoder],
+    folder: Path,
+    config: Any,
+    *,
+    dtype: str,
+    device: torch.device,
+    max_model_len: int | None,
+    weights_are: WeightsAre,
+    deterministic: bool,
+    group: ParallelGroup | None,
+    may_fall_back: bool,
+) -> CausalLM | None:
+    """A model of a native class; None where that lacks something that `transformers` may have, if it `may_fall_back`.
+
+    Raises:
+        ModelLoadError: also where it lacks something and may not.
+    """
+    try:
+        model = implementation(
+            *(folder, config),
+            dtype=(
+                dummy_dtype(dtype, config, device)
+                if isinstance(weights_are, RandomWeights)
+                else resolve_dtype(dtype, config, folder, device, native=True)
+            ),
+            device=device,
+            max_model_len=max_model_len,
+            quantization=weights_are,
+            group=group,
+        )
+    except UnsupportedModelError as error:
+        if may_fall_back:
+            return None
+        raise UnsupportedModelError(f"{folder} cannot be served natively: {error}") from error
+    if deterministic:
+        return make_deterministic(model)
+    model.pack()
+    return model
 
 
 def _configuration(folder: Path, model_impl: ModelImpl, *, trust_remote_code: bool) -> Any:

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from ..kernels.attention_batch import AttentionBatch
+from ..kernels.attention_kind import AttentionKind
 from ..kernels.paged_attention import paged_attention, write_kv
 from .interface import KVCache, KVCacheSpec
 
@@ -124,10 +125,12 @@ class AttentionPlan:
             cache.k,
             cache.v,
             step.batch,
-            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            sliding_window=call.sliding_window,
-            softcap=softcap or 0.0,
-            sinks=sinks,
+            AttentionKind(
+                scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+                sliding_window=call.sliding_window,
+                softcap=softcap or 0.0,
+                sinks=sinks,
+            ),
         )
         return out.to(value.dtype).unsqueeze(0)
 

@@ -14,7 +14,6 @@ A model for which neither gives the hidden states that it computes by itself is 
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,25 +22,16 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..kernels.attention_batch import AttentionBatch
 from .errors import ModelLoadError, UnsupportedModelError, WeightsError
 from .interface import CausalLM, KVCache, KVCacheSpec
 from .transformers_attention import PAGED, RECORDING, AttentionPlan, UnsupportedAttentionError
 from .transformers_cache import ShapeRecorder, paged_cache, row_groups
+from .transformers_check import check_tokens, largest_error, own_hidden
 from .transformers_head import head_of
-from .transformers_support import (
-    LENGTH_DEPENDENT_ROPE_TYPES,
-    max_position_of,
-    refuse_recurrent,
-    refuse_unsafe_weights,
-    refuse_unsupported_config,
-    rope_parameters_of,
-)
-
-_CHECK_LENGTHS = (9, 5)  # tokens of the rows in the check at load
-_CHECK_BLOCK_SIZE = 4
+from .transformers_rope import settle_rope
+from .transformers_support import refuse_recurrent, refuse_unsafe_weights, refuse_unsupported_config
 
 # They know distances alone (attention with linear biases), so padding on the left changes nothing.
 _RELATIVE_POSITIONS = ("bloom", "mpt")
@@ -167,11 +157,11 @@ def page_model(
     """
     model.eval().requires_grad_(False)
     decoder = _decoder_of(model)
-    max_position = _settle_rope(model.config, decoder, max_model_len)
+    max_position = settle_rope(model.config, decoder, max_model_len)
     head = head_of(model, decoder)
     with _quiet():
         model.set_attn_implementation("eager")
-        expected = _own_hidden(model, decoder, device)
+        expected = own_hidden(decoder, device)
         vocab_size = _logits(head, expected[0][:1]).shape[-1]
         counts_positions = _counts_positions(model, decoder)
         reasons = []
@@ -192,7 +182,7 @@ def page_model(
                     plan=plan,
                     pad_contexts=pad_contexts,
                 )
-                error = _largest_error(paged, expected)
+                error = largest_error(paged, expected)
             except UnsupportedAttentionError as unsupported:
                 reasons.append(str(unsupported))
                 continue
@@ -244,7 +234,7 @@ def _paged_attention(
     plan = AttentionPlan()
     plan.attach(decoder)
     model.set_attn_implementation(RECORDING)
-    input_ids, positions = _check_tokens(max(_CHECK_LENGTHS), device)
+    input_ids, positions = check_tokens(device)
     with plan.recording(max_position):
         decoder(input_ids=input_ids[None], position_ids=positions[None], use_cache=False)
     if not plan.calls:
@@ -259,105 +249,13 @@ def _paged_cache(
     """Find out what the model puts into its cache, and go back to its own attention."""
     model.set_attn_implementation("eager")
     recorder = ShapeRecorder()
-    input_ids, _ = _check_tokens(max(_CHECK_LENGTHS), device)
+    input_ids, _ = check_tokens(device)
     decoder(input_ids=input_ids[None], past_key_values=recorder, use_cache=True)
     if recorder.specs is None:
         raise UnsupportedAttentionError("it does not put K and V of every layer into its cache")
     if model._supports_sdpa:
         model.set_attn_implementation("sdpa")
     return recorder.specs, None
-
-
-def _check_tokens(length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and positions of the check; small ids, which every vocabulary has."""
-    positions = torch.arange(length, device=device)
-    return positions * 7 % 31 + 1, positions
-
-
-def _own_hidden(model: Any, decoder: nn.Module, device: torch.device) -> list[torch.Tensor]:
-    """The hidden states of the check's rows by the model's own attention, one pass for each row and no cache."""
-    return [
-        decoder(input_ids=_check_tokens(length, device)[0][None], use_cache=False)[0][0] for length in _CHECK_LENGTHS
-    ]
-
-
-def _largest_error(paged: TransformersCausalLM, expected: list[torch.Tensor]) -> float:
-    """How far hidden states with the paged cache are from `expected`, relative to their norm.
-
-    Two rows go through in three ragged steps: two prefill chunks that end within a block, one decode beside a chunk,
-    two decodes of different length. In float32 the worst token counts; else the median of the worst step, because in a
-    mixture of experts rounding to 8 or 11 bits may send a single token to another expert.
-    """
-    long_row, _ = _CHECK_LENGTHS
-    blocks_per_row = -(-long_row // _CHECK_BLOCK_SIZE)
-    tables = torch.arange(2 * blocks_per_row, dtype=torch.int32).flip(0).view(2, blocks_per_row)
-    kv_caches = [_empty_cache(spec, 2 * blocks_per_row, paged) for spec in paged.kv_cache_specs]
-    token_ids, _ = _check_tokens(long_row, paged.device)
-    worst = 0.0
-    for short_span, long_span in (((0, 3), (0, 5)), ((3, 4), (5, 8)), ((4, 5), (8, 9))):
-        spans = (short_span, long_span)
-        num_new = [end - start for start, end in spans]
-        positions = [torch.arange(start, end) for start, end in spans]
-        slots = [
-            tables[row, row_positions // _CHECK_BLOCK_SIZE] * _CHECK_BLOCK_SIZE + row_positions % _CHECK_BLOCK_SIZE
-            for row, row_positions in enumerate(positions)
-        ]
-        batch = AttentionBatch(
-            query_start=torch.tensor([0, num_new[0], sum(num_new)], dtype=torch.int32, device=paged.device),
-            context_lens=torch.tensor([end for _, end in spans], dtype=torch.int32, device=paged.device),
-            block_tables=tables.to(paged.device),
-            slot_mapping=torch.cat(slots).long().to(paged.device),
-            block_size=_CHECK_BLOCK_SIZE,
-            max_query_len=max(num_new),
-            max_context_len=max(end for _, end in spans),
-            num_decodes=num_new.count(1),
-        )
-        step_positions = torch.cat(positions).to(paged.device)
-        hidden = paged.forward(token_ids[step_positions], step_positions, batch, kv_caches).float()
-        own = torch.cat([expected[1][slice(*short_span)], expected[0][slice(*long_span)]]).float()
-        errors = (hidden - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-6)
-        error = float(errors.max() if paged.dtype == torch.float32 else errors.median())
-        worst = max(worst, error) if math.isfinite(error) else math.inf
-    return worst
-
-
-def _empty_cache(spec: KVCacheSpec, num_blocks: int, paged: TransformersCausalLM) -> KVCache:
-    shape = (num_blocks, spec.num_kv_heads, _CHECK_BLOCK_SIZE)
-    return KVCache(
-        k=torch.zeros(*shape, spec.k_head_dim, dtype=paged.dtype, device=paged.device),
-        v=torch.zeros(*shape, spec.v_head_dim, dtype=paged.dtype, device=paged.device),
-    )
-
-
-def _settle_rope(config: Any, decoder: nn.Module, max_model_len: int | None) -> int:
-    """Fix rotary frequencies that would follow the length of the batch; returns the longest context that is exact."""
-    max_position = max_position_of(config)
-    for parameters in rope_parameters_of(config):
-        if parameters.get("rope_type") not in LENGTH_DEPENDENT_ROPE_TYPES:
-            continue
-        original = parameters.get("original_max_position_embeddings") or max_position
-        if parameters["rope_type"] == "longrope" and max_model_len is not None and max_model_len > original:
-            _use_long_frequencies(decoder, original)
-        else:
-            max_position = min(max_position, original)
-    return max_position
-
-
-def _use_long_frequencies(decoder: nn.Module, original_max_position: int) -> None:
-    """Put the long rotary frequencies in the short ones' place, so that either choice at run time is the long set."""
-    for module in decoder.modules():
-        rope_type = getattr(module, "rope_type", None)
-        named = rope_type if isinstance(rope_type, dict) else {None: rope_type}
-        for layer_type, name in named.items():
-            if name != "longrope":
-                continue
-            prefix = "" if layer_type is None else f"{layer_type}_"
-            frequencies = getattr(module, f"{prefix}inv_freq")
-            long, _ = ROPE_INIT_FUNCTIONS["longrope"](
-                module.config, frequencies.device, seq_len=original_max_position + 1, layer_type=layer_type
-            )
-            setattr(module, f"{prefix}original_inv_freq", long)
-            frequencies.copy_(long)
 
 
 def _load(path: str, config: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.embedding import embed
-from ..kernels.linear_quantized import LinearWeight
+from ..kernels.quantized_weight import LinearWeight
 from .layers import Linear
 from .parallel import ParallelGroup
 from .weights import WeightReader

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..kernels import cpu_build
 from ..kernels.huge_pages import place, release_file_pages
-from ..kernels.linear_quantized import LinearWeight, QuantizedWeight, concatenate
+from ..kernels.quantized_weight import LinearWeight, QuantizedWeight, concatenate
 from .device_loading import CudaStagingMaker, DeviceLoader
 from .errors import WeightsError
 from .gguf.reader import is_gguf

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..actors.runtime.percentile import percentile
 from ..messages.errors import QueueFullError
 from .config import SimConfig
 from .gaps import GapHistogram
@@ -21,13 +22,6 @@ if TYPE_CHECKING:
 NOTHING = Distribution(math.nan, math.nan, math.nan, math.nan, math.nan, math.nan)
 
 
-def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Nearest rank: the smallest value that at least `percent` % of all do not exceed; NaN of nothing."""
-    if not ordered:
-        return math.nan
-    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
-
-
 def distribution(values: Sequence[float]) -> Distribution:
     """Mean and percentiles; all NaN of nothing."""
     if not values:
@@ -35,10 +29,10 @@ def distribution(values: Sequence[float]) -> Distribution:
     ordered = sorted(values)
     return Distribution(
         mean=math.fsum(ordered) / len(ordered),
-        p50=percentile(ordered, 50),
-        p90=percentile(ordered, 90),
-        p95=percentile(ordered, 95),
-        p99=percentile(ordered, 99),
+        p50=percentile(ordered, 0.5),
+        p90=percentile(ordered, 0.9),
+        p95=percentile(ordered, 0.95),
+        p99=percentile(ordered, 0.99),
         max=ordered[-1],
     )
 
@@ -217,7 +211,7 @@ def _is_met(term: SloTerm, records: Sequence[RequestRecord], gaps: GapHistogram)
     values = sorted(value for value in values if not math.isnan(value))
     if not values:
         return True
-    value = math.fsum(values) / len(values) if term.percentile < 0 else percentile(values, term.percentile)
+    value = math.fsum(values) / len(values) if term.percentile < 0 else percentile(values, term.percentile / 100)
     return value <= term.limit_s
 
 

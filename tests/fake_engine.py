@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from octavo.gateway.api.engine_protocol import Sink
 from octavo.gateway.config import EngineConfig
-from octavo.gateway.engine_protocol import Sink
 from octavo.gateway.generation_config import RequestDefaults
 from octavo.gateway.stats import EngineStats
 from octavo.messages.errors import EngineClosedError, InvalidRequestError, QueueFullError
@@ -87,6 +87,7 @@ class FakeEngine:
         self._is_closed = False
         self._is_scheduled = False
         self._num_tokens = 0
+        self._num_completed = 0
 
     @property
     def num_live(self) -> int:
@@ -207,6 +208,7 @@ class FakeEngine:
         ended = None
         if finish is not None:
             del self._live[sequence.request_id]
+            self._num_completed += 1
             ended = RequestEnded(
                 sequence.request_id, finish, num_output_tokens=sequence.num_tokens, num_cached_tokens=0
             )
@@ -270,6 +272,7 @@ class FakeEngine:
             generation_tokens=self._num_tokens,
             num_steps=0,
             num_dropped_messages=0,
+            num_completed=self._num_completed,
         )
 
     async def drain(self) -> None:

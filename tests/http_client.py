@@ -13,9 +13,9 @@ import aiohttp
 import msgspec
 from fake_engine import FakeEngine
 
-from octavo.gateway.engine_protocol import EngineLike
-from octavo.gateway.server import RunningServer, start_http
-from octavo.gateway.settings import ServerSettings
+from octavo.gateway.api.engine_protocol import EngineLike
+from octavo.gateway.api.server import RunningServer, start_http
+from octavo.gateway.api.settings import ServerSettings
 
 
 class Answer(msgspec.Struct):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from core_ring import CoreRing, submit
+from sim_journal import SimJournal
 
 from octavo.actors.journal.checksum import decisions_of
 from octavo.actors.journal.config import JournalHeader
@@ -14,7 +15,6 @@ from octavo.actors.kv_allocator.config import AllocatorConfig
 from octavo.actors.scheduler.config import SchedulerConfig
 from octavo.messages.base import Message
 from octavo.sim.journal.reader import JournalReader
-from octavo.sim.journal.recorder import SimJournal
 
 CONFIG = SchedulerConfig(
     num_blocks=12, block_size=2, max_model_len=24, max_num_seqs=4, max_num_batched_tokens=10, priority_aging_ns=5000

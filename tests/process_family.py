@@ -25,10 +25,15 @@ def named(name: str, root: int | None = None) -> list[psutil.Process]:
     return []
 
 
-async def until(condition: Callable[[], bool], every_s: float = 0.01) -> None:
-    """Return once a condition holds; whoever waits bounds the time."""
-    while not condition():
-        await asyncio.sleep(every_s)
+async def until(condition: Callable[[], bool], every_s: float = 0.01, *, timeout_s: float | None = None) -> None:
+    """Return once a condition holds; whoever gives no time bounds it.
+
+    Args:
+        every_s: between two looks; 0 is a turn of the event loop, where nothing else is waited for.
+    """
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(every_s)
 
 
 async def living(name: str, root: int | None = None, *, other_than: int = 0) -> psutil.Process:

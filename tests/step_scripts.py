@@ -15,7 +15,7 @@ from octavo.actors.executor.gpu.packed_step import PackedStep
 from octavo.actors.executor.gpu.step_diff import StepDiff
 from octavo.actors.executor.sampler import Sampler
 from octavo.actors.executor.standing_batch import StandingBatch, StepArrays
-from octavo.kernels.step_inputs import RowInputs, StepLayout, TokenInputs
+from octavo.kernels.step_layout import RowInputs, StepLayout, TokenInputs
 from octavo.messages.ids import BlockId, Epoch, RequestId, StepId
 from octavo.messages.sampling import SamplingParams
 from octavo.messages.step import ExecuteStep, StartRequest
@@ -115,7 +115,7 @@ class BothBatches:
         self._sampler = Sampler(VOCAB_SIZE)
         self._starts: dict[RequestId, StartRequest] = {}
         self._rng = random.Random(seed)
-        self._words = [(torch.full((LAYOUT.diff + 1000,), -7, dtype=torch.int32), -1) for _ in range(2)]
+        self._words = [torch.full((LAYOUT.diff + 1000,), -7, dtype=torch.int32) for _ in range(2)]
 
     def take(self, step: ExecuteStep) -> tuple[torch.Tensor, PackedStep, Expected | None]:
         """The step as it is packed, and what it has to mean; None if it has no rows."""
@@ -130,11 +130,9 @@ class BothBatches:
             diff.write_start(standing.row, start, table, standing.sampling.seed)
             self._starts[start.request_id] = start
         diff.write_blocks(self.batch.append_blocks(step))
-        # Two that take turns, as steps in flight do: what a step of the same shape has left there need not be written.
-        words, shape = self._words[step.step_id % 2]
-        packed = self.batch.pack(step, diff, words.numpy(), shape)
+        words = self._words[step.step_id % 2]  # two that take turns, as steps in flight do
+        packed = self.batch.pack(step, diff, words.numpy())
         assert packed.num_words == diff.packed_words
-        self._words[step.step_id % 2] = (words, packed.shape)
         self._standing.apply(step)
         if not step.request_ids:
             return words, packed, None

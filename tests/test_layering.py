@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -30,25 +32,95 @@ def modules() -> list[Path]:
     )
 
 
-def imports_of(path: Path) -> list[tuple[str, str]]:
+def is_module(target: str) -> bool:
+    return (ROOT / f"{target}.py").is_file() or (ROOT / target / "__init__.py").is_file()
+
+
+def statements(node: ast.AST, *, for_types: bool) -> Iterator[ast.AST]:
+    """All nodes below one, with or without what stands under `if TYPE_CHECKING`; functions' bodies among them."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING") and not for_types:
+            continue
+        yield child
+        yield from statements(child, for_types=for_types)
+
+
+def imports_in(text: str, path: Path, *, for_types: bool = True) -> list[tuple[str, str]]:
     """`(target, statement)` of every import, targets inside the package as paths from the root, others as given."""
     found = []
     package = list(path.parts[:-1])
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    for node in statements(ast.parse(text), for_types=for_types):
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - (node.level - 1)]
-            module = node.module.split(".") if node.module else []
-            if base or module:
-                names = [] if module or base else [alias.name for alias in node.names]
-                targets = ["/".join([*base, *module, *([tail] if tail else [])]) for tail in names or [""]]
-                found += [(target, ast.unparse(node)) for target in targets]
-            else:
-                found.append(("__init__", ast.unparse(node)))
+            base = [*package[: len(package) - (node.level - 1)], *(node.module or "").split(".")]
+            whence = "/".join(part for part in base if part)
+            inside = ["/".join(filter(None, (whence, alias.name))) for alias in node.names]
+            targets = [target if is_module(target) else whence or "__init__" for target in inside]
+            found += [(target, ast.unparse(node)) for target in dict.fromkeys(targets)]
         elif isinstance(node, ast.ImportFrom):
             found.append((f"external:{node.module}", ast.unparse(node)))
         elif isinstance(node, ast.Import):
             found += [(f"external:{alias.name}", ast.unparse(node)) for alias in node.names]
     return found
+
+
+def imports_of(path: Path, *, for_types: bool = True) -> list[tuple[str, str]]:
+    """`imports_in` a module of the package."""
+    return imports_in((ROOT / path).read_text(encoding="utf-8"), path, for_types=for_types)
+
+
+def file_of(target: str) -> str:
+    """A module's or a package's, from the root."""
+    return f"{target}.py" if (ROOT / f"{target}.py").is_file() else f"{target}/__init__.py"
+
+
+def circle_of(imports: dict[str, set[str]]) -> list[str]:
+    """Modules of which each imports the one before it; none if there are no such."""
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        circle: list[str] = error.args[1]
+        return circle
+    return []
+
+
+def test_imports_form_no_circle_not_even_by_way_of_functions() -> None:
+    graph = {
+        str(path): {
+            file_of(target) for target, _ in imports_of(path, for_types=False) if not target.startswith("external:")
+        }
+        - {str(path)}
+        for path in [*modules(), Path("__init__.py"), Path("__main__.py")]
+    }
+    assert len(graph) > 300
+    assert not circle_of(graph)
+
+
+def test_circles_and_what_is_imported_are_found() -> None:
+    assert circle_of({"a": {"b"}, "b": {"c"}, "c": {"a"}}) and not circle_of({"a": {"b", "c"}, "b": {"c"}})
+    here = Path("kernels/gpu/somewhere.py")
+    lines = "from .. import mixture, __all__\ndef f():\n    from ... import sim, __version__\n    import torch.nn\n"
+    targets = {target for target, _ in imports_in(lines, here)}
+    assert targets == {"kernels/mixture", "kernels", "sim", "__init__", "external:torch.nn"}
+    hidden = "if TYPE_CHECKING:\n    from ..mixture import mixture\n"
+    assert [target for target, _ in imports_in(hidden, here)] == ["kernels/mixture"]
+    assert not imports_in(hidden, here, for_types=False)
+
+
+ONLY_FROM = {
+    "gateway/simulate": {"gateway/cli.py"},
+    "gateway/chaos": {"gateway/cli.py", "gateway/bench_drain.py", "gateway/soak.py", "gateway/soak_holdings.py"},
+}
+"""Whoever serves needs none of it: it is for commands that try a server, or a machine."""
+
+
+@pytest.mark.parametrize("path", [path for path in modules() if path.parts[0] == "gateway"], ids=str)
+def test_the_server_needs_neither_what_tries_it_nor_the_interface_the_processes(path: Path) -> None:
+    targets = {target for target, _ in imports_of(path)}
+    for folder, users in ONLY_FROM.items():
+        if str(path) not in users and not path.is_relative_to(folder):
+            assert not any(Path(target).is_relative_to(folder) for target in targets), path
+    if path.is_relative_to("gateway/api"):
+        assert not any(Path(target).is_relative_to("gateway/processes") for target in targets), path
 
 
 @pytest.mark.parametrize("path", modules(), ids=str)
@@ -65,9 +137,9 @@ def test_a_module_imports_only_what_the_table_allows(path: Path) -> None:
         assert target.split("/")[0] in allowed, f"{path}: {statement}"
         if folder == "sim" and target.startswith("actors/"):
             file = target.split("/")[-1]
-            # `explain` reads a core's state, `sizing` is what the engine's start computes; the fault harness drives the
-            # mailboxes as well, to find faults in them.
-            known = {"core", "config", "routes", "clock", "explain", "sizing"}
+            # `explain` reads a core's state, `sizing` is what the engine's start computes, `percentile` what is said of
+            # figures, measured or not; the fault harness drives the mailboxes as well, to find faults in them.
+            known = {"core", "config", "routes", "clock", "explain", "percentile", "sizing"}
             if path.parts[:2] == ("sim", "faults"):
                 known |= {"in_process"}
             assert file in known, f"{path}: sim drives cores alone: {statement}"
@@ -91,7 +163,6 @@ def _reachable_heavy(path: Path, seen: dict[Path, None]) -> list[str]:
             if target.removeprefix("external:").split(".")[0] in HEAVY:
                 heavy.append(f"{path}: {target}")
             continue
-        for candidate in (Path(f"{target}.py"), Path(target) / "__init__.py"):
-            if (ROOT / candidate).is_file():
-                heavy += _reachable_heavy(candidate, seen)
+        if is_module(target):
+            heavy += _reachable_heavy(Path(file_of(target)), seen)
     return heavy

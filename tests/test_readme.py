@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_engine import FakeEngine
 
+from octavo.gateway.api.server import create_app
+from octavo.gateway.api.settings import ServerSettings
 from octavo.models.registry import NATIVE
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
@@ -49,3 +52,10 @@ def test_the_families_that_the_readme_calls_native_are_those_of_the_registry() -
 def test_no_family_is_both_native_and_served_through_transformers() -> None:
     (named,) = re.findall(r"\*\*Any other decoder[^:]*: ([^:]*?) and many more\.", README)
     assert not set(re.split(r",\s+", named)) & set(FAMILIES)
+
+
+def test_the_routes_that_the_readme_names_are_those_that_are_served() -> None:
+    (paragraph,) = re.findall(r"## The server\n\n(.*?) It listens", README, re.DOTALL)
+    named = set(re.findall(r"`(/[^`]+)`", paragraph))
+    routes = {resource.canonical for resource in create_app(FakeEngine(), ServerSettings()).router.resources()}
+    assert named == {route for route in routes if route != "/" and "{" not in route}

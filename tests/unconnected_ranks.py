@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from octavo.kernels.linear_quantized import LinearWeight, QuantizedWeight
+from octavo.kernels.quantized_weight import LinearWeight, QuantizedWeight
 from octavo.models.parallel import ParallelConfig, ParallelGroup
 
 

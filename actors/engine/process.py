@@ -18,6 +18,7 @@ from ...messages.kv import ResetPrefixCache
 from ...messages.nodes import Listening
 from ...messages.processes import (
     EdgeShed,
+    EngineFailed,
     EngineReport,
     PeerLeft,
     PeerStarted,
@@ -37,10 +38,12 @@ from ..runtime.clock import MonotonicClock
 from ..runtime.in_process import InProcessRuntime
 from ..runtime.logs import configure_logs
 from ..runtime.port import LinkEvent, Port
+from ..runtime.port_limits import EDGE_LIMITS
 from ..runtime.port_record import drops_of
 from ..runtime.routes import ROUTES, Address
 from ..scheduler.config import SchedulerConfig
 from ..scheduler.core import Quarantine, SchedulerCore
+from .audit import Audit
 from .peers import Edges, Executors, Peers, edge_of, incarnation_of, is_of
 from .report import Reporter
 from .shed_edges import ShedEdges
@@ -48,6 +51,9 @@ from .shed_edges import ShedEdges
 log = structlog.get_logger("octavo.engine")
 
 BEAT_S = 0.25
+
+_FLUSH_NS = 250_000_000
+"""How long it waits for its last word to leave."""
 
 _MAX_BEATS_WAITING = 1024
 """An edge 0 that takes nothing for minutes needs no more of them when it goes on."""
@@ -113,8 +119,10 @@ def run(arguments: bytes) -> int:
 
 async def _serve(spec: EngineProcessSpec) -> int:
     engine = EngineProcess(spec)
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: engine.fail_in_callback(context))
     # Only the journal cares for a polite end.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, engine.end)
+    loop.add_signal_handler(signal.SIGTERM, engine.end)
     gc.freeze()
     try:
         return await engine.ended
@@ -138,21 +146,30 @@ class EngineProcess:
         self._scheduler: SchedulerCore | None = None
         self._quarantine = Quarantine()
         self._num_messages = 0
+        self._failed_at: RequestId | None = None
         self._reporter = Reporter(spec.incarnation)
         allowed = {"edge": _FROM_EDGES, EDGE: _FROM_SUPERVISOR, "executor": (StepExecuted,)}
         keys = spec.tcp.read_keys() if spec.tcp is not None else None
-        self._port = Port(spec.name, spec.incarnation, keys=keys, allowed=allowed, allow_plain_loopback=keys is None)
+        self._port = Port(
+            spec.name,
+            spec.incarnation,
+            keys=keys,
+            allowed=allowed,
+            allow_plain_loopback=keys is None,
+            limits_of={"edge": EDGE_LIMITS},
+        )
         self._port.bind(endpoint_of(spec.run_dir, spec.name, spec.incarnation))
         endpoint = self._port.bind(spec.tcp.endpoint) if spec.tcp is not None else ""
         self._peers: dict[str, int] = {}
         for name, incarnation in (*spec.edges, *spec.executors):
             self._connect(name, incarnation)
+        self._left: dict[tuple[str, int], None] = {}  # edges of which requests may still be live
         self._shed = ShedEdges()
         self._edges = Edges([name for name, _ in spec.edges], self.send, self._shed)
         self._executors = Executors([name for name, _ in spec.executors], self.send)
         for peer in spec.elsewhere:
             self._start_peer(peer)
-        self._carrier = AsyncioPort(loop, self._port, self._take, self._on_link)
+        self._carrier = AsyncioPort(loop, self._port, self._take, self._on_link, on_failure=lambda _: self.fail())
         if endpoint:
             self.send(EDGE, Listening(spec.name, spec.incarnation, endpoint))
         if spec.setup is not None:
@@ -162,14 +179,33 @@ class EngineProcess:
     async def close(self) -> None:
         self._ticker.cancel()
         self._carrier.close()
+        if self._failed_at is not None:
+            self._flush(edge_of(self._failed_at))
         if self._journal is not None:
             await self._journal.close()
         self._port.close()
+
+    def _flush(self, edge: str) -> None:
+        """Give the last word a moment to leave."""
+        deadline_ns = self._clock.now_ns() + _FLUSH_NS
+        while self._port.num_queued(edge) and self._clock.now_ns() < deadline_ns:
+            self._port.wait(20)
+            self._port.receive()
 
     def end(self) -> None:
         """Take no more."""
         if not self.ended.done():
             self.ended.set_result(0)
+
+    def fail(self) -> None:
+        """Something was lost: the next engine is given everything again."""
+        if not self.ended.done():
+            self.ended.set_result(1)
+
+    def fail_in_callback(self, context: dict[str, Any]) -> None:
+        """An exception left a callback of the loop; `context` is as the loop describes it."""
+        log.error("engine.failed", why=context["message"], exc_info=context.get("exception"))
+        self.fail()
 
     def send(self, peer: str, message: Message) -> None:
         """Send; an edge that does not take it is shed.
@@ -186,7 +222,7 @@ class EngineProcess:
                 self._carrier.send(peer, message)  # what it needs to know in any case
             return
         log.error("engine.cannot_send", peer=peer, message=type(message).__name__)
-        self.ended.set_result(1)
+        self.fail()
 
     def _connect(self, name: str, incarnation: int, endpoint: str = "", server_key: str = "") -> None:
         self._peers[name] = incarnation
@@ -196,6 +232,7 @@ class EngineProcess:
     def _set_up(self, setup: EngineSetup) -> None:
         self._scheduler = scheduler = SchedulerCore(setup.scheduler, self._spec.epoch, quarantine=self._quarantine)
         self._allocator = allocator = KVAllocatorCore(setup.allocator, self._spec.epoch)
+        self._audit = Audit((scheduler, allocator), self._clock)
         handle_scheduler: Callable[[Any, int], Any] = scheduler.handle
         handle_allocator: Callable[[Any, int], Any] = allocator.handle
         if setup.journal is not None:
@@ -213,6 +250,7 @@ class EngineProcess:
             self._journal = Journal(setup.journal, header)
             handle_scheduler = self._journal.wrap_scheduler(handle_scheduler)
             handle_allocator = self._journal.wrap_allocator(handle_allocator)
+        handle_scheduler, handle_allocator = self._noting(handle_scheduler), self._noting(handle_allocator)
         local = {"scheduler", "kv_allocator"}
         routes = {route: receivers for route, receivers in ROUTES.items() if route[0] in local}
         self._runtime = runtime = InProcessRuntime(routes, self._clock, self._on_actor_failure)
@@ -226,6 +264,18 @@ class EngineProcess:
         runtime.connect()
         self.send(EDGE, EngineReady(self._spec.incarnation))
 
+    def _noting(self, handle: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
+        """The same, but that it is known which request a message was about that it raised at."""
+
+        def handle_or_note(message: Message, now_ns: int) -> Any:
+            try:
+                return handle(message, now_ns)
+            except Exception:
+                self._failed_at = getattr(message, "request_id", None)
+                raise
+
+        return handle_or_note
+
     def _take(self, messages: list[tuple[str, Message]]) -> None:
         self._num_messages += len(messages)
         for peer, message in messages:
@@ -234,10 +284,10 @@ class EngineProcess:
                     self._set_up(msgspec.msgpack.decode(message.setup, type=EngineSetup))
             elif isinstance(message, PeerStarted):
                 self._start_peer(message)
-            elif self._scheduler is None:
-                continue  # nothing was asked of it yet
             elif isinstance(message, PeerLeft):
                 self._lose_edge(message)
+            elif self._scheduler is None:
+                continue  # nothing was asked of it yet
             elif isinstance(message, SubmitRequest) and not self._may_submit(message.request_id):
                 continue  # the last words of an edge that has left
             elif isinstance(message, ShedHeard):
@@ -282,8 +332,16 @@ class EngineProcess:
             if edge.name in self._edges.names:
                 self._edges.names.remove(edge.name)
             self._shed.forget(edge.name)
-        # Behind what came before and waits in the mailbox.
-        asyncio.get_running_loop().call_soon(self._cancel_requests_of, edge.name, edge.incarnation)
+        self._left[edge.name, edge.incarnation] = None
+        asyncio.get_running_loop().call_soon(self._cancel_left)
+
+    def _cancel_left(self) -> None:
+        """Cancel what edges asked for that have left, and what of it still waited in the mailbox the last time."""
+        if self._scheduler is None:
+            return
+        for name, incarnation in list(self._left):
+            if not self._cancel_requests_of(name, incarnation) and not len(self._scheduler_mailbox):
+                del self._left[name, incarnation]
 
     def _cancel_requests_of(self, edge: str, incarnation: int) -> bool:
         """Nobody waits any more for what an edge asked for; returns whether there was any of it."""
@@ -324,9 +382,11 @@ class EngineProcess:
             self._shed.note_told(event.peer, is_told=False)
 
     def _on_actor_failure(self, address: Address, error: Exception) -> None:
-        log.error("actor.failed", actor=address, exc_info=error)
-        if not self.ended.done():
-            self.ended.set_result(1)
+        log.error("actor.failed", actor=address, request_id=self._failed_at, exc_info=error)
+        if (request_id := self._failed_at) is not None:
+            why = f"{type(error).__name__}: {error}"
+            self.send(edge_of(request_id), EngineFailed(self._spec.incarnation, request_id, why))
+        self.fail()
 
     def _tick(self) -> None:
         now_ns = self._clock.now_ns()
@@ -337,6 +397,7 @@ class EngineProcess:
                 self._scheduler_mailbox.wake()
             if self._journal is not None:
                 self._journal.flush_if_due(now_ns)
+            self._cancel_left()
             self._tell_shed_edges(self._scheduler)
             report = self._reporter.report(
                 self._scheduler,
@@ -346,4 +407,7 @@ class EngineProcess:
                 now_ns=now_ns,
             )
             self._edges.post(report)
+            if fault := self._audit.find_fault(is_idle=not (report.num_running or report.num_waiting)):
+                log.error("engine.contradicts_itself", why=fault)
+                self.fail()
         self._ticker = asyncio.get_running_loop().call_later(BEAT_S, self._tick)

@@ -56,4 +56,5 @@ class Reporter:
             step_age_ns=now_ns - self._last_step[1],
             num_edges_shed=num_edges_shed,
             messages_dropped=messages_dropped,
+            num_completed=scheduler.num_completed,
         )

@@ -73,6 +73,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each row's prompt")
     parser.add_argument("--decodes", type=int, default=64, help="decode steps")
     parser.add_argument("--layouts", nargs="*", default=["1x1", "2x1", "1x2"], help="tensor x pipeline parallel size")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--quantization", choices=["auto", "int8", "int4"], default="auto", help="of the weights")
+    parser.add_argument("--num-threads", type=int, default=1, help="of each process")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--config", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -80,18 +83,21 @@ def main() -> None:
         _run_rank(msgspec.json.decode(args.config, type=ExecutorConfig), args.rank, args)
         return
     folder = resolve_checkpoint(args.model)
-    print(f"{args.rows} rows, prompts of {args.prompt} tokens, one thread a process; milliseconds a step")
+    print(
+        f"{args.rows} rows, prompts of {args.prompt} tokens, {args.num_threads} threads a process; milliseconds a step"
+    )
     print(f"{'tp x pp':>8}{'prompts':>12}{'decode':>12}", flush=True)
     for layout in args.layouts:
         tp, pp = map(int, layout.split("x"))
         with tempfile.TemporaryDirectory() as meet:
             config = ExecutorConfig(
                 model_path=str(folder),
-                dtype="float32",
+                dtype=args.dtype,
+                quantization=args.quantization,
                 max_num_seqs=args.rows,
                 block_size=_BLOCK_SIZE,
                 num_blocks=args.rows * -(-(args.prompt + args.decodes) // _BLOCK_SIZE),
-                num_threads=1,
+                num_threads=args.num_threads,
                 tensor_parallel_size=tp,
                 pipeline_parallel_size=pp,
                 init_method=f"file://{Path(meet) / 'meet'}",

@@ -6,6 +6,7 @@ Prints the median time of a step for several kinds of rows, beside plain torch o
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from ...messages.ids import RequestId
 from ...messages.sampling import SamplingParams
 from .sampler import Sampler
 
-_SHAPES = ((1, 151936), (32, 151936), (256, 4096))
+_SHAPES = ["1x151936", "32x151936", "256x4096"]
 _KINDS: dict[str, SamplingParams] = {
     "greedy": SamplingParams(temperature=0.0, seed=0),
     "temperature 0.8": SamplingParams(temperature=0.8, seed=0),
@@ -60,10 +61,13 @@ def _median_ms(step: Callable[[], object], repeats: int) -> float:
 
 def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m octavo.actors.executor.bench_sampler", description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=_SHAPES, metavar="ROWSxVOCABULARY", help=" ".join(_SHAPES))
+    shapes = [tuple(map(int, shape.split("x"))) for shape in parser.parse_args().shapes]
     print(f"{torch.get_num_threads()} threads; ms a step")
     print(f"{'rows x vocabulary':>18}  {'kind':28}{'octavo':>9}{'torch':>9}")
     generator = torch.Generator().manual_seed(0)
-    for num_rows, vocab_size in _SHAPES:
+    for num_rows, vocab_size in shapes:
         logits = torch.randn(num_rows, vocab_size, generator=generator) * 3
         for kind, params in _KINDS.items():
             sampler = Sampler(vocab_size)

@@ -47,6 +47,8 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
         cuda_graph_sizes: rows of decode steps that are captured as graphs on a GPU, ascending; empty for none.
         cuda_graph_tokens: prompts' tokens of steps that are captured likewise, with decodes; empty for none.
         replica, num_replicas: which of how many on this host share the cores of `cpu_affinity`.
+        gpu: which of this host's GPUs, if it computes on one; they are counted round. None: the current one; a group's
+            ranks on this host take theirs in turn.
     """
 
     model_path: str
@@ -78,6 +80,7 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
     cuda_graph_tokens: tuple[int, ...] = ()
     replica: int = 0
     num_replicas: int = 1
+    gpu: int | None = None
 
 
 class ExecutorProcessSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -59,8 +60,11 @@ def plan_kv_cache(config: ExecutorConfig, *, bytes_per_token: int, max_position:
     )
 
 
-def resolve_device(asked: str, group: ParallelGroup) -> torch.device:
-    """What to compute on; ranks of a group that share a host take its GPUs in turn.
+def resolve_device(asked: str, gpu: int | None = None) -> torch.device:
+    """What to compute on.
+
+    Args:
+        gpu: which of this host's, counted round; None: the current one.
 
     Raises:
         InvalidConfigError: a GPU was asked for, and torch can use none.
@@ -74,8 +78,8 @@ def resolve_device(asked: str, group: ParallelGroup) -> torch.device:
             "take --device cpu",
             field="device",
         )
-    if group.world_size > 1:
-        torch.cuda.set_device(group.rank % torch.cuda.device_count())
+    if gpu is not None:
+        torch.cuda.set_device(gpu % torch.cuda.device_count())
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -92,16 +96,24 @@ class Device:
     Args:
         config: what to load and how much to hold.
         group: the ranks that serve the model together; None: this process alone.
+        on_loaded: is called when the weights are there, before anything is computed.
     """
 
-    def __init__(self, config: ExecutorConfig, group: ParallelGroup | None = None) -> None:
+    def __init__(
+        self,
+        config: ExecutorConfig,
+        group: ParallelGroup | None = None,
+        *,
+        on_loaded: Callable[[], object] = lambda: None,
+    ) -> None:
         self.group = group or alone()
         index, ranks = self.group.place_on_host()
         place = (config.replica * ranks + index, config.num_replicas * ranks)
         self._affinity = CpuAffinity(config.cpu_affinity, config.num_threads, ranks=ranks, place=place)
         torch.set_num_threads(self._affinity.choice.num_threads)
         started = time.monotonic()
-        where = resolve_device(config.device, self.group)
+        gpu = config.gpu if config.gpu is not None or ranks == 1 else place[0]
+        where = resolve_device(config.device, gpu)
         before = memory_now(where) if where.type == "cuda" else None
         try:
             with self._affinity.near_memory():
@@ -120,6 +132,7 @@ class Device:
         except torch.OutOfMemoryError as error:
             raise does_not_fit(config, "weights", where, error) from error
         self.load_seconds = time.monotonic() - started
+        on_loaded()
         self.kv_dtype = _KV_DTYPES.get(config.kv_cache_dtype, self.model.dtype)
         self._block_size = config.block_size
         self._kv_caches: list[KVCache] = []

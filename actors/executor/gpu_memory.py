@@ -106,16 +106,26 @@ def share_out(
 
 
 def graph_reserve(
-    num_graphs: int, *, most_tokens: int, most_samples: int, activations: int, num_tokens: int, logits_row_bytes: int
+    num_graphs: int,
+    *,
+    most_tokens: int,
+    most_samples: int,
+    activations: int,
+    num_tokens: int,
+    sample_bytes: int,
+    scratch_bytes: int = 0,
 ) -> int:
     """Memory to keep back for graphs, which share one pool: the largest one's activations, and each one's nodes.
 
     Args:
         most_tokens, most_samples: of any graph.
         activations: that a step of `num_tokens` tokens takes.
-        logits_row_bytes: of one row of logits.
+        sample_bytes: that one sample takes: its logits, and what is chosen from them with.
+        scratch_bytes: that a graph may take however few tokens it has.
     """
-    largest = activations * most_tokens // max(1, num_tokens) + most_samples * logits_row_bytes
+    if not num_graphs:
+        return 0
+    largest = activations * most_tokens // max(1, num_tokens) + most_samples * sample_bytes + scratch_bytes
     return largest + num_graphs * _GRAPH_BYTES
 
 

@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import torch
 
+from ...kernels.gpu.attention_config import MAX_CHUNK_BYTES
 from ...kernels.kv_quantization import row_width
 from ...kernels.logit_processing import memory_bytes
 from ...messages.errors import InvalidConfigError
@@ -16,6 +17,7 @@ from .gpu_memory import MeasuredMemory, graph_reserve, state_bytes
 from .standing_batch import StepArrays
 
 _PROMPT = 256  # tokens of each row of the measured step: the cache it needs is then small
+_SAMPLER_CANDIDATES = 8192
 _LOGITS_COPIES = 4  # of float32 logits, that the sampler for all kinds of parameters may hold at a time
 
 
@@ -131,9 +133,19 @@ def measured_memory(
             most_samples=most_rows,
             activations=forward_only,
             num_tokens=num_tokens,
-            logits_row_bytes=logits_row,
+            sample_bytes=logits_row + model.vocab_size * model.dtype.itemsize + sampler_bytes(model.vocab_size),
+            scratch_bytes=MAX_CHUNK_BYTES if config.deterministic else 0,
         ),
     )
+
+
+def sampler_bytes(vocab_size: int) -> int:
+    """What `device_sampling` takes for a row, beside its logits: a window of candidates, and a little for each group.
+
+    See `kernels.gpu.sampling`: float32 values and int32 columns of `CAPACITY` candidates, one float32 for each group of
+    at least 32 logits, and some words for each chunk of them.
+    """
+    return 8 * _SAMPLER_CANDIDATES + vocab_size // 8
 
 
 def does_not_fit(config: ExecutorConfig, what: str, device: torch.device, error: Exception) -> InvalidConfigError:

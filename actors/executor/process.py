@@ -21,6 +21,7 @@ from ...messages.processes import ExecutorLoaded, LoadFailed, PeerStarted
 from ...messages.step import ExecuteStep, StepExecuted
 from ...messages.system import Beat, ExecutorFailed, ExecutorReady, StartExecutor
 from ..runtime.addresses import EDGE, ENGINE, as_called_from, endpoint_of, in_brackets, is_everywhere
+from ..runtime.endpoints import numeric_host
 from ..runtime.logs import configure_logs
 from ..runtime.port import Allowed, Port, UnsendableError
 from ..runtime.port_record import drops_of
@@ -125,8 +126,9 @@ class _ExecutorProcess:
         launched = self._executor.launched
         while True:
             if not inbox and not launched.is_full:
-                port.wait(0 if launched else 1000)
-                inbox.extend(self._receive())
+                has_come = port.wait(0 if launched else 1000)
+                if has_come or not launched:  # with a step on the device this loop turns every 20 microseconds
+                    inbox.extend(self._receive())
             if launched.is_due(has_step=bool(inbox)):
                 is_of_use = self._collect()
             elif inbox:
@@ -325,17 +327,19 @@ def _connect_edge(spec: ExecutorProcessSpec, port: Port) -> None:
 
 def _free_endpoint(address: str) -> str:
     """A TCP port of this host that is free now, as an endpoint."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    host = numeric_host("0.0.0.0" if address == "*" else address)  # noqa: S104  # as the user asked
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((address, 0))
-        return f"tcp://{in_brackets(address)}:{probe.getsockname()[1]}"
+        probe.bind((host, 0))
+        return f"tcp://{in_brackets(host)}:{probe.getsockname()[1]}"
 
 
 def _use_interface_of(address: str) -> None:
     """Have tensors take the interface that messages take, unless the user chose one."""
     if is_everywhere(address):
         return
+    host = numeric_host(address)
     for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address.partition("%")[0] == address for each in addresses):
+        if any(each.address.partition("%")[0] == host for each in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

@@ -22,7 +22,7 @@ from .pending_tokens import PendingTokens
 from .sampler import SampledTokens, Sampler
 from .say_memory import say_memory
 from .standing_batch import StandingBatch, StepArrays
-from .token_logprobs import prompt_logprobs
+from .token_logprobs import prompt_logprobs_of
 
 PromptLogprobs = tuple[RequestId, int, tuple[TokenLogprobs, ...]]
 
@@ -46,7 +46,7 @@ def load_runner(config: ExecutorConfig, group: ParallelGroup | None = None) -> S
 
     ahead = CompileAhead.begin(config, GpuFacts.of(torch.device("cuda", torch.cuda.current_device())))
     try:
-        runner = _load_runner(config, group, before_warm_up=ahead.finish)
+        runner = _load_runner(config, group, on_loaded=ahead.finish)
     finally:
         ahead.cancel()
     ahead.note()
@@ -54,16 +54,15 @@ def load_runner(config: ExecutorConfig, group: ParallelGroup | None = None) -> S
 
 
 def _load_runner(
-    config: ExecutorConfig, group: ParallelGroup | None, *, before_warm_up: Callable[[], object] = lambda: None
+    config: ExecutorConfig, group: ParallelGroup | None, *, on_loaded: Callable[[], object] = lambda: None
 ) -> StepRunner | GpuRunner:
     try:
-        device = Device(config, group)
+        device = Device(config, group, on_loaded=on_loaded)
     except ModelNotFoundError as error:
         raise errors.ModelNotFoundError(str(error)) from error
     except ModelLoadError as error:
         raise errors.UnsupportedModelError(str(error)) from error
     say_memory(device)
-    before_warm_up()
     runner: StepRunner | GpuRunner
     fits_graphs = getattr(device.model, "fits_graphs", True)
     if device.model.device.type != "cpu" and device.group.pp_size == 1:
@@ -241,6 +240,6 @@ class StepRunner:
             count = min(end - begin, num_prompt_tokens - 1 - first)
             if count > 0:
                 targets = self._batch.token_ids(request_id)[first + 1 : first + 1 + count]
-                logits = self.device.logits(hidden[begin : begin + count])
-                entries.append((request_id, first + 1, prompt_logprobs(logits, targets, num_top)))
+                found = prompt_logprobs_of(hidden[begin : begin + count], self.device.logits, targets, num_top)
+                entries.append((request_id, first + 1, found))
         return tuple(entries)

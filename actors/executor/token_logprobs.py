@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ...kernels import sampling
 from ...messages.request import TokenLogprobs
+
+MAX_LOGITS_ROWS = 512
+"""Prompt tokens whose logits are there at a time."""
 
 
 def prompt_logprobs(logits: torch.Tensor, target_ids: Sequence[int], num_top: int) -> tuple[TokenLogprobs, ...]:
@@ -24,6 +27,23 @@ def prompt_logprobs(logits: torch.Tensor, target_ids: Sequence[int], num_top: in
     count = vocab_size if num_top == -1 else min(num_top, vocab_size)
     targets = torch.tensor(target_ids, dtype=torch.int64, device=logits.device)
     return tuple(token_logprobs(logits, targets, [count] * len(target_ids)))
+
+
+def prompt_logprobs_of(
+    hidden: torch.Tensor,
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    target_ids: Sequence[int],
+    num_top: int,
+) -> tuple[TokenLogprobs, ...]:
+    """The same from hidden states `[n, hidden_size]`, some rows at a time.
+
+    The logits of a whole chunk would be larger than anything that memory is kept back for.
+    """
+    entries: list[TokenLogprobs] = []
+    for begin in range(0, len(target_ids), MAX_LOGITS_ROWS):
+        rows = slice(begin, begin + MAX_LOGITS_ROWS)
+        entries += prompt_logprobs(logits_of(hidden[rows]), target_ids[rows], num_top)
+    return tuple(entries)
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_tops: list[int]) -> list[TokenLogprobs]:

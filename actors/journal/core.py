@@ -354,6 +354,7 @@ class JournalCore:
                 is_taken_up_again=submit.is_taken_up_again,
                 is_stopped=is_stopped,
                 is_quarantined=is_quarantined,
+                num_losses=submit.num_losses,
             )
         self._records.append(record)
         self._num_bytes += len(tokens) + 64

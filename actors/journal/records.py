@@ -76,11 +76,13 @@ class SubmittedAgain(Submitted, frozen=True, tag=14):
         is_taken_up_again: as in the message.
         is_stopped: its last token was found to be one that ends it.
         is_quarantined: it was refused because an equal one killed executors.
+        num_losses: as in the message.
     """
 
     is_taken_up_again: bool
     is_stopped: bool
     is_quarantined: bool
+    num_losses: int = 0
 
 
 class Executed(_Record, frozen=True, tag=2):

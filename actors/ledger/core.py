@@ -8,16 +8,21 @@ from typing import assert_never
 
 import msgspec
 
+from ...messages.errors import RequestQuarantinedError
 from ...messages.ids import Epoch, RequestId
+from ...messages.processes import EngineFailed
 from ...messages.request import CancelRequest, RequestEnded, StopMatched, SubmitRequest
 from ...messages.step import StepExecuted
 from ...messages.system import EngineLost
 from .token_table import TokenTable
 
-LedgerInbox = SubmitRequest | CancelRequest | StopMatched | StepExecuted | RequestEnded | EngineLost
+LedgerInbox = SubmitRequest | CancelRequest | StopMatched | StepExecuted | RequestEnded | EngineLost | EngineFailed
 LedgerOutbox = SubmitRequest | CancelRequest | StopMatched | StepExecuted | RequestEnded
 
 _NOBODY = RequestId(-1)
+
+_MAX_FAILURES = 1
+"""Engines that may fail at a request, one after the other without a token between them: more are no accident."""
 
 
 class _Recipe:
@@ -27,9 +32,10 @@ class _Recipe:
         submit: as the tokenizer made it.
         tokens: int32; the output that reached this edge.
         is_cancelled, is_stopped: what was said about it to an engine, and must be said again to the next.
+        num_failures: engines in a row that failed at it, with so many tokens as now.
     """
 
-    __slots__ = ("is_cancelled", "is_stopped", "submit", "tokens")
+    __slots__ = ("is_cancelled", "is_stopped", "num_failures", "num_tokens_at_failure", "submit", "tokens")
 
     def __init__(self, submit: SubmitRequest) -> None:
         self.submit = submit
@@ -39,6 +45,15 @@ class _Recipe:
             self.tokens.byteswap()
         self.is_cancelled = False
         self.is_stopped = False
+        self.num_failures = 0
+        self.num_tokens_at_failure = -1
+
+    def note_failure(self) -> None:
+        """An engine failed at it."""
+        if len(self.tokens) > self.num_tokens_at_failure:
+            self.num_failures = 0
+        self.num_failures += 1
+        self.num_tokens_at_failure = len(self.tokens)
 
     def as_submit(self, fork_of: RequestId) -> SubmitRequest:
         tokens = self.tokens
@@ -57,7 +72,8 @@ class LedgerCore:
     request. To `EngineLost` it answers with what the new engine must hear: each live request again, in order of
     arrival, with the tokens that reached this edge; then the cancels and stops that were said about them. What was
     returned before `EngineLost` was for the old engine, and is dropped with it; what is returned from then on is for
-    the new one.
+    the new one. To `EngineFailed` it answers with the end of the request that it names, to be taken like an engine's,
+    if engines fail at it again and again; the others are not to end with it.
 
     A request is live from its `SubmitRequest` to its `RequestEnded`, so it ends exactly once here: an end that comes a
     second time finds no live request. Requests that the tokenizer refuses are never live and never pass here. Memory
@@ -105,29 +121,42 @@ class LedgerCore:
                 self._recipes[request_id].is_stopped = True
             case EngineLost():
                 return self._resubmit(message)
+            case EngineFailed():
+                return self._convict(message)
             case _:
                 assert_never(message)
         return [message]
 
     def recipes(self) -> list[SubmitRequest]:
         """Every live request with its tokens so far, in order of arrival; `fork_of` names live siblings only."""
-        recipes = self._recipes
-        return [
-            recipe.as_submit(recipe.submit.fork_of if recipe.submit.fork_of in recipes else _NOBODY)
-            for recipe in recipes.values()
-        ]
+        return _submits(self._recipes)
 
     def submit_of(self, request_id: RequestId) -> SubmitRequest | None:
         """A live request as the tokenizer made it."""
         recipe = self._recipes.get(request_id)
         return recipe.submit if recipe is not None else None
 
-    def hand_over(self) -> list[LedgerOutbox]:
-        """What another engine's ledger must hear to go on with every live request; none is live here afterwards."""
-        again = self._everything()
-        self._recipes.clear()
-        self._outputs.clear()
-        return again
+    def hand_over(self, *, once: bool = False) -> list[LedgerOutbox]:
+        """What other engines' ledgers must hear to go on with the live requests, which are not live here afterwards.
+
+        Args:
+            once: leave here those that were handed over like this before, and mark the others. The engine that has a
+                request may be searching for the one that kills its executor: such a search ends only where one stays.
+        """
+        leaving = {
+            request_id: recipe
+            for request_id, recipe in self._recipes.items()
+            if not once or not recipe.submit.num_losses
+        }
+        again = _everything_of(leaving)
+        for request_id in leaving:
+            del self._recipes[request_id], self._outputs[request_id]
+        if not once:
+            return again
+        return [
+            msgspec.structs.replace(message, num_losses=1) if isinstance(message, SubmitRequest) else message
+            for message in again
+        ]
 
     def say_again(self) -> list[LedgerOutbox]:
         """What the same engine must hear if it has dropped all that was live."""
@@ -154,12 +183,43 @@ class LedgerCore:
         self.num_resubmitted += self.num_live
         return self._everything()
 
+    def _convict(self, failed: EngineFailed) -> list[LedgerOutbox]:
+        recipe = self._recipes.get(failed.request_id)
+        if recipe is None:
+            self.num_dropped_messages += 1
+            return []
+        recipe.note_failure()
+        if recipe.num_failures <= _MAX_FAILURES:
+            return []
+        error = f"the engine failed {recipe.num_failures} times in a row at this request: {failed.why}"
+        return [
+            RequestEnded(
+                failed.request_id,
+                "error",
+                len(recipe.tokens),
+                error_code=RequestQuarantinedError.code,
+                error=error,
+            )
+        ]
+
     def _everything(self) -> list[LedgerOutbox]:
-        """Recipes, then the cancels and stops that were said about them."""
-        again: list[LedgerOutbox] = [*self.recipes()]
-        for request_id, recipe in self._recipes.items():
-            if recipe.is_cancelled:
-                again.append(CancelRequest(request_id))
-            elif recipe.is_stopped:
-                again.append(StopMatched(request_id))
-        return again
+        return _everything_of(self._recipes)
+
+
+def _everything_of(recipes: dict[RequestId, _Recipe]) -> list[LedgerOutbox]:
+    """Recipes, then the cancels and stops that were said about them."""
+    again: list[LedgerOutbox] = [*_submits(recipes)]
+    for request_id, recipe in recipes.items():
+        if recipe.is_cancelled:
+            again.append(CancelRequest(request_id))
+        elif recipe.is_stopped:
+            again.append(StopMatched(request_id))
+    return again
+
+
+def _submits(recipes: dict[RequestId, _Recipe]) -> list[SubmitRequest]:
+    """Each as it is to be submitted; `fork_of` names siblings among them only."""
+    return [
+        recipe.as_submit(recipe.submit.fork_of if recipe.submit.fork_of in recipes else _NOBODY)
+        for recipe in recipes.values()
+    ]

@@ -18,7 +18,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
         policy: `round_robin`: one after the other. `least_loaded`: fewest requests routed and not ended.
             `prefix_aware`: least work to do first, where a prompt's beginning that a replica has seen is no work.
         chunk_tokens: prefixes are remembered in chunks of so many tokens.
-        max_chunks: chunks remembered; the least recently used are forgotten.
+        max_chunks: chunks remembered; the least recently used are forgotten. See `chunks_worth_remembering`.
         request_tokens: what an open request counts for beside its prompt, in prompt tokens.
     """
 
@@ -36,3 +36,11 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"request_tokens={self.request_tokens} must not be negative")
         if self.policy not in POLICIES:
             raise ValueError(f"policy={self.policy!r} must be one of {', '.join(POLICIES)}")
+
+
+def chunks_worth_remembering(*, num_replicas: int, num_cached_tokens: int, chunk_tokens: int) -> int:
+    """How many chunks to remember of replicas whose KV caches hold so many tokens each.
+
+    Twice as many as there is room for: what is counted here is what was sent, and what is evicted is not known.
+    """
+    return max(1, 2 * num_replicas * num_cached_tokens // chunk_tokens)

@@ -28,7 +28,7 @@ class RouterCore:
         self._policy = config.policy
         self._next = 0
         self._loads = LoadTable(config.num_replicas)
-        self._prefixes = PrefixMap(config.chunk_tokens, config.max_chunks)
+        self._prefixes = PrefixMap(config.num_replicas, config.chunk_tokens, config.max_chunks)
         self._open: dict[RequestId, tuple[int, int]] = {}  # replica, load
 
     @property

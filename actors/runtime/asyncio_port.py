@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import structlog
+
 from ...messages.base import Message
 from .port import LinkEvent, Port
+
+log = structlog.get_logger("octavo.port")
 
 
 class AsyncioPort:
@@ -18,6 +22,8 @@ class AsyncioPort:
     Args:
         on_messages: called with `(peer, message)` pairs in order, never with none.
         on_event: called with what happens to links; after the messages that came before.
+        on_failure: called once, with the first exception that escapes a callback or the port. Its peers count as taken
+            what came with it and was not handled, so nothing is read any more: whoever owns this ends, or begins anew.
     """
 
     def __init__(
@@ -26,11 +32,14 @@ class AsyncioPort:
         port: Port,
         on_messages: Callable[[list[tuple[str, Message]]], None],
         on_event: Callable[[LinkEvent], None] | None = None,
+        *,
+        on_failure: Callable[[Exception], None],
     ) -> None:
         self.port = port
         self._loop = loop
         self._on_messages = on_messages
         self._on_event = on_event
+        self._on_failure = on_failure
         self._next_turn: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -59,6 +68,14 @@ class AsyncioPort:
             self._next_turn = self._loop.call_soon(self._read)
 
     def _read(self) -> None:
+        try:
+            self._carry()
+        except Exception as error:
+            self.close()
+            log.error("port.failed", port=self.port.name, exc_info=error)
+            self._on_failure(error)
+
+    def _carry(self) -> None:
         if self._next_turn is not None:
             self._next_turn.cancel()
             self._next_turn = None
@@ -84,6 +101,12 @@ def attach(
     port: Port,
     on_messages: Callable[[list[tuple[str, Message]]], None],
     on_event: Callable[[LinkEvent], None] | None = None,
+    *,
+    on_failure: Callable[[Exception], None] | None = None,
 ) -> AsyncioPort:
-    """Tie a port to a loop until the result's `close`."""
-    return AsyncioPort(loop, port, on_messages, on_event)
+    """Tie a port to a loop until the result's `close`; without `on_failure` the loop's exception handler is told."""
+    return AsyncioPort(loop, port, on_messages, on_event, on_failure=on_failure or _raise)
+
+
+def _raise(error: Exception) -> None:
+    raise error

@@ -1,6 +1,6 @@
 """`python -m octavo.actors.runtime.bench_port`: what a link between processes costs, and what it costs the device.
 
-Three measurements, each over `ipc://`, with the messages of a step of 256 decoding requests:
+Four measurements, each over `ipc://`, with the messages of a step of 256 decoding requests:
 
 - CPU time of encoding, of decoding, and of a send and a receive by themselves. A batch that decodes brings the same
   requests step after step, and what repeats is not decoded again (`standing_columns`); `first` is what it costs when
@@ -10,7 +10,10 @@ Three measurements, each over `ipc://`, with the messages of a step of 256 decod
 - how long an executor idles between steps of a stand-in device that takes a fixed time for each, with the real
   scheduler and allocator cores in the other process and two steps in flight. The executor's loop is that of
   `executor/process.py`, around two devices: one with a queue, as a GPU has, for which the next step is launched before
-  the last is collected, and one that computes on the executor's own thread, as a CPU does, and takes one at a time.
+  the last is collected, and one that computes on the executor's own thread, as a CPU does, and takes one at a time;
+- how much longer a step of the first of these takes while an edge sends all that it is let, for ever: messages that the
+  engine has nothing to do for, small ones and ones of 5 KB. Rounds with and without it take turns; the ratio is of the
+  means.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from array import array
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -35,23 +37,25 @@ import msgspec
 
 from ...messages.base import Message
 from ...messages.ids import BlockId, Epoch, RequestId, StepId
-from ...messages.kv import BlocksFreed, MatchPrefix, PrefixMatched, ReleaseMatch, ResetBlocks
-from ...messages.request import SubmitRequest
-from ...messages.sampling import SamplingParams
-from ...messages.step import ExecuteStep, PlanDue, PlanStep, StepExecuted
+from ...messages.processes import RememberQuarantined
+from ...messages.request import CancelRequest
+from ...messages.step import ExecuteStep, PlanDue, StepExecuted
 from ..executor.launch_ahead import LaunchAhead
-from ..kv_allocator.config import AllocatorConfig
-from ..kv_allocator.core import KVAllocatorCore
-from ..scheduler.config import SchedulerConfig
-from ..scheduler.core import SchedulerCore
 from .asyncio_port import attach
+from .bench_ring import BLOCK_SIZE, Ring
+from .logs import configure_logs
 from .percentile import percentile
 from .port import Port
+from .port_limits import EDGE_LIMITS
 from .wire import Decoder, Encoder
+
+_FLOOD_ROUNDS = 4
+_FLOOD_QUEUE = 4096
+_WARM_UP_STEPS = 20
 
 HOP_BAR_US = 150.0
 IDLE_BAR_US = 120.0
-BLOCK_SIZE = 16
+FLOOD_BAR = 1.1
 
 Part = Literal["queue", "blocking"]
 PARTS: tuple[Part, ...] = ("queue", "blocking")
@@ -170,52 +174,6 @@ async def measure_hop(num_rows: int, num_hops: int, folder: Path) -> dict[str, f
     return {"hop p50 us": percentile(hops_us, 0.5), "hop p99 us": percentile(hops_us, 0.99)}
 
 
-class Ring:
-    """Scheduler and allocator cores behind a port, with requests that decode for ever."""
-
-    def __init__(self, num_running: int, max_tokens: int, send: Callable[[ExecuteStep], object]) -> None:
-        num_blocks = num_running * (max_tokens // BLOCK_SIZE + 8)
-        self._scheduler = SchedulerCore(
-            SchedulerConfig(
-                num_blocks=num_blocks,
-                block_size=BLOCK_SIZE,
-                max_model_len=max_tokens + 64,
-                max_num_seqs=num_running,
-                max_num_batched_tokens=num_running * 32,
-                pipeline_depth=2,
-                enable_prefix_caching=False,
-            )
-        )
-        self._allocator = KVAllocatorCore(
-            AllocatorConfig(num_blocks=num_blocks, block_size=BLOCK_SIZE, enable_prefix_caching=False)
-        )
-        self._send = send
-        self._inbox: deque[Message] = deque()
-        for number in range(num_running):
-            params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=number)
-            prompt = array("i", range(300, 316)).tobytes()
-            self._inbox.append(SubmitRequest(RequestId(10_000 + number), prompt, params))
-
-    def hear(self, message: Message) -> None:
-        """Take a message, and plan once the inbox is drained, as the runtimes do."""
-        inbox = self._inbox
-        inbox.append(message)
-        while inbox:
-            while inbox:
-                self._handle(inbox.popleft())
-            self._handle(PlanDue())
-
-    def _handle(self, message: Message) -> None:
-        now_ns = time.monotonic_ns()
-        for answer in self._scheduler.handle(message, now_ns):  # type: ignore[arg-type]  # of its inbox, by construction
-            if isinstance(answer, (PlanStep, MatchPrefix, ReleaseMatch, ResetBlocks)):
-                for stamped in self._allocator.handle(answer, now_ns):
-                    if isinstance(stamped, ExecuteStep):
-                        self._send(stamped)
-                    elif isinstance(stamped, (PrefixMatched, BlocksFreed)):
-                        self._inbox.append(stamped)
-
-
 async def measure_idle(part: Part, num_rows: int, num_steps: int, step_ms: float, folder: Path) -> dict[str, float]:
     """How long the stand-in device waits between steps."""
     loop = asyncio.get_running_loop()
@@ -255,6 +213,94 @@ async def measure_idle(part: Part, num_rows: int, num_steps: int, step_ms: float
     if "cpu" in told:
         figures[f"idle, {part} p50 of CPU us"] = percentile(told["cpu"][100:], 0.5)
     return figures
+
+
+FLOODS: dict[str, Message] = {
+    "small messages": CancelRequest(RequestId(1)),
+    "messages of 5 KB": RememberQuarantined(bytes(5000), 1),
+}
+
+
+async def _steps_beside_flood(flood: str, num_rows: int, num_steps: int, step_ms: float, folder: Path) -> list[float]:
+    """Milliseconds from each step's results to the next one's, after the flood has begun.
+
+    Args:
+        flood: of `FLOODS`; empty: nobody floods.
+    """
+    loop = asyncio.get_running_loop()
+    kinds = [type(message) for message in FLOODS.values()]
+    port = Port("engine", 1, allowed={"executor": [StepExecuted], "edge": kinds}, limits_of={"edge": EDGE_LIMITS})
+    endpoint = port.bind(f"ipc://{folder}/flood.engine")
+    children = [_start_child("queue", endpoint, f"ipc://{folder}/flood.executor", step_ms)]
+    if flood:
+        children.append(_start_child(flood, endpoint, "", 0.0))
+    port.connect("executor 0", 1, f"ipc://{folder}/flood.executor")
+    done: asyncio.Future[None] = loop.create_future()
+    arrived_ns: list[int] = []
+    num_of_flood = 0
+
+    def on_messages(messages: list[tuple[str, Message]]) -> None:
+        nonlocal num_of_flood
+        heard = [message for _, message in messages if not isinstance(message, RememberQuarantined)]
+        num_steps_here = sum(isinstance(message, StepExecuted) for message in heard)
+        num_of_flood += len(messages) - num_steps_here
+        if num_of_flood or not flood:
+            arrived_ns.extend([time.monotonic_ns()] * num_steps_here)
+        if heard:
+            ring.hear(*heard)
+        if len(arrived_ns) > num_steps + _WARM_UP_STEPS and not done.done():
+            done.set_result(None)
+
+    attached = attach(loop, port, on_messages)
+    ring = Ring(num_rows, num_steps + 20_000, lambda step: attached.send("executor 0", step))
+    try:
+        ring.hear(PlanDue())
+        await done
+    finally:
+        attached.close()
+        port.close()
+        for child in children:
+            _stop_child(child)
+    arrived_ns = arrived_ns[_WARM_UP_STEPS:]
+    return [(later - sooner) / 1e6 for sooner, later in itertools.pairwise(arrived_ns)]
+
+
+async def measure_flood(num_rows: int, num_steps: int, step_ms: float, folder: Path) -> dict[str, float]:
+    """Time of a step without a flood and beside each kind of it."""
+    times: dict[str, list[float]] = {flood: [] for flood in ("", *FLOODS)}
+    num_rounds = max(1, min(_FLOOD_ROUNDS, num_steps // 100))
+    for number in range(num_rounds):
+        sockets = folder / f"{number}"
+        sockets.mkdir(mode=0o700)
+        for flood in times:
+            times[flood] += await _steps_beside_flood(flood, num_rows, num_steps // num_rounds, step_ms, sockets)
+    figures: dict[str, float] = {}
+    for flood, found in times.items():
+        name = f"step, flood of {flood}" if flood else "step, no flood"
+        figures[f"{name} p50 ms"], figures[f"{name} p99 ms"] = percentile(found, 0.5), percentile(found, 0.99)
+        figures[f"{name} mean ms"] = statistics.fmean(found)
+        if flood:
+            figures[f"{name} ratio"] = figures[f"{name} mean ms"] / figures["step, no flood mean ms"]
+    return figures
+
+
+def play_flood(message: Message, endpoint: str) -> None:
+    """An edge that sends as much as it is let."""
+    is_over = False
+
+    def stop(*_: object) -> None:
+        nonlocal is_over
+        is_over = True
+
+    signal.signal(signal.SIGTERM, stop)
+    port = Port("edge 0", 1)
+    port.connect("engine", 1, endpoint)
+    while not is_over:
+        while port.num_queued("engine") < _FLOOD_QUEUE:
+            port.send("engine", message)
+        port.wait(100)
+        port.receive()
+    port.close()
 
 
 def _start_child(part: str, endpoint: str, own_endpoint: str, step_ms: float) -> subprocess.Popen[bytes]:
@@ -298,8 +344,9 @@ def play_executor(part: str, endpoint: str, own_endpoint: str, step_ms: float) -
         inbox: deque[Message] = deque()
         while not is_over:  # what `executor/process.py` does
             if not inbox and not launched.is_full:
-                port.wait(0 if launched else 100)
-                inbox.extend(message for _, message in port.receive())
+                has_come = port.wait(0 if launched else 100)
+                if has_come or not launched:
+                    inbox.extend(message for _, message in port.receive())
             if launched.is_due(has_step=bool(inbox)):
                 port.send("engine", launched.collect())
             elif inbox:
@@ -402,10 +449,14 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1000, help="of the stand-in device")
     parser.add_argument("--step-ms", type=float, default=6.0, help="time of the stand-in device for a step")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--part", choices=["all", "echo", "queue", "blocking"], default="all", help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=["all", "echo", *PARTS, *FLOODS], default="all", help=argparse.SUPPRESS)
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--own", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    configure_logs("auto")  # what a port counts is not among the figures
+    if arguments.part in FLOODS:
+        play_flood(FLOODS[arguments.part], arguments.peer)
+        return 0
     if arguments.part != "all":
         play_executor(arguments.part, arguments.peer, arguments.own, arguments.step_ms)
         return 0
@@ -416,7 +467,9 @@ def main() -> int:
         figures |= asyncio.run(measure_hop(arguments.rows, arguments.hops, folder))
         for part in PARTS:
             figures |= asyncio.run(measure_idle(part, arguments.rows, arguments.steps, arguments.step_ms, folder))
+        figures |= asyncio.run(measure_flood(arguments.rows, arguments.steps, arguments.step_ms, folder))
     bars = {"hop p50 us": HOP_BAR_US} | {f"idle, {part} p50 us": IDLE_BAR_US for part in PARTS}
+    bars |= {f"step, flood of {flood} ratio": FLOOD_BAR for flood in FLOODS}
     is_good = all(figures[name] <= bar for name, bar in bars.items())
     if arguments.json:
         print(json.dumps({**figures, "bars": bars, "pass": is_good}))
@@ -429,7 +482,7 @@ def main() -> int:
     table.add_column("value", justify="right")
     table.add_column("bar", justify="right")
     for name, value in figures.items():
-        table.add_row(name, f"{value:.1f}", f"{bars[name]:.0f}" if name in bars else "")
+        table.add_row(name, f"{value:.3g}" if value < 10 else f"{value:.1f}", f"{bars[name]:g}" if name in bars else "")
     Console().print(table)
     print("PASS" if is_good else "FAIL")
     return 0 if is_good else 1

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from ...messages.errors import InvalidConfigError
+from .addresses import in_brackets
 
 MAX_PATH_BYTES = 107 if sys.platform == "linux" else 103
 """What `sockaddr_un.sun_path` holds, less the zero at its end."""
@@ -49,6 +50,69 @@ def check_endpoint(endpoint: str, *, has_keys: bool, allow_plain_loopback: bool)
             "(`octavo keys` makes them), or ask for plain loopback",
             field="endpoint",
         )
+
+
+def resolved(endpoint: str) -> str:
+    """An endpoint to bind, with an address for a name: ZeroMQ binds addresses and interfaces.
+
+    Raises:
+        InvalidConfigError: the name is not known.
+    """
+    scheme, _, address = endpoint.partition("://")
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if scheme != "tcp" or host == "*" or host in {name for _, name in socket.if_nameindex()}:
+        return endpoint
+    try:
+        numeric = numeric_host(host)
+    except OSError as error:
+        raise InvalidConfigError(
+            f"{endpoint!r}: {host!r} is no address, and no name that this host knows ({error.strerror}): give the "
+            "address of one of its interfaces",
+            field="endpoint",
+        ) from error
+    return f"tcp://{in_brackets(numeric)}:{port}"
+
+
+def listen_error(endpoint: str, code: int, why: str) -> InvalidConfigError | OSError:
+    """What to raise where an endpoint could not be bound, by the system's error code."""
+    if code in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENODEV):
+        return InvalidConfigError(
+            f"cannot listen on {endpoint}: this host has no such address, give one of its own", field="endpoint"
+        )
+    return OSError(code, f"cannot listen on {endpoint}: {why}")
+
+
+def numeric_host(host: str) -> str:
+    """The address that a name stands for, of IPv4 if it has one, as ZeroMQ takes it that connects to a name.
+
+    Raises:
+        OSError: it is not known.
+    """
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise OSError(errno.EINVAL, str(error)) from error
+    return str(min(found, key=lambda each: each[0] != socket.AF_INET)[4][0])
+
+
+def is_ipv6(endpoint: str) -> bool:
+    """Whether an endpoint needs IPv6: its address is one, or it is a name that has no other.
+
+    A name is not known, too, while nobody has told of it yet; ZeroMQ asks again whenever it connects.
+    """
+    scheme, _, address = endpoint.partition("://")
+    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    if scheme != "tcp" or not host or host == "*":
+        return False
+    try:
+        return ":" in numeric_host(host)
+    except OSError:
+        return False
 
 
 def claim_ipc_path(path: Path) -> None:

@@ -115,3 +115,6 @@ encode_control = msgspec.msgpack.Encoder().encode
 decode_hello = msgspec.msgpack.Decoder(Hello).decode
 decode_welcome = msgspec.msgpack.Decoder(Welcome).decode
 decode_refuse = msgspec.msgpack.Decoder(Refuse).decode
+
+NOT_CONTROL: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What these raise for bytes that are no such body."""

@@ -1,25 +1,95 @@
-"""`python -m octavo.actors.runtime.fuzz_wire --mutations 10000000`: damaged traffic never decodes and never crashes.
+"""`python -m octavo.actors.runtime.fuzz_wire --mutations 10000000 --live 1000000`: damaged traffic never decodes and
+never crashes.
 
-Recorded frames are flipped, cut, extended and spliced. Nothing that differs from what was sent may be accepted: neither
-as a frame (the CRC) nor, behind a CRC made to fit, as anything but a message in range or `MalformedMessageError`.
+Frames of every type of message, with tensors and without, and of everything else that a link says, are flipped, cut,
+extended and spliced. Nothing that differs from what was sent may be accepted: neither as a frame (the CRC) nor, behind
+a CRC made to fit, as anything but a message in range or `MalformedMessageError`. The live part sends the same to a
+port: what it hands on must be exactly what a decoder makes of it, and it must welcome its peer again each time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import zmq
 
 from ...messages.base import Message
-from .envelope import DATA, HEAD_BYTES, NotAnEnvelopeError, seal, unseal
-from .schema import all_messages
+from .envelope import (
+    DATA,
+    GRANT,
+    HEAD_BYTES,
+    HELLO,
+    NOT_CONTROL,
+    REFUSE,
+    RESET,
+    WELCOME,
+    Hello,
+    NotAnEnvelopeError,
+    Refuse,
+    Welcome,
+    decode_hello,
+    encode_control,
+    seal,
+    unseal,
+)
+from .outgoing_link import LinkSession, OutgoingLink
+from .port import Port
+from .port_limits import PortLimits
+from .sample_messages import KINDS, sample_messages
+from .schema import schema_hash
 from .wire import Decoder, Encoder, MalformedMessageError
 
+_HELLO = Hello(schema_hash(), "edge 0", "engine", 1, bytes(16), 1, 1, 1000, 1 << 20)
+_CONTROL: dict[int, Any] = {
+    HELLO: _HELLO,
+    WELCOME: Welcome("engine", 1, 1024),
+    REFUSE: Refuse("stale", "edge 0 was replaced"),
+    GRANT: None,
+    RESET: None,
+}
+_PATIENCE = 10_000
+_BURST = 32  # messages to a live port between two hellos
 
-def record(messages: Sequence[Message]) -> list[bytes]:
-    """The frames of these messages, as a link sends them."""
+
+class Recorded(NamedTuple):
+    """What crossed a link: a frame, and those of its tensors."""
+
+    kind: int
+    frame: bytes
+    tensors: tuple[bytes, ...] = ()
+
+
+class Tally(NamedTuple):
+    """What became of mutations: refused as frames, as tensors, and as bodies behind a CRC that fits."""
+
+    num_frames: int
+    num_tensors: int
+    num_bodies: int
+
+
+def record(messages: Sequence[Message]) -> list[Recorded]:
+    """What a link sends for these messages."""
     encoder = Encoder()
-    return [seal(DATA, 1, sequence, encoder.encode(message)[0]) for sequence, message in enumerate(messages, 1)]
+    recorded = []
+    for sequence, message in enumerate(messages, 1):
+        body, tensors = encoder.encode(message)
+        recorded.append(Recorded(DATA, seal(DATA, 1, sequence, body, len(tensors)), tuple(map(bytes, tensors))))
+    return recorded
+
+
+def record_control() -> list[Recorded]:
+    """What else is said on a link."""
+    return [
+        Recorded(kind, seal(kind, 1, 1, b"" if value is None else encode_control(value)))
+        for kind, value in _CONTROL.items()
+    ]
 
 
 def mutate(frame: bytes, frames: Sequence[bytes], chance: random.Random) -> bytes:
@@ -39,88 +109,173 @@ def mutate(frame: bytes, frames: Sequence[bytes], chance: random.Random) -> byte
     return bytes(damaged)
 
 
-def fuzz(frames: Sequence[bytes], num_mutations: int, seed: int) -> tuple[int, int]:
-    """Try mutations; returns how many were refused as frames, and how many re-sealed bodies were refused.
+def fuzz(recorded: Sequence[Recorded], num_mutations: int, seed: int) -> Tally:
+    """Try mutations on what reads frames.
 
     Raises:
-        AssertionError: a damaged frame was accepted. Any other exception than the two refusals escapes: a crash.
+        AssertionError: a damaged frame was accepted. Any other exception than the refusals escapes: a crash.
     """
     chance = random.Random(seed)  # noqa: S311  # a test, not a secret
-    decoder = Decoder(all_messages())
+    decoder = Decoder(KINDS)
+    frames = [each.frame for each in recorded]
     known = set(frames)
-    num_refused = num_refused_bodies = 0
+    num_frames = num_tensors = num_bodies = 0
     for _ in range(num_mutations):
-        damaged = mutate(chance.choice(frames), frames, chance)
+        chosen = chance.choice(recorded)
+        if any(chosen.tensors) and chance.random() < 0.5:
+            num_tensors += _refuses_tensors(decoder, chosen, chance)
+            continue
+        damaged = mutate(chosen.frame, frames, chance)
         try:
             unseal(damaged)
         except NotAnEnvelopeError:
-            num_refused += 1
+            num_frames += 1
         else:
             assert damaged in known, f"a damaged frame was accepted (seed {seed}): {damaged.hex()}"
-        resealed = seal(DATA, 1, 1, damaged[HEAD_BYTES:])
+        num_bodies += not _takes_body(decoder, chosen, damaged[HEAD_BYTES:])
+    return Tally(num_frames, num_tensors, num_bodies)
+
+
+def _refuses_tensors(decoder: Decoder, chosen: Recorded, chance: random.Random) -> bool:
+    tensors = list(chosen.tensors)
+    index = chance.choice([number for number, tensor in enumerate(tensors) if tensor])
+    tensors[index] = mutate(tensors[index], [each for each in tensors if each], chance)
+    try:
+        decoder.decode(memoryview(chosen.frame)[HEAD_BYTES:], tensors)
+    except MalformedMessageError:
+        return True
+    assert tuple(tensors) == chosen.tensors, "a damaged tensor was accepted"
+    return False
+
+
+def _takes_body(decoder: Decoder, chosen: Recorded, body: bytes) -> bool:
+    """Whether a body is accepted, as if it had been sent like this."""
+    if chosen.kind == DATA:
         try:
-            decoder.decode(memoryview(resealed)[HEAD_BYTES:])
+            decoder.decode(body, chosen.tensors)
         except MalformedMessageError:
-            num_refused_bodies += 1
-    return num_refused, num_refused_bodies
-
-
-def sample_messages() -> list[Message]:
-    """A message or more of the kinds that carry most."""
-    from ...messages.ids import BlockId, Epoch, RequestId, StepId
-    from ...messages.request import (
-        CancelRequest,
-        ChatPrompt,
-        PromptReady,
-        RequestEnded,
-        SubmitPrompt,
-        SubmitRequest,
-        TextDelta,
-        TokenLogprobs,
+            return False
+        return True
+    if chosen.kind == HELLO:
+        try:
+            decode_hello(body)
+        except NOT_CONTROL:
+            return False
+        return True
+    link = OutgoingLink(
+        name="edge 0",
+        incarnation=1,
+        peer="engine",
+        peer_incarnation=1,
+        socket=_Unheard(),  # type: ignore[arg-type]  # has what is used of a socket
+        schema="",
+        limits=PortLimits(),
+        session=LinkSession(),
     )
-    from ...messages.sampling import SamplingParams
-    from ...messages.step import ExecuteStep, StartRequest, StepExecuted
+    link.send(b"")
+    return link.on_frame(seal(chosen.kind, 1, 1, body)) != "malformed"
 
-    params = SamplingParams(temperature=0.7, logit_bias={5: -1.5}, stop=("end",), seed=7)
-    ids = tuple(map(RequestId, range(100, 132)))
-    entry = TokenLogprobs(5, -0.25, 1, ((5, -0.25), (9, -3.5)))
-    start = StartRequest(RequestId(140), bytes(64), 16, 0, params, (2,))
-    return [
-        CancelRequest(RequestId(3)),
-        SubmitPrompt((RequestId(1),), "Once upon a time", params),
-        SubmitPrompt(
-            (RequestId(1), RequestId(2)), ChatPrompt(b'[{"role":"user","content":"hi"}]'), params, priority=-3
-        ),
-        PromptReady((RequestId(1),), tuple(range(40)), params),
-        SubmitRequest(RequestId(9), bytes(40), params, (2,)),
-        RequestEnded(RequestId(9), "stop", 4, 2),
-        TextDelta(RequestId(9), "tale", (5,), (entry,), finish_reason="stop", stop_reason="end"),
-        ExecuteStep(
-            Epoch(0),
-            StepId(7),
-            ids,
-            (1,) * 32,
-            (start,),
-            ((BlockId(4),),),
-            ((ids[0], (BlockId(8), BlockId(9))),),
-            (RequestId(99),),
-        ),
-        StepExecuted(Epoch(0), StepId(7), ids, tuple(range(32)), (ids[3],), ((ids[1], entry),), execute_ns=6_000_000),
-    ]
+
+class _Unheard:
+    """A socket that sends to nobody."""
+
+    def send(self, *_: object, **__: object) -> None:
+        """Nobody hears it."""
+
+
+def fuzz_port(recorded: Sequence[Recorded], num_mutations: int, seed: int, folder: Path) -> int:
+    """Try mutations on a port, which is to be in a folder of mode 0700; returns how many messages it handed on.
+
+    Raises:
+        AssertionError: it handed on anything else than a decoder makes of the bodies. Any other exception: a crash.
+    """
+    chance = random.Random(seed)  # noqa: S311  # a test, not a secret
+    frames = [each.frame for each in recorded]
+    limits = PortLimits(max_tensors=8, max_messages_per_s=10**9, max_bytes_per_s=1 << 40)
+    port = Port("engine", 1, allowed={"edge": KINDS}, limits=limits)
+    peer = _RawPeer(port, port.bind(f"ipc://{folder}/fuzzed"))
+    decoder = Decoder(KINDS)
+    on_link = [each for each in recorded if each.kind != HELLO]  # another hello may be somebody else's, rightly
+    expected: list[Message] = []
+    num_accepted = 0
+    try:
+        for _ in range(-(-num_mutations // (_BURST + 1))):
+            sequence = peer.greet()
+            assert peer.received == expected, f"a port took what was not said, or lost what was (seed {seed})"
+            num_accepted += len(expected)
+            expected.clear()
+            peer.received.clear()
+            for number in range(_BURST):
+                chosen = chance.choice(on_link)
+                body = mutate(chosen.frame, frames, chance)[HEAD_BYTES:]
+                if chosen.kind != DATA:
+                    peer.say(seal(chosen.kind, 1, sequence + number, body))
+                    body, chosen = b"", Recorded(DATA, b"")
+                peer.say(seal(DATA, 1, sequence + number, body, len(chosen.tensors)), *chosen.tensors)
+                with contextlib.suppress(MalformedMessageError):
+                    expected.append(decoder.decode(body, chosen.tensors))
+            peer.say(mutate(chance.choice(frames), frames, chance))  # which breaks the link, unless it says nothing new
+        peer.greet()
+        assert peer.received == expected
+    finally:
+        peer.close()
+        port.close()
+    return num_accepted + len(expected)
+
+
+class _RawPeer:
+    """Says to a port what it is told to, and reads the port."""
+
+    def __init__(self, port: Port, endpoint: str) -> None:
+        self.received: list[Message] = []
+        self._port = port
+        self._attempt = 0
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.connect(endpoint)
+
+    def say(self, *frames: bytes) -> None:
+        self._socket.send_multipart(frames)
+
+    def greet(self) -> int:
+        """Say hello, and have the port read everything up to it; the sequence to go on with."""
+        self._attempt += 1
+        hello = msgspec.structs.replace(_HELLO, attempt=self._attempt)
+        self.say(seal(HELLO, 1, 0, encode_control(hello)))
+        for _ in range(_PATIENCE):
+            self._port.wait(10)
+            self.received += [message for _, message in self._port.receive()]
+            self._port.events.clear()
+            while self._socket.poll(0):
+                frame = self._socket.recv()
+                head = unseal(frame)
+                if head.kind == WELCOME and msgspec.msgpack.decode(frame[HEAD_BYTES:])["attempt"] == self._attempt:
+                    return head.sequence
+        raise AssertionError("a port welcomes its peer no more")
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
 
 
 def main() -> int:
     """Run and report."""
     parser = argparse.ArgumentParser(prog="python -m octavo.actors.runtime.fuzz_wire", description=__doc__)
-    parser.add_argument("--mutations", type=int, default=1_000_000)
+    parser.add_argument("--mutations", type=int, default=1_000_000, help="for what reads frames")
+    parser.add_argument("--live", type=int, default=100_000, help="for a port")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    frames = record(sample_messages())
-    num_refused, num_bodies = fuzz(frames, arguments.mutations, arguments.seed)
+    recorded = [*record(sample_messages(arguments.seed)), *record_control()]
+    tally = fuzz(recorded, arguments.mutations, arguments.seed)
     print(
-        f"{arguments.mutations} mutations (seed {arguments.seed}): {num_refused} refused as frames, the others were "
-        f"what was sent; {num_bodies} bodies refused behind a fitting CRC; no crash"
+        f"{arguments.mutations} mutations of {len(KINDS)} types (seed {arguments.seed}): {tally.num_frames} refused as "
+        f"frames and {tally.num_tensors} as tensors, the others were what was sent; {tally.num_bodies} bodies refused "
+        "behind a fitting CRC; no crash",
+        flush=True,
     )
+    with tempfile.TemporaryDirectory(prefix="octavo-fuzz-") as name:
+        num_accepted = fuzz_port(recorded, arguments.live, arguments.seed, Path(name))
+    print(f"{arguments.live} mutations to a port: it handed on the {num_accepted} that were messages; no crash")
     return 0
 
 

@@ -53,6 +53,12 @@ class NameClaims:
         """The newest incarnation that is known of; -1: none."""
         return self._announced.get(name, -1)
 
+    def forget(self, name: str) -> None:
+        """Keep nothing of a name but the claims to it that wait."""
+        self._announced.pop(name, None)
+        for link in self._aside.pop(name, []):
+            link.is_stale = True
+
     @property
     def has_parked(self) -> bool:
         return bool(self._parked)

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final, Literal
 
-import msgspec
 import zmq
 
 from .envelope import (
@@ -15,6 +14,7 @@ from .envelope import (
     GRANT,
     HEAD_BYTES,
     HELLO,
+    NOT_CONTROL,
     PROTOCOL_VERSION,
     REFUSE,
     RESET,
@@ -153,6 +153,8 @@ class OutgoingLink:
         try:
             head = unseal(frame)
         except NotAnEnvelopeError:
+            if self.state in ("up", "greeting"):
+                self.greet()  # it may have been a welcome, or have asked for what is missing
             return "malformed"
         if head.kind == REFUSE:  # of any version: its body stays as it is
             return self._on_refuse(frame)
@@ -179,7 +181,7 @@ class OutgoingLink:
     def _on_welcome(self, frame: bytes, next_sequence: int) -> str:
         try:
             welcome = decode_welcome(memoryview(frame)[HEAD_BYTES:])
-        except msgspec.MsgspecError:
+        except NOT_CONTROL:
             return "malformed"
         if welcome.name != self.peer:
             return self._refuse("foreign", f"{self.peer}'s endpoint is served by {welcome.name!r}")
@@ -201,7 +203,7 @@ class OutgoingLink:
     def _on_refuse(self, frame: bytes) -> str:
         try:
             refuse = decode_refuse(memoryview(frame)[HEAD_BYTES:])
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except NOT_CONTROL:
             refuse = Refuse("refused", "for a reason that this build cannot read")
         return self._refuse(refuse.code, refuse.why)
 

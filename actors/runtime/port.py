@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -26,11 +26,12 @@ from zmq.utils.monitor import parse_monitor_message
 
 from ...messages.base import Message
 from .curve import AllowList, CurveKeys, check_public_key
-from .door import MAX_BATCH, Allowed, Door, role_of
-from .endpoints import check_endpoint, claim_ipc_path
+from .door import MAX_BATCH, Door
+from .endpoints import check_endpoint, claim_ipc_path, is_ipv6, listen_error, resolved
 from .outgoing_link import LinkSession, OutgoingLink
 from .port_limits import PortLimits
 from .port_record import LinkEvent, PortRecord
+from .reception import Allowed, Reception, role_of
 from .schema import schema_hash
 from .socket_options import set_options
 from .strangers import Strangers
@@ -65,6 +66,7 @@ class Port:
         allow_plain_loopback: let `tcp://127.0.0.1` do without keys.
         schema: this build's message hash (given by tests).
         self_announced: roles whose newest start takes the place of one that is connected without being expected.
+        limits_of: of single peers or roles, where they are not `limits`: their window and rates.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Port:
         allow_plain_loopback: bool = False,
         schema: str = "",
         self_announced: tuple[str, ...] = (),
+        limits_of: Mapping[str, PortLimits] | None = None,
     ) -> None:
         self.name = name
         self.incarnation = incarnation
@@ -108,16 +111,23 @@ class Port:
             self._zap = ZapHandler(self._context, self._allow_list)
             self._watch(self._zap.socket, self._answer_zap)
 
-        self._door = Door(
+        self._reception = Reception(
             name=name,
             incarnation=incarnation,
             schema=self._schema,
             limits=self._limits,
+            limits_of=limits_of or {},
             allowed=allowed or {},
             allow_list=self._allow_list,
-            has_keys=keys is not None,
             record=record,
             self_announced=self_announced,
+        )
+        self._door = Door(
+            incarnation=incarnation,
+            reception=self._reception,
+            limits=self._limits,
+            has_keys=keys is not None,
+            record=record,
         )
 
     # Set-up
@@ -127,22 +137,18 @@ class Port:
         with its real TCP port.
 
         Raises:
-            InvalidConfigError: others could reach the endpoint, or its path is not ours to take.
+            InvalidConfigError: others could reach the endpoint, its path is not ours to take, or this host has no such
+                address.
             OSError: the address is in use.
         """
         scheme = endpoint.partition("://")[0]
         if self._door.router is None:
             self._bound.clear()
         assert scheme not in self._bound, "a port binds once by each kind of endpoint"
-        check_endpoint(endpoint, has_keys=self._keys is not None, allow_plain_loopback=self._allow_plain_loopback)
-        router = self._door.router
-        if router is None:
-            router = self._context.socket(zmq.ROUTER)
-            set_options(router, self._limits)
-            router.set(zmq.ROUTER_MANDATORY, 1)  # no ROUTER_HANDOVER: nobody takes another's place
-            router.set(zmq.BACKLOG, self._limits.backlog)
-            self._door.strangers = Strangers(router, self._limits.max_strangers)
+        endpoint = self._checked(endpoint)
+        router = self._door.router or self._make_router()
         # Options are those of the endpoints that are bound from here on.
+        router.set(zmq.IPV6, int(is_ipv6(endpoint)))
         router.set(zmq.CURVE_SERVER, 0)
         if self._keys is not None and endpoint.startswith("tcp://"):
             router.set(zmq.CURVE_SERVER, 1)
@@ -162,18 +168,32 @@ class Port:
             if scheme == "ipc":
                 self._bound_path = None
             if isinstance(error, zmq.ZMQError):
-                raise OSError(error.errno, f"cannot listen on {endpoint}: {error.strerror}") from error
+                raise listen_error(endpoint, error.errno or 0, error.strerror) from error
             raise
         self._bound.append(scheme)
         if self._door.router is None:
             self._door.router = router
             self._watch(router, None)
-            assert self._door.strangers is not None
-            self._watch(self._door.strangers.monitor, self._door.strangers.read)
-            self._door.strangers.read()  # a descriptor tells of what comes after the first look only
+            assert self._reception.strangers is not None
+            self._watch(self._reception.strangers.monitor, self._reception.strangers.read)
+            self._reception.strangers.read()  # a descriptor tells of what comes after the first look only
         last = router.get(zmq.LAST_ENDPOINT)
         assert isinstance(last, bytes)
         return last.rstrip(b"\0").decode()
+
+    def _checked(self, endpoint: str) -> str:
+        """An endpoint that may be listened to, with an address for a name, which must be allowed as well."""
+        for checked in (endpoint, resolved(endpoint)):
+            check_endpoint(checked, has_keys=self._keys is not None, allow_plain_loopback=self._allow_plain_loopback)
+        return checked
+
+    def _make_router(self) -> zmq.Socket[bytes]:
+        router = self._context.socket(zmq.ROUTER)
+        set_options(router, self._limits)
+        router.set(zmq.ROUTER_MANDATORY, 1)  # no ROUTER_HANDOVER: nobody takes another's place
+        router.set(zmq.BACKLOG, self._limits.backlog)
+        self._reception.strangers = Strangers(router, self._limits.max_strangers)
+        return router
 
     def connect(self, peer: str, incarnation: int, endpoint: str, *, server_key: bytes = b"") -> None:
         """Open the line to a peer; messages may be sent at once, they wait for the welcome.
@@ -197,6 +217,7 @@ class Port:
         self.vouch(peer, server_key.decode("ascii") if has_keys and endpoint.startswith("tcp://") else "")
         dealer = self._context.socket(zmq.DEALER)
         set_options(dealer, self._limits)
+        dealer.set(zmq.IPV6, int(is_ipv6(endpoint)))
         dealer.set(zmq.RECONNECT_IVL, 10)
         dealer.set(zmq.RECONNECT_IVL_MAX, 500)
         dealer.set(zmq.CONNECT_TIMEOUT, self._limits.handshake_ms)  # the kernel's waits, then tries ever more seldom
@@ -251,13 +272,26 @@ class Port:
         """
         for key in [key for key in self._sessions if key[0] == peer and key[1] < incarnation]:
             del self._sessions[key]
-        self._door.expect(peer, incarnation)
-        if self._door.has_parked:
+        self._reception.expect(peer, incarnation)
+        if self._reception.has_parked:
             self._wake()
+
+    def forget(self, peer: str) -> bool:
+        """Give back all that is kept of a peer which will not come back under its name, or as somebody new if it does.
+
+        Returns:
+            False: it is connected, and nothing has happened.
+        """
+        if not self._reception.forget(peer):
+            return False
+        self.disconnect(peer)
+        for key in [key for key in self._sessions if key[0] == peer]:
+            del self._sessions[key]
+        return True
 
     def vouch(self, peer: str, key: str) -> None:
         """From now on a peer's name may be used with this CURVE key alone; empty: by ipc or plain loopback alone."""
-        self._door.vouch(peer, key)
+        self._reception.vouch(peer, key)
 
     def _wake(self) -> None:
         """Have `receive` called, which welcomes whoever has waited for this."""
@@ -274,8 +308,8 @@ class Port:
         """Close every socket at once; what was not delivered is dropped."""
         for peer in list(self._outgoing):
             self.disconnect(peer)
-        if self._door.strangers is not None:
-            self._unwatch(self._door.strangers.monitor)
+        if self._reception.strangers is not None:
+            self._unwatch(self._reception.strangers.monitor)
         self._close_strangers()
         for socket in (self._door.router, self._zap.socket if self._zap else None):
             if socket is not None and not socket.closed:
@@ -292,9 +326,9 @@ class Port:
             self._waker = -1
 
     def _close_strangers(self) -> None:
-        if self._door.strangers is not None:
-            self._door.strangers.close()
-            self._door.strangers = None
+        if self._reception.strangers is not None:
+            self._reception.strangers.close()
+            self._reception.strangers = None
 
     # Sending
 
@@ -352,17 +386,15 @@ class Port:
         if self._door.has_more:
             return True
         delay_ms = self.delay_ms()
-        if delay_ms is not None:
-            timeout_ms = delay_ms if timeout_ms < 0 else min(timeout_ms, delay_ms)
+        is_due = delay_ms is not None and (timeout_ms < 0 or delay_ms <= timeout_ms)
+        if is_due and delay_ms is not None:
+            timeout_ms = delay_ms
         self._ready = self._epoll.poll(timeout_ms / 1000 if timeout_ms >= 0 else -1)
-        return bool(self._ready)
+        return is_due or bool(self._ready)
 
     def delay_ms(self) -> int | None:
         """When `receive` must be called even if nothing comes; None: need not."""
-        if not self._door.held_back:
-            return None
-        now_ns = time.monotonic_ns()
-        return min(link.wait_ns(now_ns) for link in self._door.held_back.values()) // 1_000_000 + 1
+        return self._door.delay_ms(time.monotonic_ns())
 
     @property
     def has_more(self) -> bool:
@@ -381,19 +413,17 @@ class Port:
         now_ns = time.monotonic_ns()
         if self._allow_list is not None and now_ns - self._keys_checked_ns > KEYS_INTERVAL_NS:
             self._keys_checked_ns = now_ns
-            self._door.check_keys()
+            self._reception.check_keys()
         messages: list[tuple[str, Message]] = []
         self._door.read(self._door.router, messages, max_messages, now_ns)
-        if self._door.held_back:
-            self._door.grant_held_back(now_ns)
-        self._door.shut_strangers()
-        self._door.admit_parked()
+        self._door.grant_held_back(now_ns)
+        self._door.attend()
         return messages
 
     def check_keys(self) -> None:
         """Look at the allow-list now: links of withdrawn keys end."""
         if self._allow_list is not None:
-            self._door.check_keys()
+            self._reception.check_keys()
 
     def _answer_zap(self) -> None:
         assert self._zap is not None

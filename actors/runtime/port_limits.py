@@ -38,3 +38,9 @@ class PortLimits(msgspec.Struct, frozen=True):
     heartbeat_timeout_ms: int = 4000
     handshake_ms: int = 3000
     backlog: int = 64
+
+
+EDGE_LIMITS = PortLimits(window=128, max_messages_per_s=3_000, max_bytes_per_s=16 << 20, burst_s=0.25)
+"""Of an edge, as its engine hears it. A request takes some messages and four bytes a token: that is a thousand requests
+and four million tokens a second, more than an engine has a use for. What an edge that sends without end costs the
+steps of all then: `python -m octavo.actors.runtime.bench_port`."""

@@ -16,6 +16,7 @@ from ...messages.ids import RequestId
 from ...messages.kv import MatchPrefix, PrefixMatched
 from ...messages.request import FinishReason, RequestEnded, SubmitRequest
 from .preemption import make_room
+from .quarantine import REFUSAL
 from .sequence import Sequence, State
 from .state import SchedulerState
 
@@ -34,10 +35,12 @@ def submit(state: SchedulerState, request: SubmitRequest) -> None:
         state.num_refused += 1
         state.out.append(RequestEnded(request.request_id, "refused", error_code=code, error=text))
         return
+    state.num_accepted += 1
     state.num_resumed += request.is_taken_up_again
     reason, stop_token_id = _find_end(sequence)
     if reason is not None:
         state.num_ended += 1
+        state.num_completed += 1
         state.out.append(RequestEnded(request.request_id, reason, sequence.num_output_tokens, stop_token_id))
         return
     state.sequences[request.request_id] = sequence
@@ -66,10 +69,7 @@ def _find_refusal(state: SchedulerState, sequence: Sequence) -> tuple[str, str] 
         )
     # Whether an earlier engine accepted one without output is not known: it may have died before.
     if (is_new or not sequence.submit.output_token_ids) and state.quarantine.holds(sequence.submit, state.now_ns):
-        return RequestQuarantinedError.code, (
-            "a request like this one made the model's process fail again and again, a short while ago: change the "
-            "prompt or the parameters"
-        )
+        return RequestQuarantinedError.code, REFUSAL
     if is_new and _find_end(sequence)[0] is None:
         text = _describe_full_queue(state, len(sequence.tokens))
         if text:

@@ -8,6 +8,9 @@ from ...messages.ids import Epoch
 
 FIRST_EPOCH = Epoch(0)
 
+MAX_GROWTH = 4
+"""Blocks that a decoding row takes at once where there are plenty: each time costs every actor of the ring."""
+
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the executor holds, and how it is shared out.
@@ -64,3 +67,12 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     def max_sequence_len(self) -> int:
         """Longest sequence that both the model and the KV cache hold."""
         return min(self.max_model_len, self.num_blocks * self.block_size)
+
+    @property
+    def num_blocks_plenty(self) -> int:
+        """With more blocks than these to spend, a decoding row takes `MAX_GROWTH` at once.
+
+        A quarter of the cache, and more than whoever waits could need: nobody is kept out by what was taken early.
+        """
+        longest = -(-self.max_sequence_len // self.block_size)
+        return (self.num_blocks + 3) // 4 + longest + MAX_GROWTH * self.max_num_seqs

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable
+from operator import itemgetter
 
 from ...messages.ids import RequestId, StepId
 from ...messages.step import DecodeStretch
 from .admission import may_admit
-from .decoding_rows import DecodingRows
+from .config import MAX_GROWTH
+from .decoding_rows import DecodingRows, num_blocks_ahead
 from .sequence import TYPECODE, Sequence
 from .state import SchedulerState
 from .step_in_flight import StepInFlight
+
+_by_step_and_key = itemgetter(0, 1)
 
 
 def find_horizon(state: SchedulerState) -> int:
@@ -31,6 +36,8 @@ def find_horizon(state: SchedulerState) -> int:
         return 0
     # The last one plans the step that samples a request's last token: the step behind it has other rows.
     num_steps = decoding.first_end_clock() - decoding.clock
+    if state.has_plenty:
+        return min(num_steps, _num_steps_of_plenty(state))
     if state.credit >= len(rows) * (num_steps // state.block_size + 1):
         return num_steps
     return min(num_steps, _num_steps_paid_for(state))
@@ -49,12 +56,22 @@ def _samples_all(step: StepInFlight, decoding: DecodingRows) -> bool:
     )
 
 
+def _num_steps_of_plenty(state: SchedulerState) -> int:
+    """Return for how many laps there are plenty of blocks, however the rows grow."""
+    num_rounds = (state.credit - state.num_blocks_plenty) // (MAX_GROWTH * len(state.decoding.rows))
+    return max(0, num_rounds * MAX_GROWTH * state.block_size - 1)
+
+
 def _num_steps_paid_for(state: SchedulerState) -> int:
-    """Return how many tokens every decoding request can grow by until the credit is spent."""
-    rows = state.decoding.rows
-    num_rounds, num_left = divmod(state.credit, len(rows))  # in a round every row takes a block
-    slots_left = sorted([sequence.num_slots - sequence.decode_base for sequence in rows])
-    return num_rounds * state.block_size + slots_left[num_left] - state.decoding.clock
+    """Return how many tokens every decoding request can grow by until the credit is spent, a block at a time."""
+    block_size, clock, rows = state.block_size, state.decoding.clock, state.decoding.rows
+    left = [sequence.num_slots - sequence.decode_base - clock for sequence in rows]  # steps before a block is needed
+
+    def num_blocks(num_steps: int) -> int:
+        return sum([-(-(num_steps - each) // block_size) for each in left if each < num_steps])
+
+    most = max(left) + (state.credit // len(rows) + 1) * block_size  # by then every row has taken its share, and one
+    return bisect_right(range(most + 1), state.credit, key=num_blocks) - 1
 
 
 def advance(state: SchedulerState, num_steps: int, token_of: Callable[[RequestId], int]) -> DecodeStretch:
@@ -84,31 +101,27 @@ def advance(state: SchedulerState, num_steps: int, token_of: Callable[[RequestId
 
 def _grow(state: SchedulerState, num_steps: int) -> list[tuple[int, RequestId]]:
     """Let the rows take the blocks for so many steps; return `(step_offset, request_id)` in the order of planning."""
-    decoding, block_size = state.decoding, state.block_size
+    decoding, block_size, has_plenty = state.decoding, state.block_size, state.has_plenty
     begin = decoding.clock + 1
-    # A row that needs a block needs one every `block_size` steps, so the first round of them tells the others.
-    first_round: list[tuple[int, list[Sequence]]] = []
-    for step_offset in range(min(num_steps, block_size)):
-        clock = begin + step_offset
-        growing = []
-        for sequence in decoding.pop_due(clock):
-            if sequence.due_clock == clock:
-                if sequence.decode_base + clock > sequence.num_slots:
-                    growing.append(sequence)
-                else:
-                    decoding.schedule(sequence, clock + 1)
-        if growing:
-            first_round.append((step_offset, growing))
-    grow: list[tuple[int, RequestId]] = []
-    for first in range(0, num_steps, block_size):
-        for step_offset, growing in first_round:
-            if first + step_offset < num_steps:
-                grow += [(first + step_offset, sequence.request_id) for sequence in growing]
+    grown: list[tuple[int, tuple[int, int], Sequence]] = []  # a block each
+    growing: list[Sequence] = []
+    for first in range(min(num_steps, MAX_GROWTH * block_size)):  # by then a row has filled what it took before
+        for sequence in decoding.pop_due(begin + first):
+            if sequence.due_clock != begin + first:
+                continue
+            if sequence.decode_base + begin + first <= sequence.num_slots:
+                decoding.schedule(sequence, begin + first + 1)
+                continue
+            growing.append(sequence)
+            step_offset = first
+            while step_offset < num_steps:
+                num_blocks = num_blocks_ahead(sequence, block_size) if has_plenty else 1
+                grown += [(step_offset, sequence.key, sequence)] * num_blocks
+                sequence.num_slots += num_blocks * block_size
+                step_offset += num_blocks * block_size
+    grown.sort(key=_by_step_and_key)
     decoding.clock += num_steps
-    for step_offset, growing in first_round:
-        num_slots = -(-(num_steps - step_offset) // block_size) * block_size
-        for sequence in growing:
-            sequence.num_slots += num_slots
-            decoding.schedule(sequence, decoding.clock + 1)
-    state.credit -= len(grow)
-    return grow
+    for sequence in growing:
+        decoding.schedule(sequence, decoding.clock + 1)
+    state.credit -= len(grown)
+    return [(step_offset, sequence.request_id) for step_offset, _, sequence in grown]

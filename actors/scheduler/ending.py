@@ -45,6 +45,9 @@ def end(
         state.seat_limit = max(1, state.seat_limit - 1)
         state.bad_seat_limit = max(0, state.bad_seat_limit - 1)
     state.num_ended += 1
+    state.num_completed += reason in ("stop", "length")
+    state.num_failed += reason == "error"
+    state.num_cancelled += reason == "abort"
     state.out.append(
         RequestEnded(
             request_id=sequence.request_id,

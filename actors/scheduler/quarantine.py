@@ -15,6 +15,11 @@ PERIOD_NS = 600_000_000_000
 MAX_REMEMBERED = 1024
 """Past it, the one that was found first is forgotten."""
 
+REFUSAL = (
+    "a request like this one made the model's process fail again and again, a short while ago: change the prompt or "
+    "the parameters"
+)
+
 _encode = msgspec.msgpack.Encoder().encode
 
 

@@ -95,8 +95,8 @@ class Sequence:
         self.fork_of = submit.fork_of
         self.siblings: list[Sequence] = []
         self.last_step_id = -1
-        self.num_losses = 0
-        self.num_tokens_at_loss = -1
+        self.num_losses = submit.num_losses
+        self.num_tokens_at_loss = len(self.tokens) if submit.num_losses else -1
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.first_scheduled_ns = 0

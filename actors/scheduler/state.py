@@ -9,7 +9,7 @@ from ...messages.kv import MatchPrefix, ReleaseMatch, ResetBlocks
 from ...messages.request import RequestEnded
 from ...messages.step import PlanStep, StepExecuted
 from ...messages.system import ExecutorFailed
-from .config import SchedulerConfig
+from .config import MAX_GROWTH, SchedulerConfig
 from .deadlines import Deadlines
 from .decoding_rows import DecodingRows
 from .numerics_watch import NumericsWatch
@@ -40,6 +40,7 @@ class SchedulerState:
         self.faulty_epoch = Epoch(-1)  # whose executor said something that cannot be
         self.block_size = config.block_size
         self.max_len = config.max_sequence_len
+        self.num_blocks_plenty = config.num_blocks_plenty
         self.chunk_limit = config.long_prefill_threshold or config.max_num_batched_tokens
         self.next_step_id = 0
         self.last_executed_step_id = -1
@@ -76,6 +77,10 @@ class SchedulerState:
         self.step_sizes = StepSizes()
         self.num_preemptions = 0
         self.num_ended = 0
+        self.num_completed = 0
+        self.num_accepted = 0
+        self.num_failed = 0
+        self.num_cancelled = 0
         self.num_refused = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
@@ -142,6 +147,11 @@ class SchedulerState:
             del self.seats_by_priority[sequence.priority]
         self.set_backlog(sequence, 0)
 
+    @property
+    def has_plenty(self) -> bool:
+        """Whether rows that decode take more blocks than they need at once."""
+        return self.credit > self.num_blocks_plenty
+
     def set_backlog(self, sequence: Sequence, num_tokens: int) -> None:
         """Note how many tokens a request could compute in the next step beside the newest one."""
         num_tokens = min(num_tokens, self.chunk_limit)
@@ -192,6 +202,10 @@ class SchedulerState:
             num_numerics_losses=self.num_numerics_losses,
             step_sizes=tuple(self.step_sizes.counts),
             step_tokens=self.step_sizes.num_tokens,
+            num_completed=self.num_completed,
+            num_accepted=self.num_accepted,
+            num_failed=self.num_failed,
+            num_cancelled=self.num_cancelled,
         )
 
     def check(self) -> None:
@@ -202,6 +216,8 @@ class SchedulerState:
         seated.extend(sequence for sequence in self.matching.values() if sequence.state is State.MATCHING)
         assert len(seated) == self.num_seats
         assert len(self.sequences) == len(seated) + len(self.waiting) + self.num_parked
+        num_over = self.num_completed + self.num_failed + self.num_cancelled
+        assert self.num_accepted == num_over + len(self.sequences)
         by_priority: dict[int, int] = {}
         for sequence in seated:
             by_priority[sequence.priority] = by_priority.get(sequence.priority, 0) + 1
@@ -211,7 +227,8 @@ class SchedulerState:
             assert sequence.state is State.RUNNING
             assert sequence.num_promised == 0
             assert len(sequence.tokens) <= num_computed + 1 <= max(sequence.max_total, sequence.num_prompt + 1)
-            assert 0 <= sequence.num_slots - num_computed < self.block_size
+            assert 0 <= sequence.num_slots - num_computed < self.block_size * MAX_GROWTH
+            assert sequence.num_slots - max(sequence.max_total - 1, num_computed) < self.block_size
         assert [sequence.key for sequence in self.prompts] == sorted(sequence.key for sequence in self.prompts)
         for sequence in self.prompts:
             assert sequence.state in {State.READY, State.RUNNING}

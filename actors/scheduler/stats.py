@@ -27,6 +27,9 @@ class SchedulerStats(msgspec.Struct, frozen=True):
         num_resumed: requests that an earlier engine had accepted, submitted again.
         num_quarantined: requests found to kill the executor.
         num_numerics_losses: executors given up because no row of a step came to numbers.
+        num_completed: requests that came to their own end (stop or length), since the start.
+        num_accepted, num_failed, num_cancelled: requests that were not refused, and those of them that ended with an
+            error, or by a cancel or a deadline, since the start. What was accepted and is none of the three is live.
         step_sizes, step_tokens: planned steps that compute anything, by `step_sizes.BOUNDS`, and their tokens.
     """
 
@@ -53,3 +56,7 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     num_numerics_losses: int = 0
     step_sizes: tuple[int, ...] = ()
     step_tokens: int = 0
+    num_completed: int = 0
+    num_accepted: int = 0
+    num_failed: int = 0
+    num_cancelled: int = 0

@@ -11,8 +11,10 @@ from __future__ import annotations
 from ...messages.ids import RequestId, StepId
 from ...messages.step import PlanStep, StartRequest
 from .admission import admit
+from .decoding_rows import num_blocks_ahead
 from .preemption import can_grow
 from .sequence import Sequence, State
+from .start_size import MAX_START_BYTES, start_bytes
 from .state import SchedulerState
 from .step_in_flight import StepInFlight
 
@@ -89,16 +91,17 @@ def _plan_decoding(state: SchedulerState, grow: _Grow) -> StepInFlight:
     finishing: list[Sequence] = []
     idle: list[Sequence] = []
     next_clock = decoding.clock + 1
-    block_size = state.block_size
+    block_size, plenty = state.block_size, state.num_blocks_plenty
     for sequence in decoding.pop_due(next_clock):
         if sequence.due_clock != next_clock or (beyond and sequence in beyond):
             continue  # preempted by one before it, or not in this step
         num_computed = sequence.decode_base + next_clock
         if sequence.num_slots < num_computed < sequence.max_total - 1 and state.credit > 0:
-            # As below for nearly all of them, without the calls: every row is due once a block.
-            state.credit -= 1
-            sequence.num_slots += block_size
-            grow.append((sequence.request_id, 1))
+            # As below for nearly all of them, without the calls, but for several blocks at once where there are plenty.
+            num_blocks = num_blocks_ahead(sequence, block_size) if state.credit > plenty else 1
+            state.credit -= num_blocks
+            sequence.num_slots += num_blocks * block_size
+            grow.append((sequence.request_id, num_blocks))
         elif num_computed >= sequence.max_total - 1:  # computing so many samples the last token
             is_row = num_computed == sequence.max_total - 1 and _has_slot(state, sequence, num_computed, grow)
             (finishing if is_row else idle).append(sequence)
@@ -143,12 +146,16 @@ def _leave_out(state: SchedulerState, idle: list[Sequence], step_id: StepId) -> 
 def _plan_prompts(state: SchedulerState, step: StepInFlight, grow: _Grow) -> PlanStep:
     """Plan chunks of prompts, by key, with what the decoding rows leave of the budget; return the whole plan."""
     rows = _PromptRows()
+    num_start_bytes = 0
     num_decoding = len(step.sampling_ids)
     budget = state.config.max_num_batched_tokens - num_decoding
     for sequence in state.prompts:
         if budget <= 0:
             break
         if sequence.state is State.READY:
+            num_start_bytes += start_bytes(sequence)
+            if rows.start and num_start_bytes > MAX_START_BYTES:
+                break  # the budget counts what is computed, the message holds cached tokens as well
             rows.start.append(_start(state, sequence))
         chunk = min(len(sequence.tokens) - sequence.num_computed, budget, state.chunk_limit)
         budget -= chunk
@@ -173,10 +180,16 @@ def _plan_prompts(state: SchedulerState, step: StepInFlight, grow: _Grow) -> Pla
     request_ids = (*step.sampling_ids, *rows.one_ids, *rows.chunk_ids)
     late_sampling = rows.one_sampling + rows.chunk_sampling
     if late_sampling:
-        step.sampling = step.sampling + late_sampling
-        step.sampling_ids += tuple([sequence.request_id for sequence in late_sampling])
-        step.token_arrays = step.token_arrays + [sequence.tokens for sequence in late_sampling]
+        are_all = step.sampling is state.decoding.rows
         _move_to_decoding(state)
+        decoding = state.decoding
+        if are_all and decoding.request_ids == request_ids:  # as if it were the next step: nothing has to be made twice
+            step.sampling, step.token_arrays = decoding.rows, decoding.token_arrays
+            step.sampling_ids = request_ids = decoding.request_ids
+        else:
+            step.sampling = step.sampling + late_sampling
+            step.sampling_ids += tuple([sequence.request_id for sequence in late_sampling])
+            step.token_arrays = step.token_arrays + [sequence.tokens for sequence in late_sampling]
     return PlanStep(
         epoch=state.epoch,
         step_id=step.step_id,

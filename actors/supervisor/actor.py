@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -180,7 +181,7 @@ class Supervisor:
     def _start(self, message: StartProcess) -> None:
         if self._kinds[message.child] == "nursery":
             self._nursery_incarnation = message.incarnation
-            self._run(self._start_nursery(message))
+            self._run(self._start_nursery(message), message)
             return
         try:
             spec = self._make_spec(message)
@@ -189,7 +190,7 @@ class Supervisor:
             exited = ProcessExited(message.child, message.incarnation, f"{type(error).__name__}: {error}")
             asyncio.get_running_loop().call_soon(self.handle, exited)
         else:
-            self._run(self._spawn(message, spec))
+            self._run(self._spawn(message, spec), message)
 
     async def _spawn(self, message: StartProcess, spec: ProcessSpec) -> None:
         try:
@@ -269,17 +270,33 @@ class Supervisor:
             if kind == "nursery":
                 self.handle(ProcessExited(child, self._nursery_incarnation, "died"))
 
-    def _run(self, work: Coroutine[object, object, None]) -> None:
+    def _run(self, work: Coroutine[object, object, None], start: StartProcess | None = None) -> None:
+        """Carry on with something; with `start` it is what sees the exit of the child that it starts."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks[task] = None  # the loop itself holds tasks weakly
-        task.add_done_callback(self._on_done)
+        task.add_done_callback(partial(self._on_done, start))
 
-    def _on_done(self, task: asyncio.Task[None]) -> None:
+    def _on_done(self, start: StartProcess | None, task: asyncio.Task[None]) -> None:
         del self._tasks[task]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            asyncio.get_running_loop().call_exception_handler(
-                {"message": "the supervisor's carrier failed", "exception": error, "task": task}
-            )
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        asyncio.get_running_loop().call_exception_handler(
+            {"message": "the supervisor's carrier failed", "exception": error, "task": task}
+        )
+        if start is not None:
+            self._lose_sight(start, error)
+
+    def _lose_sight(self, start: StartProcess, error: BaseException) -> None:
+        """Nobody would see a child's exit any more: it counts as lost from now on, and does not go on unseen."""
+        why = f"is out of sight: {type(error).__name__}: {error}"
+        if self._kinds[start.child] == "nursery":
+            self.handle(ProcessExited(start.child, start.incarnation, why))
+            return
+        self._doomed.pop(start.child, None)
+        if self._incarnations.get(start.child) == start.incarnation:
+            del self._incarnations[start.child]
+            self._processes.pop(start.child).kill()
+        self._note_exit(start, why, is_innocent=True)
 
     def _tick(self) -> None:
         self._ticker = asyncio.get_running_loop().call_later(TICK_NS / 1e9, self._tick)

@@ -27,7 +27,7 @@ from ...messages.system import (
 from .child import Child
 from .config import START_ORDER, TICK_NS, ChildKind
 from .config import SupervisorConfig as SupervisorConfig  # noqa: PLC0414, others import it from here
-from .restart_budget import RestartBudget
+from .restarts import Restarts
 from .step_times import StepTimes
 from .verdicts import Verdict, judge_silence, judge_step, silence_ns, usual_silence_ns
 
@@ -80,12 +80,7 @@ class SupervisorCore:
         self._is_ready = False
         self._gave_up_because = ""
         self._is_stopping = False
-        self._budgets: dict[ChildKind, RestartBudget] = {
-            kind: RestartBudget(
-                config.max_restarts if kind == "executor" else config.max_restarts_of_others, config.period_ns
-            )
-            for kind in START_ORDER
-        }
+        self._restarts = Restarts(config)
         self._children = {
             child.name: Child(child, config.num_before)
             for kind in START_ORDER
@@ -94,8 +89,6 @@ class SupervisorCore:
         }
         self._ranks = [child for child in self._children.values() if child.config.kind == "executor"]
         self._engine = next((child for child in self._children.values() if child.config.kind == "engine"), None)
-        self._num_unready: dict[str, int] = {}  # losses since the last time that it was ready, by `Child.streak`
-        self._refused_since_ns: dict[str, int] = {}  # since when the system has had no room for it, by `Child.streak`
         self._edges_given_up = False
         self._step_times = StepTimes(config.first_step_ns)
         self._executor_told_ns = 0
@@ -129,12 +122,12 @@ class SupervisorCore:
     @property
     def num_restarts(self) -> int:
         """Of the executor."""
-        return self._budgets["executor"].num_restarts
+        return self._restarts.by_kind["executor"]
 
     @property
     def restarts_by_kind(self) -> dict[ChildKind, int]:
         """Of each kind of child."""
-        return {kind: budget.num_restarts for kind, budget in self._budgets.items()}
+        return self._restarts.by_kind
 
     @property
     def num_late_messages(self) -> int:
@@ -312,10 +305,9 @@ class SupervisorCore:
         was_running = child.is_running
         child.state = "absent"
         if message.was_refused:
-            # No restart that failed, and no defect of the child: what counts is how long there has been no room.
-            self._refused_since_ns.setdefault(child.streak, now_ns)
+            self._restarts.note_refused(child, now_ns)
         elif was_running:
-            self._refused_since_ns.pop(child.streak, None)
+            self._restarts.note_run(child)
         if was_running:
             is_innocent = message.is_innocent or child.cannot_load
             self._lose(child, f"{child.config.name} {message.why}", now_ns, is_innocent=is_innocent)
@@ -391,7 +383,7 @@ class SupervisorCore:
         self._end(child, why)
         if child.config.kind == "edge" and self._edges_given_up:
             return
-        if not self._may_restart([child], now_ns, useless_ns):
+        if not self._restarts.take([child], now_ns, useless_ns):
             self._give_up(child.config.kind, why)
             return
         if child is not self._engine:
@@ -420,7 +412,7 @@ class SupervisorCore:
         if is_hard:
             for rank in self._ranks:
                 self._end(rank, why)
-        if not self._may_restart(self._ranks, now_ns, useless_ns):
+        if not self._restarts.take(self._ranks, now_ns, useless_ns):
             self._give_up("executor", why)
             return
         self._raise_epoch()
@@ -430,26 +422,6 @@ class SupervisorCore:
             # The executor hears of its new epoch first: the steps of that epoch come behind.
             self._tell_executor(now_ns)
         self._out.append(ExecutorLost(self._epoch, why, is_innocent, is_out_of_memory))
-
-    def _may_restart(self, children: list[Child], now_ns: int, useless_ns: int | None) -> bool:
-        """Whether children of one kind, who share their fate, may be started again; counts it."""
-        refused_since_ns = self._refused_since_ns.get(children[0].streak, -1) if children else -1
-        if refused_since_ns >= 0:
-            return now_ns - refused_since_ns <= self._config.max_start_ns
-        is_proven = bool(children) and all(self._is_proven(child, now_ns, useless_ns) for child in children)
-        kind = children[0].config.kind if children else "executor"
-        is_verdict = useless_ns is not None
-        cycle_ns = max((now_ns - child.since_ns for child in children), default=0) if is_verdict else 0
-        return self._budgets[kind].take(now_ns, is_proven=is_proven, cycle_ns=cycle_ns)
-
-    def _is_proven(self, child: Child, now_ns: int, useless_ns: int | None) -> bool:
-        """Whether this incarnation was of use for a while: its death is an accident, and no loop of restarts."""
-        if child.ready_ns < 0 or not child.progress:
-            return False
-        if useless_ns is None:
-            return now_ns - child.ready_ns >= self._config.proven_ns
-        took_ns = child.ready_ns - child.since_ns
-        return now_ns - child.ready_ns - useless_ns >= max(self._config.proven_ns, took_ns)
 
     def _raise_epoch(self) -> None:
         self._epoch = Epoch(self._epoch + 1)
@@ -479,17 +451,13 @@ class SupervisorCore:
         if child.state == "starting":
             child.state = "ready"
             child.heard_ns = child.ready_ns = now_ns
-            self._num_unready.pop(child.streak, None)
-            self._refused_since_ns.pop(child.streak, None)
+            self._restarts.note_ready(child)
 
     def _schedule(self, children: list[Child], now_ns: int) -> None:
-        """Have children started once they are gone: at once the first time, later each time that it was of no use."""
-        streak = children[0].streak
-        num_unready = self._num_unready.get(streak, 0)
-        self._num_unready[streak] = num_unready + 1
-        backoff_ns = self._config.backoff_ns[min(num_unready, len(self._config.backoff_ns) - 1)]
+        """Have children started once they are gone."""
+        start_at_ns = now_ns + self._restarts.backoff_ns(children)
         for child in children:
-            child.start_at_ns = now_ns + backoff_ns
+            child.start_at_ns = start_at_ns
 
     def _start_due(self, now_ns: int) -> None:
         for child in self._children.values():

@@ -19,13 +19,13 @@ from ..latency import write_json
 from ..peers.adapter import LoadOptions
 from ..peers.catalog import GPU_PEERS, OURS
 from .ceilings import H200_NOTED, Ceilings
-from .flags import SECTIONS
 from .gpu import GpuFacts, gpu_facts, why_no_gpu
 from .part import KERNEL_PARTS, PEER_PARTS
 from .parts import run_part
 from .requests_256 import MAX_MODEL_LEN, TEMPERATURE, lengths_of, requests_256
 from .roofline import prefill_floor_s, step_floor_s, workload_floor
 from .rows import Row, ceilings_of, kernel_row, ratios, table_of
+from .sections import SECTIONS
 from .workload import EngineRun, run_engines, workload_rows
 
 

@@ -6,17 +6,7 @@ import argparse
 
 from ..flag_parser import Parser
 from ..flag_values import positive, rate
-
-SECTIONS = ("ceilings", "kernels", "steps", "workload", "peers")
-
-
-def sections(text: str) -> tuple[str, ...]:
-    """`kernels,steps`."""
-    chosen = tuple(word.strip() for word in text.split(",") if word.strip())
-    wrong = [word for word in chosen if word not in SECTIONS]
-    if wrong or not chosen:
-        raise argparse.ArgumentTypeError(f"{text!r}: there are {', '.join(SECTIONS)}")
-    return chosen
+from .sections import SECTIONS, sections
 
 
 def add_bench_gpu(kinds: argparse._SubParsersAction[Parser]) -> None:

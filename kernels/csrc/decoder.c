@@ -4,13 +4,13 @@
 #include "operations.h"
 #include "vector.h"
 
-enum { QUANTIZED = 16, PACKED = 32 }; /* kinds of weights, beside the dtypes; as in decoder_stack.py. Packed ones have the
-                                       * columns of a panel added to it */
+/* Kinds of weights, beside the dtypes; as in decoder_stack.py. Packed ones have the columns of a panel added to it. */
+enum { QUANTIZED = 16, PACKED = 32, ROUNDED = 128 };
 
 #define MAX_PARTS 3
 
 typedef struct {
-    const void *weights[MAX_PARTS]; /* [out_features, in_features], or a quantised weight's description */
+    const void *weights[MAX_PARTS]; /* [out_features, in_features] as its kind says, or a description */
     const void *bias; /* of all parts together, or NULL */
     int64_t out_features[MAX_PARTS];
     int64_t in_features, num_parts;
@@ -83,6 +83,9 @@ static int multiply(const product *p, const step *s, const void *x, char *out, c
         if (p->kinds[i] == QUANTIZED)
             TRY_MEMORY(octavo_linear_quantized(x, s->dtype, p->weights[i], to, s->num_tokens, s->num_threads,
                                                s->may_be_quick));
+        else if (p->kinds[i] == ROUNDED)
+            TRY_MEMORY(octavo_linear_rounded(x, p->weights[i], to, s->num_tokens, p->in_features, columns,
+                                             s->num_threads));
         else if (p->kinds[i] > PACKED)
             TRY_MEMORY(octavo_linear_packed(x, p->weights[i], to, s->num_tokens, p->in_features, columns,
                                             p->kinds[i] - PACKED, s->dtype, s->num_threads));

@@ -1,4 +1,4 @@
-/* ggml's blocks to codes and factors as linear_quantized.py lays them out, or to numbers: see gguf_blocks.py.
+/* ggml's blocks to codes and factors as quantized_weight.py lays them out, or to numbers: see gguf_blocks.py.
  *
  * Source: `dequantize_row_*` in ggml-quants.c and the block structures in ggml-common.h of ggml-org/ggml. Each product
  * and sum is rounded by itself, as there.

@@ -13,7 +13,7 @@ typedef struct {
     int64_t num_rows, num_tokens, num_heads, num_kv_heads, k_dim, v_dim, block_size, window, num_threads;
     float scale, softcap;
     int32_t q_dtype, cache_dtype;
-} attention_args; /* mirrored by _AttentionArgs in paged_attention.py */
+} attention_args; /* mirrored by _AttentionArgs in paged_attention.py, and compared by a test, as are the others */
 
 /* 0, or -1 when out of memory. */
 int octavo_paged_attention(const attention_args *a);
@@ -56,12 +56,23 @@ int octavo_linear(const void *x, const void *w, void *out, int64_t num_rows, int
 int octavo_linear_quick(const void *x, const void *w, void *out, int64_t num_rows, int64_t in_features,
                         int64_t out_features, int dtype, int w_dtype, int num_threads);
 
+/* How many numbers of 16 bits weights take that have been rounded to whole ones; 0 where the CPU or in_features is left to
+ * floats. */
+int64_t octavo_rounded_size(int64_t in_features, int64_t out_features);
+
+/* `packed`: so many numbers, from bfloat16 w [out_features, in_features]: see linear_whole.c. */
+void octavo_round_weights(const void *w, void *packed, int64_t in_features, int64_t out_features, int num_threads);
+
+/* x packed^T of bfloat16: the same bits for any number of rows. 0, or -1 when out of memory. */
+int octavo_linear_rounded(const void *x, const void *packed, void *out, int64_t num_rows, int64_t in_features,
+                        int64_t out_features, int num_threads);
+
 /* The same of `w` as oneDNN packs it, in panels of so many columns: see linear_packed.c. At most 4 rows; x and w are of
  * `dtype`, float32, or bfloat16 with in_features even. 0, or -1 when out of memory. */
 int octavo_linear_packed(const void *x, const void *w, void *out, int64_t num_rows, int64_t in_features,
                          int64_t out_features, int64_t panel, int dtype, int num_threads);
 
-struct quantized_weight; /* `weight` of quantized.c */
+struct quantized_weight; /* `weight` of quantized.h */
 /* 0, or -1 when out of memory. */
 int octavo_linear_quantized(const void *x, int x_dtype, const struct quantized_weight *from, void *out, int64_t num_rows,
                             int num_threads, int may_be_quick);

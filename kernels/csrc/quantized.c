@@ -273,7 +273,7 @@ int octavo_linear_quantized(const void *x, int x_dtype, const weight *from, void
     return failed ? -1 : 0;
 }
 
-/* Makes bfloat16 scales and codes of `from` [out_features, in_features]: see `quantize` in linear_quantized.py, with which
+/* Makes bfloat16 scales and codes of `from` [out_features, in_features]: see weight_quantization.py, with whose torch path
  * it agrees bit for bit. group_size is a multiple of 32. Returns 0, -1 when out of memory, 1 for weights not finite. */
 int octavo_quantize(const void *from, int dtype, int64_t out_features, int64_t in_features, int bits, int64_t group_size,
                     uint8_t *codes, uint16_t *scales, int num_threads) {

@@ -41,7 +41,7 @@ typedef struct {
     float scale[4 * BLOCK_K / 32], offset[BLOCK_K / SEGMENT];
 } factors;
 
-/* A weight as linear_quantized.py describes it; fields in its order. */
+/* A weight as quantized_weight.py describes it; fields in its order. */
 typedef struct {
     const uint8_t *codes;
     const void *scales;
@@ -178,9 +178,11 @@ INLINE int64_t tile_start(int64_t tile, int64_t num_rows, int64_t num_tiles) {
 int octavo_linear_whole(const void *x, int dtype, const quantized *w, void *out, int64_t num_rows, int64_t in_features,
                         int num_threads);
 
-#define FEW_ROWS 8 /* at most, whose codes octavo_linear_whole unpacks in registers: see most_few */
+#define REGISTER_ROWS 8 /* at most, whose codes octavo_linear_whole unpacks in registers: see most_few */
 /* Rows up to which that is quicker than a panel. */
-INLINE int64_t most_few(const quantized *w) { return w->bits == 8 && w->group_size % 32 == 0 ? FEW_ROWS : FEW_ROWS / 2; }
+INLINE int64_t most_few(const quantized *w) {
+    return w->bits == 8 && w->group_size % 32 == 0 ? REGISTER_ROWS : REGISTER_ROWS / 2;
+}
 
 /* Whether octavo_linear_whole can do it, and is quicker: for many rows floats have wider vectors with AVX-512. */
 INLINE int whole_is_quick(const quantized *w, int64_t num_rows) {

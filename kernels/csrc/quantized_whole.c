@@ -517,7 +517,7 @@ static void work_few(const whole *x, const quantized *w, void *out, int dtype, w
                      int64_t parts) {
     few *by = w->bits == 4 ? octavo_few_nibbles : w->group_size % X_BLOCK ? few_16 : few_32;
     int64_t unit = w->bits == 4 ? NIBBLE_ROWS : 1, units = (w->out_features + unit - 1) / unit;
-    float sums[FEW_ROWS * FEW_COLS];
+    float sums[REGISTER_ROWS * FEW_COLS];
     for (int64_t part; (part = take_task(queues, num_queues, thread_index())) >= 0;) {
         int64_t col = units * part / parts * unit, end = units * (part + 1) / parts * unit;
         int64_t num_cols = min64(end, w->out_features) - col;

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attention_batch import AttentionBatch
+from ..attention_kind import AttentionKind
 from .device_time import device_time
 
 PEERS = ("octavo", "torch_attention", "flex_attention", "flashinfer", "fa3")
@@ -158,7 +159,7 @@ def _ours(inputs: Inputs) -> Run:
         max_context_len=s.context,
         num_decodes=s.rows if s.num_new == 1 else 0,
     )
-    return lambda: paged_attention(inputs.q, inputs.k, inputs.v, batch, scale=s.head_dim**-0.5)
+    return lambda: paged_attention(inputs.q, inputs.k, inputs.v, batch, AttentionKind(s.head_dim**-0.5))
 
 
 def _back(out: torch.Tensor, shape: Shape) -> torch.Tensor:

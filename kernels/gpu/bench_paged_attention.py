@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..attention_batch import AttentionBatch
+from ..attention_kind import AttentionKind
 from ..kv_quantization import is_quantized, row_width
 from ..paged_attention import gather_kv, paged_attention_ref
 from .attention_config import Schedule
@@ -125,8 +126,8 @@ class Layers:
     batch: AttentionBatch
 
     @property
-    def scale(self) -> float:
-        return float(self.shape.head_dim**-0.5)
+    def kind(self) -> AttentionKind:
+        return AttentionKind(self.shape.head_dim**-0.5)
 
 
 def make_layers(shape: Shape, device: torch.device, *, num_layers: int | None = None) -> Layers:
@@ -182,7 +183,7 @@ def relative_error(layers: Layers, out: torch.Tensor) -> float:
         context_lens=layers.batch.context_lens[:last],
         block_tables=layers.batch.block_tables[:last],
     )
-    exact = paged_attention_ref(layers.q[:end].float(), *layers.caches[0], batch, scale=layers.scale)
+    exact = paged_attention_ref(layers.q[:end].float(), *layers.caches[0], batch, layers.kind)
     return float((out[:end].float() - exact).norm() / exact.norm())
 
 
@@ -263,7 +264,7 @@ def our_calls(layers: Layers) -> list[Callable[[], object]]:
 
 def _calls(layers: Layers, **options: Any) -> list[Callable[[], object]]:
     return [
-        lambda k=k, v=v: paged_attention(layers.q, k, v, layers.batch, scale=layers.scale, **options)  # type: ignore[misc]
+        lambda k=k, v=v: paged_attention(layers.q, k, v, layers.batch, layers.kind, **options)  # type: ignore[misc]
         for k, v in layers.caches
     ]
 
@@ -279,7 +280,7 @@ def rows(device: torch.device, *, peers: Sequence[str] = ("sdpa", "flex")) -> li
     table = []
     for shape in shapes():
         layers = make_layers(shape, device)
-        error = relative_error(layers, paged_attention(layers.q, *layers.caches[0], layers.batch, scale=layers.scale))
+        error = relative_error(layers, paged_attention(layers.q, *layers.caches[0], layers.batch, layers.kind))
         table.append(_row(shape, "octavo", time_us(_calls(layers))) | {"error": error})
         table.append(_row(shape, "octavo, batch-invariant", time_us(_calls(layers, batch_invariant=True))))
         for peer in peers if shape.is_uniform and not is_quantized(shape.cache_dtype) else ():

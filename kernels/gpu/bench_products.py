@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..expert_stack import ExpertStack
 from ..gated_activation import silu_and_mul
-from ..linear_quantized import QuantizedWeight
-from ..mixture import ExpertStack, mixture_ref, route_ref
+from ..mixture import mixture_ref, route_ref
+from ..quantized_weight import QuantizedWeight
 from .linear import linear_skinny
 from .linear_quantized import linear_codes
 from .mixture import mixture

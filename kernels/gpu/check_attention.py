@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..attention_batch import AttentionBatch
+from ..attention_kind import AttentionKind
 from ..kv_quantization import dequantize, quantize_ref, row_width
 from ..paged_attention import paged_attention_ref
 from . import paged_attention as gpu_attention
@@ -68,7 +68,7 @@ SMALL_CASES = (
 
 def _attention_inputs(
     case: Attention, s: Setting
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionBatch, dict[str, Any]]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionBatch, AttentionKind]:
     random = Random(s)
     blocks = [-(-context // case.block_size) for _, context in case.rows]
     order = torch.randperm(sum(blocks) + 1, device=s.device, generator=random.generator).to(torch.int32)
@@ -95,30 +95,51 @@ def _attention_inputs(
         kv_dtype = torch.float8_e4m3fn
         caches = [quantize_ref(cache, kv_dtype) for cache in caches]
         assert caches[0].shape[-1] == row_width(case.width, kv_dtype)
-    options: dict[str, Any] = {"scale": case.width**-0.5, "sliding_window": case.window, "softcap": case.softcap}
-    options["sinks"] = random.randn(case.heads).float() if case.sinks else None
-    options["alibi_slopes"] = (0.5 ** torch.arange(1, case.heads + 1, device=s.device)).float() if case.alibi else None
-    return random.randn(sum(new), case.heads, case.width), caches[0], caches[1], batch, options
+    kind = AttentionKind(
+        scale=case.width**-0.5,
+        sliding_window=case.window,
+        softcap=case.softcap,
+        sinks=random.randn(case.heads).float() if case.sinks else None,
+        alibi_slopes=(0.5 ** torch.arange(1, case.heads + 1, device=s.device)).float() if case.alibi else None,
+    )
+    return random.randn(sum(new), case.heads, case.width), caches[0], caches[1], batch, kind
 
 
 def check_attention(s: Setting) -> Found:
     for case in SMALL_CASES if s.small else CASES:
-        q, k, v, batch, options = _attention_inputs(case, s)
+        q, k, v, batch, kind = _attention_inputs(case, s)
         k_wide, v_wide = (dequantize(cache) if case.fp8 else cache for cache in (k, v))
         exact = q
         if s.computes:
-            exact = paged_attention_ref(q.double(), k_wide.double(), v_wide.double(), _clipped(batch), **options)
+            exact = paged_attention_ref(q.double(), k_wide.double(), v_wide.double(), _clipped(batch), kind)
         out = torch.full_like(q, float("nan"))
-        gpu_attention.paged_attention(q, k, v, batch, **options, out=out)
+        gpu_attention.paged_attention(q, k, v, batch, kind, out=out)
         yield case.name, error_of(out, exact), s.bound
-        same = gpu_attention.paged_attention(q, k, v, batch, **options, batch_invariant=True)
+        same = gpu_attention.paged_attention(q, k, v, batch, kind, batch_invariant=True)
         yield f"{case.name}, invariant", error_of(same, exact), s.bound
         if not case.fp8 and len(case.rows) > 1:
-            yield f"{case.name}, a row alone", _alone_differs(case.rows[-1], q, k, v, batch, options, same), 0.5
+            yield f"{case.name}, a row alone", _alone_differs(case.rows[-1], q, k, v, batch, kind, same), 0.5
+    num_before = 3 if s.small else 2**31 // (2 * 16 * 128)  # blocks of 2 heads: what 32 bits do not reach lies behind
+    case = SMALL_CASES[1] if s.small else CASES[1]
+    yield f"{case.name}, {num_before} blocks further on", _further_on_differs(case, s, num_before), 0.5
     if not s.small:  # the same twice: a race would show
-        q, k, v, batch, options = _attention_inputs(CASES[4], s)
-        outs = [gpu_attention.paged_attention(q, k, v, batch, **options) for _ in range(20)]
+        q, k, v, batch, kind = _attention_inputs(CASES[4], s)
+        outs = [gpu_attention.paged_attention(q, k, v, batch, kind) for _ in range(20)]
         yield "the same twenty times", max(differs(outs[0], out) for out in outs), 0.5
+
+
+def _further_on_differs(case: Attention, s: Setting, num_before: int) -> float:
+    """Whether a row's bits depend on where in the cache its blocks lie."""
+    q, k, v, batch, kind = _attention_inputs(case, s)
+    here = gpu_attention.paged_attention(q, k, v, batch, kind)
+    caches = [
+        torch.empty((num_before + len(cache), *cache.shape[1:]), dtype=s.dtype, device=s.device) for cache in (k, v)
+    ]
+    for far, cache in zip(caches, (k, v), strict=True):
+        far[num_before:] = cache
+    tables = batch.block_tables
+    moved = replace(batch, block_tables=torch.where(tables == 2**30, tables, tables + num_before))
+    return differs(here, gpu_attention.paged_attention(q, caches[0], caches[1], moved, kind))
 
 
 def _clipped(batch: AttentionBatch) -> AttentionBatch:
@@ -141,7 +162,7 @@ def _alone_differs(  # noqa: PLR0917,RUF100 - the call's arguments, and two more
     k: torch.Tensor,
     v: torch.Tensor,
     batch: AttentionBatch,
-    options: dict[str, Any],
+    kind: AttentionKind,
     together: torch.Tensor,
 ) -> float:
     """Whether the last row's bits depend on its neighbours, in the variant that promises that they do not."""
@@ -157,5 +178,5 @@ def _alone_differs(  # noqa: PLR0917,RUF100 - the call's arguments, and two more
         max_context_len=context,
         num_decodes=int(num_new == 1),
     )
-    out = gpu_attention.paged_attention(q[begin:end], k, v, alone, **options, batch_invariant=True)
+    out = gpu_attention.paged_attention(q[begin:end], k, v, alone, kind, batch_invariant=True)
     return differs(out, together[begin:end])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..logit_processing import count_buffer, process_logits_ref
-from ..step_inputs import MAX_EDITS, StepLayout
+from ..step_layout import MAX_EDITS, StepLayout
 from . import logit_processing as gpu
 from .check_setting import Found, Random, Setting, differs
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import clamped_swiglu, gated_activation, linear_quantized, mixture
+from .. import clamped_swiglu, gated_activation, mixture, weight_quantization
+from ..expert_stack import ExpertStack
+from ..gated_activation import GatedActivation
 from . import expert_groups as gpu_groups
 from . import linear as gpu_linear
 from . import linear_quantized as gpu_linear_quantized
@@ -32,7 +34,7 @@ def check_quantized_linear(s: Setting) -> Found:
     outs, ins = (32, 128) if s.small else (4096, 4096)
     floating = random.randn(outs, ins, scale=ins**-0.5).float()
     for bits, group_size in ((8, 64), (4, 32)) if s.small else ((8, 64), (8, ins), (4, 32), (4, 128)):
-        weight = linear_quantized.quantize(floating.cpu(), bits=bits, group_size=group_size).to(s.device)
+        weight = weight_quantization.quantize(floating.cpu(), bits=bits, group_size=group_size).to(s.device)
         wide = gpu_linear_quantized.widen(weight, torch.float32).double()
         for num_rows in (2,) if s.small else (1, 16, 40, 300):
             x = random.randn(num_rows, ins)
@@ -54,12 +56,12 @@ def check_mixture(s: Setting) -> Found:
     def clamped_exactly(gate_up: torch.Tensor) -> torch.Tensor:
         return clamped_swiglu.clamped_swiglu_ref(gate_up, clamped.alpha, clamped.limit)
 
-    kinds: tuple[tuple[str, mixture.GatedActivation, mixture.GatedActivation, bool], ...] = (
+    kinds: tuple[tuple[str, GatedActivation, GatedActivation, bool], ...] = (
         ("silu", gated_activation.silu_and_mul, gated_activation.silu_and_mul_ref, False),
         ("clamped swiglu, biases", clamped, clamped_exactly, True),
     )
     for kind, act, exact_act, has_bias in kinds:
-        stack = mixture.ExpertStack(
+        stack = ExpertStack(
             w13=random.randn(experts, 2 * inner, hidden, scale=hidden**-0.5),
             w2=random.randn(experts, hidden, inner, scale=inner**-0.5),
             b13=random.randn(experts, 2 * inner) if has_bias else None,
@@ -83,8 +85,8 @@ def _mixture_exactly(
     x: torch.Tensor,
     weights: torch.Tensor,
     chosen: torch.Tensor,
-    stack: mixture.ExpertStack,
-    act: mixture.GatedActivation,
+    stack: ExpertStack,
+    act: GatedActivation,
 ) -> torch.Tensor:
     """In float64, one expert after the other."""
     wide, out = x.double(), torch.zeros_like(x, dtype=torch.float64)

@@ -6,7 +6,6 @@ filled, may be carried to where one is. As a part of `device_check` this is a pr
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..cores import usable_cores
 from . import bench_attention_peers, bench_ceilings, bench_paged_attention, bench_products, bench_small_ops
 from .check_setting import Setting
 from .compile_variants import compile_variants
@@ -136,7 +136,7 @@ def rows(
     for part, failure in failures.items():
         yield {"kernel": "find launches", "shape": part, "note": f"failed: {failure}"}
     started = time.perf_counter()
-    num_processes = num_processes or len(os.sched_getaffinity(0))
+    num_processes = num_processes or usable_cores()
     num_new = num_launchers = 0
     for compiled in compile_variants([variant for _, variant in variants], num_processes):
         num_new += compiled.is_new

@@ -25,9 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import jit
 from triton.runtime.driver import driver
 
-from .. import linear_quantized
-from ..code_layout import PAD, codes_shape
-from ..linear_quantized import QuantizedWeight
+from .. import weight_quantization
+from ..code_layout import codes_shape, padded_inputs
+from ..quantized_weight import QuantizedWeight
 
 DEVICE = torch.device("cuda", 0)
 _GIB = 1024**3
@@ -149,8 +149,8 @@ def fake_cuda(
     torch.tensor = _without_device(torch.tensor)
     torch.Tensor.numpy = _real(torch.Tensor.numpy)  # type: ignore[method-assign]  # a view of pinned memory
     torch.Generator = _Generator  # type: ignore[misc,assignment]  # torch without CUDA has none for it
-    linear_quantized.quantize = quantize_without_contents
-    linear_quantized.QuantizedWeight.from_codes = _from_codes  # type: ignore[method-assign,assignment]
+    weight_quantization.quantize = quantize_without_contents
+    QuantizedWeight.from_codes = _from_codes  # type: ignore[method-assign,assignment]
     warnings.filterwarnings("ignore", message=".*data_ptr.*")
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
@@ -216,9 +216,9 @@ class _Generator:
 
 
 def quantize_without_contents(weight: torch.Tensor, *, bits: int, group_size: int) -> QuantizedWeight:
-    """In the place of `linear_quantized.quantize`: weights of the same kind, where the floating ones are."""
+    """In the place of `weight_quantization.quantize`: weights of the same kind, where the floating ones are."""
     (out_features, in_features), device = weight.shape, weight.device
-    padded = -(-in_features // PAD) * PAD
+    padded = padded_inputs(in_features)
     shape = codes_shape(out_features, padded, bits) if device.type == "cpu" else (out_features, padded * bits // 8)
     codes = torch.empty(shape, dtype=torch.uint8, device=device)
     scales = torch.empty(out_features, -(-in_features // group_size), dtype=torch.bfloat16, device=device)
@@ -229,7 +229,7 @@ def _from_codes(
     codes: torch.Tensor, scales: torch.Tensor, *, bits: int, group_size: int, **factors: Any
 ) -> QuantizedWeight:
     """In the place of `QuantizedWeight.from_codes`, which looks at the codes."""
-    group_size = -(-codes.shape[1] // PAD) * PAD if group_size == -1 else group_size
+    group_size = padded_inputs(codes.shape[1]) if group_size == -1 else group_size
     weight = quantize_without_contents(codes, bits=bits, group_size=group_size)
     return replace(weight, scales=scales, **factors)
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ..code_layout import unpack_nibbles
-from ..linear_quantized import QuantizedWeight
+from ..quantized_weight import QuantizedWeight
 from .launch import is_interpreted, num_processors
 from .linear import _sum_parts_kernel, linear_deterministic
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..step_inputs import MAX_EDITS, StepLayout
+from ..step_layout import MAX_EDITS, StepLayout
 from .sampling_stats import check_logits
 
 _BLOCK = 1024  # tokens at a time, four to a thread

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from ..clamped_swiglu import ClampedSwiGLU
-from ..gated_activation import silu_and_mul
-from ..mixture import ExpertStack, GatedActivation
+from ..expert_stack import ExpertStack
+from ..gated_activation import GatedActivation, silu_and_mul
 from .expert_groups import Grouping, group
 from .launch import UPCAST
 from .mixture_tiles import tiles_for

@@ -13,6 +13,7 @@ import torch
 import triton
 
 from ..attention_batch import AttentionBatch
+from ..attention_kind import AttentionKind
 from ..kv_quantization import head_dim_of, is_quantized
 from .attention_config import Problem, Schedule, choose_schedule
 from .attention_kernels import share_kernel, tile_kernel
@@ -47,7 +48,7 @@ def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Kind:
+class _Alike:
     """What layers have in common whose attention over the same batch is launched alike."""
 
     num_heads: int
@@ -90,7 +91,7 @@ class _Run:
         return self.end_token - self.first_token
 
 
-def _plan(kind: _Kind, batch: AttentionBatch, num_tokens: int) -> tuple[_Run, ...]:
+def _plan(alike: _Alike, batch: AttentionBatch, num_tokens: int) -> tuple[_Run, ...]:
     """The launches of a batch.
 
     Decodes and the rest in launches of their own: the former's tiles are too low for the latter, and the latter's would
@@ -103,46 +104,46 @@ def _plan(kind: _Kind, batch: AttentionBatch, num_tokens: int) -> tuple[_Run, ..
     else:
         rest = (num_decodes, num_rows - num_decodes, num_decodes, num_tokens, longest)
         cuts = [(0, num_decodes, 0, num_decodes, 1), rest]
-    return tuple(_plan_run(kind, batch, cut) for cut in cuts if cut[3] > cut[2])
+    return tuple(_plan_run(alike, batch, cut) for cut in cuts if cut[3] > cut[2])
 
 
-def _plan_run(kind: _Kind, batch: AttentionBatch, cut: tuple[int, int, int, int, int]) -> _Run:
+def _plan_run(alike: _Alike, batch: AttentionBatch, cut: tuple[int, int, int, int, int]) -> _Run:
     """A run's launch.
 
     Args:
         cut: first row, rows, first token, end of the tokens, most tokens of a row.
     """
     first_row, num_rows, first_token, end_token, max_query_len = cut
-    group, quantized = kind.num_heads // kind.num_kv_heads, is_quantized(kind.cache_dtype)
+    group, quantized = alike.num_heads // alike.num_kv_heads, is_quantized(alike.cache_dtype)
     problem = Problem(
         num_rows=num_rows,
         num_tokens=end_token - first_token,
         max_query_len=max_query_len,
         max_context_len=batch.max_context_len,
         group=group,
-        num_kv_heads=kind.num_kv_heads,
-        head_dim=triton.next_power_of_2(max(kind.k_dim, kind.v_dim)),
-        element_bytes=kind.dtype.itemsize,
-        cache_bytes=kind.cache_dtype.itemsize,
+        num_kv_heads=alike.num_kv_heads,
+        head_dim=triton.next_power_of_2(max(alike.k_dim, alike.v_dim)),
+        element_bytes=alike.dtype.itemsize,
+        cache_bytes=alike.cache_dtype.itemsize,
         block_size=batch.block_size,
-        num_processors=num_processors(kind.device),
+        num_processors=num_processors(alike.device),
     )
-    schedule = kind.schedule or choose_schedule(problem, batch_invariant=kind.batch_invariant)
+    schedule = alike.schedule or choose_schedule(problem, batch_invariant=alike.batch_invariant)
     tiling = Tiling(
         BLOCK_M=schedule.block_m,
         BLOCK_N=schedule.block_n,
         GROUP=group,
         HEADS=min(group, schedule.block_m),
-        K_DIM=kind.k_dim,
-        V_DIM=kind.v_dim,
-        K_BLOCK=max(16, triton.next_power_of_2(kind.k_dim)),
-        V_BLOCK=max(16, triton.next_power_of_2(kind.v_dim)),
+        K_DIM=alike.k_dim,
+        V_DIM=alike.v_dim,
+        K_BLOCK=max(16, triton.next_power_of_2(alike.k_dim)),
+        V_BLOCK=max(16, triton.next_power_of_2(alike.v_dim)),
         BLOCK_SIZE=batch.block_size,
-        NUM_KV_HEADS=kind.num_kv_heads,
-        WINDOW=max(0, kind.sliding_window),
-        SOFTCAP=kind.has_softcap,
-        ALIBI=kind.has_alibi,
-        SINKS=kind.has_sinks,
+        NUM_KV_HEADS=alike.num_kv_heads,
+        WINDOW=max(0, alike.sliding_window),
+        SOFTCAP=alike.has_softcap,
+        ALIBI=alike.has_alibi,
+        SINKS=alike.has_sinks,
         QUANTIZED=quantized,
         # One size for all batches, if they say how many rows there can be: each is compiled anew.
         MAX_ROWS=max(FEWEST_ROWS, triton.next_power_of_2(max(num_rows, batch.max_rows))),
@@ -150,8 +151,8 @@ def _plan_run(kind: _Kind, batch: AttentionBatch, cut: tuple[int, int, int, int,
     )
     scratch = None
     if schedule.by_share:
-        num_programs = num_processors(kind.device) * schedule.programs_per_processor
-        scratch = _scratch(num_programs * 2 * tiling.BLOCK_M, tiling, kind.device)
+        num_programs = num_processors(alike.device) * schedule.programs_per_processor
+        scratch = _scratch(num_programs * 2 * tiling.BLOCK_M, tiling, alike.device)
     return _Run(first_row, num_rows, first_token, end_token, schedule, tiling, scratch)
 
 
@@ -169,21 +170,17 @@ class _Launch:
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         batch: AttentionBatch,
+        kind: AttentionKind,
         out: torch.Tensor,
-        *,
-        scale: float,
-        softcap: float,
-        sinks: torch.Tensor | None,
-        alibi_slopes: torch.Tensor | None,
     ) -> None:
         self.q, self.out, self.batch = q, out, batch
         self.tensors = (
             *(q, k_cache, v_cache, scale_view(k_cache), scale_view(v_cache)),
             *(batch.query_start, batch.context_lens, batch.block_tables),
-            *(q if sinks is None else sinks, q if alibi_slopes is None else alibi_slopes),
+            *(q if kind.sinks is None else kind.sinks, q if kind.alibi_slopes is None else kind.alibi_slopes),
         )
         self.numbers = (
-            *(scale if softcap > 0 else scale * _LOG2_E, softcap),
+            *(kind.scale if kind.softcap > 0 else kind.scale * _LOG2_E, kind.softcap),
             *(q.stride(0), q.stride(1), out.stride(0), out.stride(1)),
             batch.block_tables.stride(0),
         )
@@ -242,12 +239,8 @@ def paged_attention(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     batch: AttentionBatch,
+    kind: AttentionKind,
     *,
-    scale: float,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     batch_invariant: bool = False,
     schedule: Schedule | None = None,
@@ -269,19 +262,20 @@ def paged_attention(
     Raises:
         ValueError: shapes or dtypes that the kernels cannot take; the message says which.
     """
-    if scale <= 0.0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    if kind.scale <= 0.0:
+        raise ValueError(f"scale must be positive, got {kind.scale}")
     if not k_cache.is_contiguous() or not v_cache.is_contiguous():
         raise ValueError("the KV cache must be contiguous")
     # What follows from these is found out in the first layer of a kind: it costs the host more than the launches do.
     key = (
         *(q.shape, k_cache.shape, v_cache.shape, q.dtype, k_cache.dtype, v_cache.dtype),
-        *(sliding_window, softcap > 0, sinks is None, alibi_slopes is None, batch_invariant, schedule),
+        *(kind.sliding_window, kind.softcap > 0, kind.sinks is None, kind.alibi_slopes is None),
+        *(batch_invariant, schedule),
     )
     runs = batch.plans.get(key)
     if runs is None:
         _check(q, k_cache, v_cache, batch)
-        kind = _Kind(
+        alike = _Alike(
             num_heads=q.shape[1],
             num_kv_heads=k_cache.shape[1],
             k_dim=q.shape[2],
@@ -289,21 +283,19 @@ def paged_attention(
             dtype=q.dtype,
             cache_dtype=k_cache.dtype,
             device=q.device,
-            sliding_window=sliding_window,
-            has_softcap=softcap > 0,
-            has_sinks=sinks is not None,
-            has_alibi=alibi_slopes is not None,
+            sliding_window=kind.sliding_window,
+            has_softcap=kind.softcap > 0,
+            has_sinks=kind.sinks is not None,
+            has_alibi=kind.alibi_slopes is not None,
             batch_invariant=batch_invariant,
             schedule=schedule,
         )
-        runs = batch.plans[key] = _plan(kind, batch, q.shape[0])
+        runs = batch.plans[key] = _plan(alike, batch, q.shape[0])
     if q.stride(2) != 1:
         q = q.contiguous()
     if out is None:
         out = torch.empty((*q.shape[:2], head_dim_of(v_cache)), dtype=q.dtype, device=q.device)
-    launch = _Launch(
-        *(q, k_cache, v_cache, batch, out), scale=scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes
-    )
+    launch = _Launch(q, k_cache, v_cache, batch, kind, out)
     for run in cast("tuple[_Run, ...]", runs):
         launch.run(run)
     return out

@@ -1,4 +1,4 @@
-"""Triton kernels of `octavo.kernels.step_inputs`: what they mean, and where what lies, stands there.
+"""Triton kernels of `octavo.kernels.step_inputs`, where it stands what they mean; `step_layout` says where what lies.
 
 Every number that changes from step to step is read from the packed step on the device, so that no step compiles anew
 and a captured graph serves any step of its size.
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..step_inputs import PARAM_WORDS, PIECE_ENTRY_WORDS, PIECE_WORDS, RowInputs, StepLayout, TokenInputs
+from ..step_layout import PARAM_WORDS, PIECE_ENTRY_WORDS, PIECE_WORDS, RowInputs, StepLayout, TokenInputs
 
 _GATHER_BLOCK = 256
 _APPEND_BLOCK = 128

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 
 from ...kernels.gguf_blocks import pack_blocks
-from ...kernels.linear_quantized import QuantizedWeight
+from ...kernels.quantized_weight import QuantizedWeight
 from .dequantize import QUANTIZED, Blocks
 from .tensor_types import TensorType
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...kernels import cpu_build
-from ...kernels.linear_quantized import QuantizedWeight
+from ...kernels.quantized_weight import QuantizedWeight
 from ..errors import UnsupportedModelError
 from ..quantization.partition import part_of
 from ..weights import ALL, Part, WeightReader

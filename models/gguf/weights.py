@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from ...kernels.linear_quantized import QuantizedWeight
+from ...kernels.quantized_weight import QuantizedWeight
 from ..errors import QuantizedModelError
 from .config import Keys, architecture_of
 from .dequantize import DECODED, PLAIN, dequantize

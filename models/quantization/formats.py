@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...kernels.linear_quantized import QuantizedWeight
+from ...kernels.quantized_weight import QuantizedWeight
 from .scheme import Scheme
 
 

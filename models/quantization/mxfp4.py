@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ...kernels.huge_pages import release_file_pages
-from ...kernels.linear_quantized import LinearWeight
+from ...kernels.quantized_weight import LinearWeight
 from ..weights import WeightReader
 
 GROUP = 32  # weights, consecutive inputs of an output, that share a power of two

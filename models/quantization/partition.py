@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...kernels.linear_quantized import QuantizedWeight
+from ...kernels.quantized_weight import QuantizedWeight
 
 ALL = slice(None)
 

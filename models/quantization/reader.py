@@ -10,7 +10,8 @@ import torch
 
 from ...kernels import cpu_build
 from ...kernels.huge_pages import release_file_pages
-from ...kernels.linear_quantized import LinearWeight, QuantizedWeight, quantize
+from ...kernels.quantized_weight import LinearWeight, QuantizedWeight
+from ...kernels.weight_quantization import quantize
 from ..errors import UnsupportedModelError, WeightsError
 from ..gguf.reader import is_gguf
 from ..gguf.weight_reader import GGUFReader

@@ -28,6 +28,7 @@ class Stream:
         num_overdue: how often it was found live behind its deadline.
         num_waiting: messages that a slow reader has not read; `read_ns` is when it read last.
         ended: how it ended; None while it runs, or once nobody waits for it.
+        ended_ns: when, in virtual time.
         is_given_up: the client has cancelled it.
     """
 
@@ -35,6 +36,7 @@ class Stream:
         "client",
         "deadline_ns",
         "ended",
+        "ended_ns",
         "is_given_up",
         "num_overdue",
         "num_prompt",
@@ -58,6 +60,7 @@ class Stream:
         self.read_ns = 0
         self.prompt_logprobs = 0
         self.ended: RequestEnded | None = None
+        self.ended_ns = -1
         self.is_given_up = False
 
     @property
@@ -236,6 +239,7 @@ class FrontEndModel:
         if ended is None:
             raise Violation("a stream ends without an account", f"request {stream.request_id}")
         stream.ended = ended
+        stream.ended_ns = self._agenda.now_ns
         self._forget(stream)
         detail = f"request {stream.request_id} ended with {delta.finish_reason!r} after {stream.num_tokens} tokens"
         if ended.num_output_tokens != stream.num_tokens:

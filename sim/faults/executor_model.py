@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ...actors.scheduler.config import MAX_GROWTH
 from ...messages.ids import Epoch, RequestId
 from ...messages.request import TokenLogprobs
 from ...messages.step import ExecuteStep, StepExecuted
@@ -20,16 +21,25 @@ class _Row:
 
     Attributes:
         num_tokens: tokens that are known on the device.
+        num_started: of them, those that it began with; behind them it may take blocks that it will need soon.
         num_computed: of them, those whose KV is written.
         has_failed: it samples nothing any more.
         wants_prompt_logprobs: asked for, and not reported before.
     """
 
-    __slots__ = ("block_table", "has_failed", "num_computed", "num_tokens", "oracle", "wants_prompt_logprobs")
+    __slots__ = (
+        "block_table",
+        "has_failed",
+        "num_computed",
+        "num_started",
+        "num_tokens",
+        "oracle",
+        "wants_prompt_logprobs",
+    )
 
     def __init__(self, oracle: Oracle, num_tokens: int, num_computed: int, block_table: list[int]) -> None:
         self.oracle = oracle
-        self.num_tokens = num_tokens
+        self.num_tokens = self.num_started = num_tokens
         self.num_computed = num_computed
         self.block_table = block_table
         self.has_failed = False
@@ -163,7 +173,8 @@ class ExecutorModel:
         size, memory, oracle = self._block_size, self._memory, row.oracle
         num_full, rest = divmod(row.num_computed, size)
         table = row.block_table
-        if len(table) != num_full + (rest > 0):
+        num_ahead = len(table) - num_full - (rest > 0)
+        if num_ahead and not (0 < num_ahead < MAX_GROWTH and row.num_computed > row.num_started):
             raise Violation(
                 "a block table is not as long as its tokens need",
                 f"request {oracle.submit.request_id}: {len(table)} blocks, {row.num_computed} tokens",

@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 
 from ...actors.ledger.core import LedgerCore
 from ...actors.runtime.routes import Address
 from ...messages.base import Message
+from ...messages.ids import Epoch
 from ...messages.request import RequestEnded, StopMatched
 from ...messages.step import StepExecuted
-from ...messages.system import Drain, EngineLost, ExecutorFailed, StartExecutor
+from ...messages.system import Drain, EngineLost
 from ..agenda import Agenda
-from .device import Device
+from .device import HANG_WAYS, Device
 from .garble import NUM_WAYS, garble
 from .network import Link, Process, VirtualClock
 from .ring_watch import RingWatch
-from .scenario import Fault, Scenario, stream
-from .supervisor_watch import SupervisorWatch
+from .scenario import MS, Fault, Scenario
+from .violation import Violation
+
+_LONG_NS = 4_000 * MS
+"""What stands still for so long may look as if a step were lost."""
+
+_SILENT_NS = 1_000 * MS
+"""What stands still for so long may be taken for dead."""
+
+SLOW_FACTOR = 10
+NUM_SLOW_STEPS = 100
 
 
 class Losses:
-    """Loses executors, engines and their words as faults ask for it, and brings a new engine up in a lost one's place.
+    """Loses executors, engines and their words as faults ask for it, and puts a new engine in a lost one's place.
 
     Args:
         send_as_executor: how the executor's words go to the scheduler.
         begin_ring: called when a new engine stands in the place of a lost one.
+        on_engine_exit: called when the engine's process has ended.
 
     Attributes:
         ring: the engine that lives, or that has died last.
-        is_over: the run has broken off; nothing is brought up any more.
         engine_is_down: nobody hears what is said to scheduler and allocator.
+        num_engine_losses: engines that died.
     """
 
     def __init__(
@@ -43,10 +53,10 @@ class Losses:
         processes: Mapping[str, Process],
         links: Mapping[tuple[str, str], Link],
         ledger: LedgerCore,
-        supervisor: SupervisorWatch,
         ring: RingWatch,
         send_as_executor: Callable[[Message], None],
         begin_ring: Callable[[RingWatch], None],
+        on_engine_exit: Callable[[], None],
     ) -> None:
         self._scenario = scenario
         self._agenda = agenda
@@ -55,22 +65,28 @@ class Losses:
         self._processes = processes
         self._links = links
         self._ledger = ledger
-        self._supervisor = supervisor
         self._send_as_executor = send_as_executor
         self._begin_ring = begin_ring
-        self._notice_random = stream(scenario.seed, "notice").random
+        self._on_engine_exit = on_engine_exit
+        self._epoch = Epoch(0)  # of the engine that was started last
         self._has_engine_process = places["scheduler"] != places["frontend"]
         self._dies_at_an_end = False  # before it can tell of it
         self._garble_way = -1  # how the next results are garbled
         self._loses_result = False  # the next results get lost
         self.ring = ring
-        self.is_over = False
         self.engine_is_down = False
+        self.num_engine_losses = 0
         self.device: Device  # which says what it has to say through here
 
     def inject(self, fault: Fault) -> None:
-        """Bring about an `engine_lost`, `garble`, `lose_result`, `partition` or `lose_results`."""
+        """Bring about what a fault says of executor or engine."""
         match fault.kind:
+            case "crash":
+                self.device.crash()
+            case "hang":
+                self.device.hang(fault.duration_ns, HANG_WAYS[int(fault.choice * len(HANG_WAYS))])
+            case "slow":
+                self.device.slow_down(SLOW_FACTOR, NUM_SLOW_STEPS)
             case "engine_lost" if fault.choice < 0.5:
                 self.lose_engine()
             case "engine_lost":
@@ -78,9 +94,14 @@ class Losses:
             case "garble":
                 self._garble_way = int(fault.choice * NUM_WAYS)
             case "lose_result":
-                self._loses_result = True
-            case "partition" | "lose_results":
-                self._cut_off(fault)
+                self._loses_result = self._has_engine_process
+            case "partition" if self._has_engine_process:
+                self.device.cut_off(fault.duration_ns)
+            case "lose_results" if self._has_engine_process:
+                self.ring.is_link_lossy = True
+                self.device.num_deaths += 1
+                link = self._links[self._places["executor"], self._places["scheduler"]]
+                link.lost_until_ns = self._agenda.now_ns + fault.duration_ns
 
     def heal(self) -> None:
         """What was to go wrong next goes well."""
@@ -96,7 +117,7 @@ class Losses:
             if self._loses_result:
                 self._loses_result = False
                 self.ring.faulty_epochs[message.epoch] = None
-                self.device.notice("it does not answer")
+                self.device.num_deaths += 1  # or as good as that
                 return
             if self._garble_way >= 0 and message.request_ids:
                 self.ring.faulty_epochs[message.epoch] = None
@@ -111,23 +132,6 @@ class Losses:
         """The executor is killed; a thread's words are heard all the same, a process's perhaps not."""
         if self._has_engine_process:
             self._links[self._places["executor"], self._places["scheduler"]].lose_sent()
-
-    def _cut_off(self, fault: Fault) -> None:
-        """Executor and engine do not hear each other; who watches the executor gives it up, which it cannot know."""
-        if not self._has_engine_process:
-            return
-        until_ns = self._agenda.now_ns + fault.duration_ns
-        executor, engine = self._places["executor"], self._places["scheduler"]
-        if fault.kind == "partition":
-            for (sender, receiver), link in self._links.items():
-                if executor in {sender, receiver} and self._places["supervisor"] not in {sender, receiver}:
-                    link.clogged_until_ns = until_ns
-            self.device.notice("no word from it")
-            return
-        self.ring.is_link_lossy = True
-        self._links[executor, engine].lost_until_ns = until_ns
-        # An executor that is started meanwhile is not heard either.
-        self._agenda.add(until_ns, 0, partial(self.device.notice, "no word from it"))
 
     # -- the engine ---------------------------------------------------------------------------------------------------
 
@@ -148,15 +152,46 @@ class Losses:
         """What the allocator answers, if it lives."""
         return () if self.engine_is_down else self.ring.handle_allocator(message, now_ns)
 
+    @property
+    def is_engine_stalled(self) -> bool:
+        """Whether the engine's process stands still."""
+        return self._processes[self._places["scheduler"]].loop.stalled_until_ns > self._agenda.now_ns
+
+    def report_of_engine(self) -> tuple[int, bool]:
+        """Steps whose results it has heard, and whether it waits for some."""
+        if self.engine_is_down:
+            return 0, False
+        stats = self.ring.scheduler.stats()
+        return stats.num_steps - stats.num_steps_in_flight, stats.num_steps_in_flight > 0
+
     def lose_engine(self) -> None:
         """Scheduler and allocator die."""
         if not self._has_engine_process or self.engine_is_down:
             return
         self.engine_is_down = True
+        self.num_engine_losses += 1
         self.device.num_deaths += 1  # its KV is worth nothing any more
         self._agenda.add(self._agenda.now_ns, 0, self._lose_last_words)
-        notice_ns = int(self._notice_random() * self._scenario.notice_ns)
-        self._agenda.add(self._agenda.now_ns + notice_ns, 0, self._replace_engine)
+        self._on_engine_exit()
+
+    def lose_engine_for_step(self) -> None:
+        """The engine is killed, for it waits for a step that nobody is at."""
+        faults = self._scenario.faults
+        if not any(
+            fault.kind in {"lose_result", "lose_results", "partition"} or fault.duration_ns >= _LONG_NS
+            for fault in faults
+        ):
+            raise Violation("a step is lost and nothing has lost it", self.device.describe())
+        self.lose_engine()
+
+    def lose_silent_engine(self, *, has_given_up: bool) -> None:
+        """The supervisor has the engine killed."""
+        is_silent = any(
+            fault.kind in {"stall", "clog"} and fault.duration_ns >= _SILENT_NS for fault in self._scenario.faults
+        )
+        if not is_silent and not has_given_up:
+            raise Violation("an engine is killed that nothing had happened to")
+        self.lose_engine()
 
     @property
     def _engine_places(self) -> dict[str, None]:
@@ -176,27 +211,28 @@ class Losses:
                 sender in engine_places and receiver in {edge, *engine_places}
             ):
                 link.lose_sent(0)
+            if receiver in engine_places or sender in engine_places:
+                link.renew()
         for name in engine_places:
-            for box in self._processes[name].mailboxes.values():
-                box.lose_all()
+            self._processes[name].renew()
 
-    def _replace_engine(self) -> None:
-        """A new engine takes up every live request, under an epoch that the executor begins with it."""
-        if self.is_over:
-            return
-        now_ns = self._clock.now_ns()
-        answers = self._supervisor.handle(ExecutorFailed(self._supervisor.epoch, "the engine was lost"), now_ns)
-        epoch = next((answer.epoch for answer in answers if isinstance(answer, StartExecutor)), None)
-        if epoch is None:
-            return  # it has given up
+    def prepare_engine(self, epoch: Epoch) -> None:
+        """A new process is started, to begin with this epoch; nobody but the supervisor hears of it yet."""
+        self._epoch = epoch
+        if self.num_engine_losses:
+            self._lose_what_is_under_way()
+
+    def put_in_place(self) -> None:
+        """The new engine hears what is said from now on."""
         self._lose_what_is_under_way()
-        self.ring = RingWatch(self._scenario, epoch, self.ring)
+        self.ring = RingWatch(self._scenario, self._epoch, self.ring)
         self._begin_ring(self.ring)
         self.engine_is_down = False
+
+    def take_up_again(self, lost: EngineLost) -> None:
+        """Submit every live request to the new engine."""
         tell = self._processes[self._places["frontend"]].runtime.send
-        for answer in answers:
-            tell("supervisor", answer)
-        for message in self._ledger.handle(EngineLost(epoch, "killed"), now_ns):
+        for message in self._ledger.handle(lost, self._clock.now_ns()):
             tell("detokenizer" if isinstance(message, StopMatched) else "tokenizer", message)
         if self.ring.is_to_drain:
             tell("frontend", Drain())

@@ -119,16 +119,19 @@ class Link:
         self._last_ns = at_ns
         is_lost = [agenda.now_ns < self.lost_until_ns]
         self._under_way.append(is_lost)
-        agenda.add(at_ns, 0, partial(self._arrive, post, message))
+        agenda.add(at_ns, 0, partial(_arrive, self._under_way, post, message))
         if self._duplicate_rate and address in REPEATABLE.get(type(message), ()):
             while self._random() < self._duplicate_rate:
                 self._under_way.append(is_lost)
-                agenda.add(at_ns, 0, partial(self._arrive, post, message))
+                agenda.add(at_ns, 0, partial(_arrive, self._under_way, post, message))
 
-    def _arrive(self, post: _Post, message: Message) -> None:
-        (is_lost,) = self._under_way.popleft()  # they arrive as they were sent
-        if not is_lost:
-            post(message)
+    def renew(self) -> None:
+        """A new process has taken the place of one at its end: another connection, on which nothing stands still.
+
+        What is under way on the old one arrives when it would have.
+        """
+        self._under_way = deque()
+        self._last_ns = self.clogged_until_ns = self.lost_until_ns = 0
 
     def lose_sent(self, num_kept: int = -1) -> None:
         """Whoever sends here dies: of what is under way, the end is lost, from a random message on.
@@ -142,12 +145,19 @@ class Link:
             is_lost[0] = True
 
 
+def _arrive(under_way: deque[list[bool]], post: _Post, message: Message) -> None:
+    (is_lost,) = under_way.popleft()  # they arrive as they were sent
+    if not is_lost:
+        post(message)
+
+
 class _Box(Mailbox):
     """A mailbox whose process may die."""
 
     def lose_all(self) -> None:
-        """What waits is lost with its process."""
+        """What waits is lost with its process, and so is its turn."""
         self._inbox.clear()
+        self._is_scheduled = False
 
 
 class _Remote:
@@ -183,6 +193,13 @@ class Process:
         mailbox = _Box(address, handler, self.runtime, capacity=MAILBOX_CAPACITY, after_batch=after_batch)
         self.mailboxes[address] = mailbox
         self.runtime.add(address, mailbox)
+
+    def renew(self) -> None:
+        """Another process takes its place: it has heard nothing yet, and nothing holds it up."""
+        self.loop.stalled_until_ns = 0
+        self.runtime._has_failed = False
+        for mailbox in self.mailboxes.values():
+            mailbox.lose_all()
 
     def link(self, address: Address, link: Link, post: _Post) -> None:
         """Let an actor that lives elsewhere be heard from here."""

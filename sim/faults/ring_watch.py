@@ -161,6 +161,26 @@ class RingWatch:
             self.is_to_drain = self._has_drained = True
         if self._checks_each_message:
             self.check()
+            self._check_accounts()
+
+    def _check_accounts(self) -> None:
+        """Who was accepted has come to an end of his own, has failed, has left, or is live (I9); counted here, too."""
+        stats = self.scheduler.stats()
+        reasons = [ended.reason for ended in self.ended.values()]
+        num_refused = reasons.count("refused")
+        counted = {
+            "accepted": (stats.num_accepted, len(self.submitted) - num_refused),
+            "refused": (stats.num_refused, num_refused),
+            "finished": (stats.num_completed, reasons.count("stop") + reasons.count("length")),
+            "failed": (stats.num_failed, reasons.count("error")),
+            "cancelled": (stats.num_cancelled, reasons.count("abort")),
+            "live": (self.scheduler.num_requests, len(self.submitted) - len(self.ended)),
+        }
+        for what, (told, seen) in counted.items():
+            if told != seen:
+                raise Violation("the scheduler's account of its requests is wrong", f"{what}: {told}, not {seen}")
+        if stats.num_accepted != stats.num_completed + stats.num_failed + stats.num_cancelled + counted["live"][0]:
+            raise Violation("who was accepted is neither over nor live", f"{stats}")
 
     def _check_queue(self) -> None:
         """The queue is bounded; who comes back to it (preempted, or after a loss) had a seat, or was live before."""
@@ -193,6 +213,7 @@ class RingWatch:
             if request_id not in self.ended:
                 raise Violation("an accepted request never ends", f"request {request_id}")
         self.check()
+        self._check_accounts()
         scheduler, allocator = self.scheduler.stats(), self.allocator.stats()
         check_nothing_left(
             {

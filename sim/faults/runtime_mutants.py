@@ -45,6 +45,41 @@ RUNTIME_MUTANTS: tuple[Mutant, ...] = (
         "if len(self._counted_until_ns) > self._max_restarts:",
         "F-05, TensorRT-LLM#18663: a crash loop that nobody ends",
     ),
+    Mutant(
+        "silence is no death",
+        "actors/supervisor/verdicts.py",
+        "if silent_ns <= limit_ns + min(child.hindered_ns, config.max_hindered_ns):",
+        "if silent_ns >= 0:",
+        "F-07, sglang#6624: a process that hangs is waited for for ever",
+    ),
+    Mutant(
+        "a stopped process is given the time of a silent one",
+        _V,
+        "if now_ns - child.halted_ns >= self._config.max_halt_ns:",
+        "if now_ns - child.halted_ns < 0:",
+        "F-07: SIGSTOP, which the system tells of at once",
+    ),
+    Mutant(
+        "nobody hears of the new engine",
+        _V,
+        "if engine.incarnation > 1:",
+        "if engine.incarnation > 99:",
+        "F-21: a new scheduler that is given nothing",
+    ),
+    Mutant(
+        "a new engine is not told of the executor that died meanwhile",
+        _V,
+        "if engine.epoch != self._epoch:",
+        "if engine.epoch < 0:",
+        "F-34: steps of an epoch that nobody serves",
+    ),
+    Mutant(
+        "a process that stood still itself takes the others for dead",
+        _V,
+        "if stalled_ns <= TICK_NS + self._config.stall_ns:",
+        "if stalled_ns >= 0:",
+        "F-48: mass kills after a pause",
+    ),
     # -- runtime -------------------------------------------------------------------------------------------------------
     Mutant(
         "a mailbox is not woken again",

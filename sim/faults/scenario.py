@@ -29,10 +29,14 @@ FaultKind = Literal[
     "lose_result",
     "partition",
     "lose_results",
+    "slow",
 ]
 """From `engine_lost` on: scheduler and KV allocator die together (if they have processes of their own); the executor
-answers with what cannot be; an answer of it gets lost; it and the engine hear nothing of each other for a while, and it
-is given up though it goes on; likewise, but it hears the engine."""
+answers with what cannot be; an answer of it gets lost; its host and everybody else hear nothing of each other for a
+while, though it goes on; all its answers get lost for a while; a hundred steps take ten times as long.
+
+What follows from it, and when, is the supervisor's to find out, as it is with a `hang`: of that, and of a `stall` of
+its engine, it knows nothing but what beats and looks at processes tell."""
 
 LOSING: frozenset[FaultKind] = frozenset(
     {"crash", "hang", "engine_lost", "garble", "lose_result", "partition", "lose_results", "defect"}
@@ -83,7 +87,7 @@ class Fault(msgspec.Struct, frozen=True):
     Attributes:
         at_ns: when.
         duration_ns: how long a hang, a clog or a stall lasts, and how far the clock jumps.
-        choice: in [0, 1): which link, process, actor, or kind of nonsense.
+        choice: in [0, 1): which link, process, actor, way to hang, or kind of nonsense.
     """
 
     kind: FaultKind
@@ -101,7 +105,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
         link_ns: longest delay of a message between processes.
         step_ns: longest step of the executor; `step_token_ns` more for each token.
         load_ns: longest start of an executor.
-        notice_ns: longest time until a dead or hung executor is noticed.
+        notice_ns: longest time until the system tells of a process that has ended.
         duplicate_rate: chance that a message which must bear it arrives twice.
         encodes: messages between processes are encoded and decoded.
         checks_each_message: the cores check themselves after each message, not only after each step.
@@ -286,6 +290,7 @@ _FAULT_CHANCES: dict[FaultKind, float] = {
     "partition": 0.1,
     "lose_results": 0.1,
     "engine_lost": 0.2,
+    "slow": 0.1,
 }
 """That a run has faults of this kind at all."""
 
@@ -293,18 +298,20 @@ _FAULT_CHANCES: dict[FaultKind, float] = {
 def _draw_faults(dice: _Dice) -> tuple[Fault, ...]:
     kinds: tuple[FaultKind, ...] = (
         "crash", "hang", "fail_row", "clock_jump", "clog", "reset_cache", "stall", "drain", "defect",
-        "engine_lost", "garble", "lose_result", "partition", "lose_results",
+        "engine_lost", "garble", "lose_result", "partition", "lose_results", "slow",
     )  # fmt: skip
     horizon_ns = dice.pick(5 * MS, 40 * MS, HEALED_NS)
     faults: list[Fault] = []
     for kind in kinds:
-        most = 1 if kind in {"drain", "defect"} else 3
+        most = 1 if kind in {"drain", "defect", "slow"} else 3
         if not dice.chance(_FAULT_CHANCES.get(kind, 0.3)):
             continue
         for _ in range(dice.between(1, most)):
             duration_ns = dice.pick(MS, 10 * MS, 50 * MS)
             if kind == "clock_jump":
                 duration_ns = dice.pick(MS, 30_000 * MS)
+            elif kind in {"hang", "partition", "stall"} and dice.chance(0.5):  # for long enough to be given up
+                duration_ns = dice.pick(2_000 * MS, 6_000 * MS)
             faults.append(Fault(kind, dice.below(horizon_ns), duration_ns, dice.random()))
     return tuple(sorted(faults, key=lambda fault: fault.at_ns))
 

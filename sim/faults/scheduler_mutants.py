@@ -103,7 +103,7 @@ SCHEDULER_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "growth costs nothing",
         _S + "step_planning.py",
-        "            state.credit -= 1\n",
+        "            state.credit -= num_blocks\n",
         "            state.credit -= 0\n",
         "F-39: more blocks are spent than exist",
     ),
@@ -325,6 +325,20 @@ SCHEDULER_MUTANTS: tuple[Mutant, ...] = (
         "if sequence.state is State.MATCHING)",
         "if sequence.state is State.READY)",
         "vllm#27866: a fault loses the requests that were under way",
+    ),
+    Mutant(
+        "who leaves counts as failed",
+        _S + "ending.py",
+        'state.num_cancelled += reason == "abort"',
+        'state.num_failed += reason == "abort"',
+        "I9: accounts that do not add up",
+    ),
+    Mutant(
+        "who is accepted is not counted",
+        _S + "admission.py",
+        "state.num_accepted += 1",
+        "state.num_accepted += 0",
+        "I9: accounts that do not add up",
     ),
     Mutant(
         "blocks freed under a dead epoch are counted",

@@ -18,8 +18,16 @@ from ...messages.ids import Epoch, RequestId
 from ...messages.kv import ResetPrefixCache
 from ...messages.request import CancelRequest, StopMatched, SubmitPrompt, SubmitRequest
 from ...messages.step import PlanDue
-from ...messages.system import Drain, ExecutorLost, StartExecutor
+from ...messages.system import (
+    Drain,
+    EngineLost,
+    ExecutorLost,
+    KillProcess,
+    StartExecutor,
+    StartProcess,
+)
 from ..agenda import Agenda
+from .children import CHILDREN, Children
 from .clients import FrontEndModel
 from .device import Device
 from .excuses import Excuses
@@ -44,6 +52,12 @@ REPEAT_NS = 2 * MS
 MAX_EVENTS = 60_000
 MAX_NS = 300_000 * MS
 """Everything has ended long before this, hangs and clogs included, or never will."""
+
+FOUND_WITHIN_NS = {"stopped": 1_000 * MS, "silent": 2_500 * MS, "computing": 4_000 * MS}
+"""By the way in which an executor hangs."""
+
+LIVENESS_NS = 150_000 * MS
+"""So long behind the last fault the supervisor's time goes on, if something is open still."""
 
 
 class _InjectedError(Exception):
@@ -91,7 +105,6 @@ class World:
         self._vocabulary = Vocabulary(scenario.vocab)
         self._oracles: dict[RequestId, Oracle] = {}
         self._excuses = Excuses(scenario, RingWatch(scenario))
-        self._supervisor = SupervisorWatch(scenario.max_restarts, self._break)
         self._tokenizer = TokenizerCore(
             TokenizerConfig(vocab_size=scenario.vocab, max_model_len=config.max_model_len), self._vocabulary
         )
@@ -104,6 +117,11 @@ class World:
         self._is_defect_told = False
         self._places = PLACES[scenario.topology]
         self._has_engine_process = self._places["scheduler"] != self._places["frontend"]
+        children = CHILDREN if self._has_engine_process else ()
+        self._supervisor = SupervisorWatch(scenario.max_restarts, children, self._break)
+        beginnings = [0, *(client.at_ns for client in scenario.clients), *(fault.at_ns for fault in scenario.faults)]
+        self._all_begun_ns = max(beginnings)
+        self._children: Children | None = None
         self._build()
 
     # -- building -----------------------------------------------------------------------------------------------------
@@ -133,21 +151,25 @@ class World:
             processes=processes,
             links=self._links,
             ledger=self._ledger,
-            supervisor=self._supervisor,
             ring=self._excuses.ring,
             send_as_executor=partial(home.send_from_thread if scenario.topology == "one" else home.send, "executor"),
             begin_ring=self._begin_ring,
+            on_engine_exit=lambda: self._children.note_engine_exit() if self._children is not None else None,
         )
         self._device = self._losses.device = Device(
             agenda,
+            self._clock,
             stream(scenario.seed, "device"),
             self._make_model,
+            is_thread=not self._has_engine_process,
             send=self._losses.send_from_executor,
             lose_sent=self._losses.lose_sent_by_executor,
+            on_exit=lambda number, why: (
+                self._children.note_executor_exit(number, why) if self._children is not None else None
+            ),
             step_ns=scenario.step_ns,
             step_token_ns=scenario.step_token_ns,
             load_ns=scenario.load_ns,
-            notice_ns=scenario.notice_ns,
         )
         handlers: dict[Address, Callable[[Message, int], Iterable[Message]]] = {
             "frontend": self._front_end.handle,
@@ -161,6 +183,40 @@ class World:
             after = PlanDue() if address == "scheduler" else None
             processes[places[address]].add(address, self._watch(address, handler), after)
         self._link(handlers)
+        if self._has_engine_process:
+            self._children = self._make_children()
+
+    def _make_children(self) -> Children:
+        """Engine and executor as processes that the supervisor keeps alive."""
+        scenario, places = self.scenario, self._places
+        mailbox = self._processes[places["supervisor"]].mailboxes["supervisor"]
+        link = self._links[places["scheduler"], places["supervisor"]]
+        delays = stream(scenario.seed, "beats")
+        beats = Link(self._agenda, delays, max_delay_ns=scenario.link_ns, duplicate_rate=0.0, encodes=scenario.encodes)
+        return Children(
+            self._agenda,
+            self._clock,
+            stream(scenario.seed, "notice"),
+            supervisor=self._supervisor,
+            device=self._device,
+            tell=mailbox.post,
+            beats=beats,
+            tell_from_engine=partial(link.send, "supervisor", mailbox.post),
+            engine=self._losses,
+            is_over=self._is_over,
+            load_ns=scenario.load_ns,
+            notice_ns=scenario.notice_ns,
+        )
+
+    def _is_over(self) -> bool:
+        """Whether nothing is left that the supervisor could have a part in."""
+        now_ns = self._agenda.now_ns
+        if self._is_broken or now_ns > self._all_begun_ns + LIVENESS_NS:
+            return True
+        if self._front_end.num_live or now_ns <= self._all_begun_ns or self._losses.engine_is_down:
+            return False
+        is_settled = self._supervisor.is_ready or self._supervisor.has_given_up
+        return is_settled and not self._losses.report_of_engine()[1]
 
     def _link(self, addresses: Iterable[Address]) -> None:
         """Let every process reach every actor, by one link for each place."""
@@ -279,16 +335,29 @@ class World:
 
     def _handle_supervisor(self, message: Message, now_ns: int) -> Iterable[Message]:
         answers: list[Message] = self._supervisor.handle(message, now_ns)
-        if self.scenario.duplicate_rate:  # it may not know what the scheduler has heard
-            tell = self._processes[self._places["supervisor"]].runtime.send
-            for answer in answers:
-                if isinstance(answer, ExecutorLost):
+        tell = self._processes[self._places["supervisor"]].runtime.send
+        children = self._children
+        if any(isinstance(answer, EngineLost) for answer in answers):
+            self._losses.put_in_place()
+        for answer in answers:
+            if isinstance(answer, StartExecutor | ExecutorLost):
+                tell("supervisor", answer)
+                if isinstance(answer, ExecutorLost) and self.scenario.duplicate_rate:
+                    # It may not know what the scheduler has heard.
                     self._agenda.add(self._agenda.now_ns + REPEAT_NS, 0, partial(tell, "supervisor", answer))
-        return answers
+            elif isinstance(answer, EngineLost):
+                self._losses.take_up_again(answer)
+            elif isinstance(answer, StartProcess) and children is not None:
+                children.start_process(answer)
+            elif isinstance(answer, KillProcess) and children is not None:
+                children.kill_process(answer)
+        if children is not None:
+            children.arm_waker()
+        return ()
 
     def _break(self, why: str) -> None:
         """What the engine does when it cannot go on."""
-        self._is_broken = self._losses.is_over = True
+        self._is_broken = True
         self._front_end.end_all(why)
 
     def _on_failure(self, address: Address, error: Exception) -> None:
@@ -341,8 +410,10 @@ class World:
 
     def _begin(self) -> None:
         agenda, scenario = self._agenda, self.scenario
-        # The first start is the runtime's, not the supervisor's.
-        self._device.post(StartExecutor(Epoch(0)))
+        if self._children is not None:
+            self._children.start()
+        else:  # the first start is the runtime's, not the supervisor's
+            self._device.post(StartExecutor(Epoch(0)))
         for number, client in enumerate(scenario.clients):
             agenda.add(client.at_ns, 0, partial(self._front_end.submit, number, client))
         for fault in scenario.faults:
@@ -356,7 +427,10 @@ class World:
         self._losses.heal()
 
     def _tick(self) -> None:
-        if self._front_end.num_live_with_deadline and not self._losses.engine_is_down:
+        stands_still = self._losses.engine_is_down or any(
+            process.loop.stalled_until_ns > self._agenda.now_ns for process in self._processes.values()
+        )
+        if self._front_end.num_live_with_deadline and not stands_still:
             self._front_end.check_deadlines()
             self._processes[self._places["scheduler"]].mailboxes["scheduler"].wake()
         if self._front_end.num_live_with_deadline or self._agenda.now_ns < HEALED_NS:
@@ -365,14 +439,8 @@ class World:
     def _inject(self, fault: Fault) -> None:
         front_runtime = self._processes[self._places["frontend"]].runtime
         match fault.kind:
-            case "crash":
-                self._device.crash()
-            case "hang":
-                self._device.hang(fault.duration_ns)
             case "fail_row":
                 self._device.fail_row()
-            case "engine_lost" | "garble" | "lose_result" | "partition" | "lose_results":
-                self._losses.inject(fault)
             case "clock_jump":
                 self._clock.jumped_ns += fault.duration_ns
             case "clog":
@@ -382,7 +450,8 @@ class World:
             case "stall":
                 processes = list(self._processes.values())
                 process = processes[int(fault.choice * len(processes))]
-                process.loop.stalled_until_ns = self._agenda.now_ns + fault.duration_ns
+                until_ns = self._agenda.now_ns + fault.duration_ns
+                process.loop.stalled_until_ns = max(process.loop.stalled_until_ns, until_ns)
             case "reset_cache":
                 front_runtime.send("frontend", ResetPrefixCache())
             case "drain":
@@ -390,6 +459,26 @@ class World:
             case "defect":
                 actors = [address for address in ADDRESSES if address != "executor"]
                 self._defective = actors[int(fault.choice * len(actors))]
+            case _:
+                self._losses.inject(fault)
+                if fault.kind == "hang" and self._children is not None:
+                    self._expect_found(fault)
+
+    def _expect_found(self, fault: Fault) -> None:
+        """A hang that lasts is found in time, unless something else makes the supervisor patient, or deaf."""
+        number = self._device.number_in_service
+        way = self._device.hang_way(number)
+        within_ns = FOUND_WITHIN_NS.get(way or "", 0)
+        is_calm = not any(each.kind in {"clock_jump", "stall", "partition", "clog"} for each in self.scenario.faults)
+        # One that is loading yet may be silent for long.
+        if within_ns and fault.duration_ns > within_ns and is_calm and self._device.is_ready:
+            check = partial(self._check_found, number, way or "")
+            self._agenda.add(self._agenda.now_ns + within_ns, 0, check)
+
+    def _check_found(self, number: int, way: str) -> None:
+        is_found = not self._device.is_in_service(number) or self._supervisor.has_given_up
+        if not is_found and not self._is_over():
+            raise Violation("a process that hangs is not found in time", f"process {number}, {way}")
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

@@ -243,11 +243,11 @@ class Player:
             if self._num_live_tokens > MAX_LIVE_TOKENS:
                 raise InvalidJournalError(f"frame {entry.frame}: requests hold more than {MAX_LIVE_TOKENS} tokens")
         arrival_ns = entry.now_ns - record.age_ns
-        is_taken_up_again = False
+        is_taken_up_again, num_losses = False, 0
         params = record.params
         self._quarantine.is_found = False
         if isinstance(record, SubmittedAgain):
-            is_taken_up_again = record.is_taken_up_again
+            is_taken_up_again, num_losses = record.is_taken_up_again, record.num_losses
             self._quarantine.is_found = record.is_quarantined
             if record.is_stopped and not self._header.has_tokens:
                 last = int.from_bytes(tokens[-4:], "little", signed=True)
@@ -264,6 +264,7 @@ class Player:
             deadline_ns=record.timeout_ns and arrival_ns + record.timeout_ns,
             output_token_ids=tokens[4 * num_prompt :],
             is_taken_up_again=is_taken_up_again,
+            num_losses=num_losses,
         )
 
     def _executed(self, record: Executed, entry: Entry) -> StepExecuted:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from ...actors.runtime.percentile import percentile
 from .request import TraceRequest, Workload, WorkloadCounts
 
 _MINUTE_NS = 60 * 1_000_000_000
@@ -140,17 +141,13 @@ def _lengths(values: list[int]) -> LengthSummary:
     if not values:
         return LengthSummary(0, 0.0, 0, 0, 0, 0, 0)
     ordered = sorted(values)
-
-    def percentile(p: int) -> int:
-        return ordered[-(-p * len(ordered) // 100) - 1]
-
     total = sum(ordered)
     return LengthSummary(
         total=total,
         mean=total / len(ordered),
         min=ordered[0],
-        p50=percentile(50),
-        p90=percentile(90),
-        p99=percentile(99),
+        p50=int(percentile(ordered, 0.5)),
+        p90=int(percentile(ordered, 0.9)),
+        p99=int(percentile(ordered, 0.99)),
         max=ordered[-1],
     )

@@ -1,31 +1,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import socket
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from engines import save_servable
-from reserved_ports import reserved_port
 
-from octavo.gateway.bench_drain import DrainPlan, _Seen, drain, print_drain, report_of
-from octavo.gateway.chaos_workload import ChoiceOutput, StreamOutput
+from octavo.gateway.bench_drain import DrainPlan, _reserved_port, _Seen, drain, print_drain, report_of
+from octavo.gateway.chaos.workload import ChoiceOutput, StreamOutput
 from octavo.messages.errors import OctavoError
 
 FLAGS = ("--dtype", "float32", "--num-threads", "1", "--num-gpu-blocks-override", "4096", "--block-size", "4")
 NUM_STREAMS = 24
 PLAN = DrainPlan(num_streams=2, num_tokens=8, limit_s=30.0)
 SEEN = _Seen(unready_s=0.01, is_refused_in_words=True, exit_s=5.0)
-
-
-@pytest.fixture(autouse=True)
-def _port(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Many other tests connect while a server starts here; none of them is to be given its port."""
-    with reserved_port() as port:
-        monkeypatch.setattr("octavo.gateway.bench_drain._free_port", lambda: port)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +26,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_port_is_nobody_elses_until_a_server_listens_there_or_several_do() -> None:
+    with _reserved_port() as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+        with socket.create_server(("127.0.0.1", port), reuse_port=True):
+            socket.create_server(("127.0.0.1", port), reuse_port=True).close()
+
+
+@pytest.mark.parametrize("flags", [("--max-num-seqs", "16"), ("--gateways", "2")], ids=["one edge", "two edges"])
 def test_a_server_that_is_told_to_stop_lets_all_streams_end_and_leaves_no_process(
-    model: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
 ) -> None:
-    plan = DrainPlan(
-        serve_flags=(str(model), *FLAGS, "--max-num-seqs", "16"), num_streams=NUM_STREAMS, num_tokens=800, limit_s=120.0
-    )
+    plan = DrainPlan(serve_flags=(str(model), *FLAGS, *flags), num_streams=NUM_STREAMS, num_tokens=800, limit_s=120.0)
     report = asyncio.run(drain(plan))
     assert (report.num_finished, report.num_told, report.num_dropped) == (NUM_STREAMS, 0, 0), report.failures
     assert (report.exit_code, report.num_left) == (0, 0)

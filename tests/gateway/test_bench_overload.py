@@ -61,7 +61,7 @@ def test_an_answer_that_is_neither_a_result_nor_a_refusal_fails_the_run(monkeypa
 
     engine.submit = fail_once  # type: ignore[method-assign,assignment]  # a defect, for once on purpose
     monkeypatch.setattr(Load, "_overload", overload_with_defect)
-    monkeypatch.setattr("octavo.gateway.server.log.exception", lambda *args, **kwargs: None)
+    monkeypatch.setattr("octavo.gateway.api.server.log.exception", lambda *args, **kwargs: None)
     report = measure(engine)
     assert not report.is_passed and report.num_failed > 0 and "500" in report.failures[0]
 

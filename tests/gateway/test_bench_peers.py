@@ -15,20 +15,13 @@ from rich.console import Console
 
 from octavo.actors.executor.cpu_topology import Cpu
 from octavo.gateway import bench_peers as module
-from octavo.gateway.bench_peers import (
-    Report,
-    Workload,
-    agreement,
-    ceiling_rates,
-    make_workloads,
-    print_report,
-    rate_of,
-    same_cores,
-)
+from octavo.gateway.bench_peers import same_cores
 from octavo.gateway.ceilings import Ceilings, ModelTraffic
 from octavo.gateway.cli import build_parser, main
 from octavo.gateway.peers.adapter import LoadOptions, Peer
 from octavo.gateway.peers.catalog import ADAPTERS, PEERS, make_peer
+from octavo.gateway.peers.report import Cell, Report, ceiling_rates, print_report
+from octavo.gateway.peers.workload import Workload, agreement, make_workloads, rate_of
 
 LIMITS = Ceilings(
     num_threads=1, read_gb_per_s=10.0, read_one_stream_gb_per_s=8.0, f32_tflop_per_s=0.05, bf16_tflop_per_s=0.02
@@ -187,7 +180,7 @@ def test_one_output_token_leaves_nothing_to_decode(
 
 def test_the_table_shows_a_failure_where_there_is_no_figure() -> None:
     workload = Workload(name="prefill 5", kind="prefill", lengths=((5, 1),))
-    cell = module.Cell(
+    cell = Cell(
         engine="octavo", workload="prefill 5", tokens_per_s=25.0, low=24.0, high=126.0, ratio=None, rounds=[25.0],
         foreign_cores=0.1, cpu_s=1.0, same_tokens=None,
     )  # fmt: skip

@@ -21,14 +21,14 @@ import pytest
 from engines import engine_on, save_servable
 from structlog.testing import capture_logs
 
+from octavo.gateway.api.server import start_http
+from octavo.gateway.api.settings import ServerSettings
 from octavo.gateway.cli import build_parser, main
 from octavo.gateway.config import EngineConfig, make_config
 from octavo.gateway.flags import ENGINE_FIELDS, FIELDS_WITHOUT_ENGINE_FLAG, engine_fields
 from octavo.gateway.generation_config import GenerationConfig
 from octavo.gateway.serve import SPARE_FILES, check_address, connections_within_files, greet, report_throughput
-from octavo.gateway.server import start_http
 from octavo.gateway.server_flags import server_fields
-from octavo.gateway.settings import ServerSettings
 
 SMALL = ["--dtype", "float32", "--num-gpu-blocks-override", "128", "--block-size", "4", "--max-model-len", "96"]
 
@@ -163,6 +163,7 @@ def test_flags_of_the_server_set_its_settings_and_default_to_the_struct_s() -> N
     assert defaults == msgspec.structs.replace(ServerSettings(), shutdown_timeout_s=30.0)
     argv = "--api-key a --api-key b --allowed-origins https://x.example --allowed-hosts Box.Example * "
     argv += "--max-connections 7 --max-connections-per-client 0 --trusted-proxies 10.1.2.3/8 ::1 --shutdown-timeout 2"
+    argv += " --request-timeout 1.5m"
     assert ServerSettings(**server_fields(parse(["serve", *argv.split()]))) == ServerSettings(
         api_keys=("a", "b"),
         allowed_origins=("https://x.example",),
@@ -171,6 +172,7 @@ def test_flags_of_the_server_set_its_settings_and_default_to_the_struct_s() -> N
         max_connections_per_client=0,
         trusted_proxies=("10.0.0.0/8", "::1/128"),
         shutdown_timeout_s=2.0,
+        request_timeout_s=90.0,
     )
 
 

@@ -9,8 +9,9 @@ import pytest
 from fake_engine import FakeEngine
 from http_client import serving
 
-from octavo.gateway.auth import OPEN_PATHS
+from octavo.gateway.api.auth import OPEN_PATHS
 from octavo.gateway.cli import build_parser
+from octavo.kernels.cpu_build import cache_dir
 
 yaml = pytest.importorskip("yaml")
 FOLDER = importlib.resources.files("octavo.gateway") / "deploy" / "kubernetes"
@@ -103,3 +104,23 @@ def test_every_volume_that_is_mounted_exists_and_services_find_their_pods() -> N
             if document["kind"] == "Service":
                 selector = document["spec"]["selector"].items()
                 assert any(selector <= each.items() for each in labels)
+
+
+def test_no_service_has_the_name_of_the_one_that_a_set_s_controller_makes() -> None:
+    every = [document for name in FILES for document in documents(name)]
+    sets = {document["metadata"]["name"] for document in every if document["kind"] == "LeaderWorkerSet"}
+    services = [document["metadata"]["name"] for document in every if document["kind"] == "Service"]
+    assert sets and not sets.intersection(services)
+    assert len(set(services)) == len(services)
+
+
+def test_a_container_that_can_write_to_few_places_has_one_for_the_kernels_that_it_builds() -> None:
+    num_read_only = 0
+    for _, _, container in containers():
+        if container.get("securityContext", {}).get("readOnlyRootFilesystem"):
+            num_read_only += 1
+            told = {variable["name"]: variable["value"] for variable in container["env"]}
+            folder = cache_dir(told)
+            mounts = [mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")]
+            assert any(folder.is_relative_to(mount) for mount in mounts)
+    assert num_read_only

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from c_library import needs_c
 from engines import engine_on, save_servable
 from tiny_models import random_token_ids
 
@@ -15,10 +16,9 @@ from octavo import SamplingParams
 from octavo.gateway.cli import build_parser, main
 from octavo.gateway.config import make_config
 from octavo.gateway.flags import engine_fields
-from octavo.kernels import cpu_build
 from octavo.messages.errors import UnsupportedModelError
 
-pytestmark = pytest.mark.skipif(cpu_build.library() is None, reason="it needs the C kernels")
+pytestmark = needs_c
 
 PROMPTS = [random_token_ids(length, seed=length) for length in (21, 9, 33, 14, 5)]
 PARAMS = [

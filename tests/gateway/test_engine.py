@@ -12,9 +12,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import process_family
 import pytest
 import torch
 from engines import engine_on, save_servable
+from http_client import serving
 from tiny_models import greedy_reference, random_token_ids, reference_logits
 
 from octavo import Engine, SamplingParams
@@ -32,6 +34,7 @@ PROMPT = random_token_ids(11, seed=5)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
 LONG = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
 SEEDED = SamplingParams(temperature=1.0, seed=7, max_tokens=16, ignore_eos=True)
+until = functools.partial(process_family.until, every_s=0, timeout_s=180)  # turns of the loop, until it fails
 
 
 def on_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -68,13 +71,6 @@ async def opened(folder: Path, **fields: Any) -> AsyncIterator[Engine]:
         await until(lambda: engine.stats().kv_cache_usage == 0 and engine.stats().num_live == 0)
         engine._graph.scheduler.check()
         engine._graph.allocator.check()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Give the loop turns until the condition holds; fails if it never does."""
-    async with asyncio.timeout(180):
-        while not condition():
-            await asyncio.sleep(0)
 
 
 async def tokens_of(engine: Engine, params: SamplingParams, prompt: list[int] = PROMPT) -> list[int]:
@@ -280,6 +276,28 @@ async def test_a_deadline_ends_a_request_with_what_it_has(folder: Path) -> None:
         output = await engine.generate(PROMPT, params, timeout_s=0.05)
         assert output.outputs[0].finish_reason == "abort"
         assert len(output.outputs[0].token_ids) < 500
+
+
+@on_loop
+async def test_f_57_a_request_that_still_waits_at_its_deadline_ends_without_a_token_and_makes_room(
+    folder: Path,
+) -> None:
+    async with (
+        opened(folder, max_num_seqs=1, max_num_queued_requests=1, max_model_len=512) as engine,
+        serving(engine, request_timeout_s=0.01, max_queue_wait_s=0.0) as client,
+    ):
+        params = SamplingParams(temperature=0.0, max_tokens=500, ignore_eos=True)
+        (running,) = engine.submit(PROMPT, params, lambda _: None)
+        await until(lambda: engine.stats().num_running == 1)
+        for _ in range(3):  # each in the only place where one can wait
+            answer = await client.complete(prompt=PROMPT, max_tokens=4)
+            assert (answer.status, answer.json["choices"][0]["finish_reason"]) == (200, "abort"), answer.body
+            assert answer.json["choices"][0]["text"] == "" and answer.json["usage"]["completion_tokens"] == 0
+            assert (engine.stats().num_live, engine.stats().num_waiting) == (1, 0)
+        events = (await client.complete(prompt=PROMPT, max_tokens=4, stream=True)).events
+        assert [event["choices"][0]["finish_reason"] for event in events] == ["abort"]
+        engine.cancel(running)
+        assert len(await tokens_of(engine, GREEDY)) == 16
 
 
 # ---- refusals ----
@@ -575,6 +593,7 @@ async def test_a_device_that_fails_for_ever_ends_every_request_and_readiness(fol
         assert any("device-side assert" in str(end) for end in ends)
         assert not engine.is_ready
         assert "failed too often" in engine.why_not_ready
+        assert engine.is_broken
         with pytest.raises(EngineClosedError, match="device-side assert"):
             await engine.generate(PROMPT)
         assert engine.stats().num_live == 0

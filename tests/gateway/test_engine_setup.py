@@ -41,16 +41,17 @@ def test_everything_that_the_scheduler_can_be_told_is_told_by_the_configuration_
     assert same == ["max_executor_losses"]
 
 
-def test_executors_on_one_host_know_which_of_how_many_replicas_they_are_of() -> None:
+def test_executors_on_one_host_know_which_of_how_many_replicas_they_are_of_and_share_no_gpu() -> None:
     config = EngineConfig(tensor_parallel_size=2, data_parallel_size=3, in_process=False)
 
-    def replica_of(child: str, is_one_host: bool) -> tuple[int, int]:
+    def replica_of(child: str, is_one_host: bool) -> tuple[int, int, int | None]:
         start = StartProcess(child, 1, Epoch(1))
         names = {"engine_name": "engine 1", "run_dir": "/run", "log_format": "human"}
         spec = executor_process_spec(
             config, "m", None, start, rank=0, edge_incarnation=1, is_one_host=is_one_host, **names
         ).config
-        return spec.replica, spec.num_replicas
+        return spec.replica, spec.num_replicas, spec.gpu
 
-    assert [replica_of(f"executor {index}", True) for index in (0, 1, 3, 5)] == [(0, 3), (0, 3), (1, 3), (2, 3)]
-    assert replica_of("executor 5", False) == (0, 1)  # of the others nothing is known here
+    told = [replica_of(f"executor {index}", True) for index in (0, 1, 3, 5)]
+    assert told == [(0, 3, 0), (0, 3, 1), (1, 3, 3), (2, 3, 5)]
+    assert replica_of("executor 5", False)[:2] == (0, 1)  # of the others nothing is known here

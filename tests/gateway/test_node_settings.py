@@ -41,12 +41,19 @@ def test_a_node_needs_keys_unless_it_asks_for_none(tmp_path: Path) -> None:
 
 
 def test_under_torchrun_a_process_is_the_node_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.9"}
+    told = {
+        "TORCHELASTIC_RUN_ID": "none",
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "10.0.0.9",
+    }
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     settings = settings_of("--keys=file", f"--server-key={make_keys().public}", "--name=host")
     assert settings.join == "tcp://10.0.0.9:7000"
     assert (settings.name, settings.rank, settings.world_size, settings.num_slots) == ("host.3", 3, 4, 1)
+    assert settings.first_gpu == 1, "the other one is another process's"
 
 
 def test_flags_about_nodes_mean_nothing_without_a_place_to_join_and_are_refused() -> None:

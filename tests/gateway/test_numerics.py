@@ -17,8 +17,8 @@ from octavo import Engine
 from octavo.actors.executor.config import ExecutorConfig
 from octavo.actors.executor.device import Device
 from octavo.actors.executor.gpu.runner import GpuRunner
-from octavo.gateway.http_errors import from_ended
-from octavo.gateway.metrics import ERROR_CODES
+from octavo.gateway.api.http_errors import from_ended
+from octavo.gateway.api.metrics import ERROR_CODES
 from octavo.messages.errors import ModelNumericsError
 from octavo.messages.ids import RequestId
 from octavo.messages.request import RequestEnded

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -8,7 +12,13 @@ import pytest
 from fake_engine import FakeEngine
 
 from octavo.gateway.soak import SoakPlan, SoakReport, fill_kv_cache, print_soak, soak
-from octavo.gateway.soak_holdings import Holdings, compare, give_back_freed_memory
+from octavo.gateway.soak_holdings import (
+    Holdings,
+    compare,
+    give_back_freed_memory,
+    orphaned_shared_memory,
+    replaced,
+)
 from octavo.messages.errors import InvalidRequestError
 from octavo.messages.ids import RequestId
 
@@ -137,7 +147,8 @@ def test_freed_memory_that_malloc_keeps_is_not_counted() -> None:
         ({"kv_usage": 0.01}, "held by nobody"),
         ({"num_streams": 2}, "responses"),
         ({"num_tasks": 4}, "tasks"),
-        ({"num_shared": 1}, "shared memory"),
+        ({"num_shared": 1}, "mappings of shared memory"),
+        ({"num_orphans": 1}, "files of shared memory"),
         ({"num_files": {"edge": 21, "octavo: executor 0": 9}}, "file descriptors"),
         ({"num_threads": {"edge": 4, "octavo: executor 0": 4}}, "threads"),
         ({"rss_bytes": {"edge": 506 << 20, "octavo: executor 0": 400 << 20}}, "memory grew"),
@@ -159,3 +170,60 @@ def test_a_little_memory_and_a_replacement_are_no_leaks() -> None:
         pids={"edge": 100, "octavo: executor 0": 200},
     )
     assert compare(QUIET, little)[0] == compare(QUIET, replaced)[0] == []
+
+
+def test_shared_memory_that_nobody_maps_belongs_to_nobody(tmp_path: Path) -> None:
+    held, left = tmp_path / "held", tmp_path / "left"
+    for path in (held, left):
+        path.write_bytes(bytes(mmap.PAGESIZE))
+    (tmp_path / "folder").mkdir()
+    with held.open("r+b") as file, mmap.mmap(file.fileno(), 0):
+        assert orphaned_shared_memory(tmp_path) == {left}
+    assert orphaned_shared_memory(tmp_path) == {held, left}
+    assert orphaned_shared_memory(tmp_path / "nothing") == set()
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Holdings]]:
+    """What is counted, one after the other."""
+    given: list[Holdings] = []
+
+    async def next_count(*_: Any) -> Holdings:
+        return given.pop(0)
+
+    monkeypatch.setattr("octavo.gateway.soak.holdings_when_quiet", next_count)
+    yield given
+    assert not given
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, ""),
+        ({"rss_bytes": {"edge": 500 << 20, "octavo: executor 0": 460 << 20}}, "memory grew by 2.2 %"),
+        ({"pids": {"edge": 100, "octavo: executor 0": 300}}, "executor 0 was replaced"),
+    ],
+    ids=["nothing", "memory of a replacement", "an executor that died by itself"],
+)
+def test_what_grows_in_a_process_that_replaced_another_is_found_once_there_are_no_faults(
+    counts: list[Holdings], change: dict[str, object], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = msgspec.structs.replace(
+        QUIET,
+        rss_bytes={"edge": 500 << 20, "octavo: executor 0": 450 << 20},
+        pids={"edge": 100, "octavo: executor 0": 200},
+    )
+    counts += [QUIET, killed, killed, msgspec.structs.replace(killed, **change)]
+    plan = msgspec.structs.replace(PLAN, warm_up_s=0.05, for_s=0.1, calm_s=0.1)
+    report = run(FakeEngine(), plan)
+    assert report.is_passed == (not words)
+    assert [leak for leak in report.leaks if not (leak.startswith("without faults: ") and words in leak)] == []
+    assert len(report.leaks) == bool(words)
+    print_soak(report)
+    assert "executor 0, without faults" in capsys.readouterr().out
+
+
+def test_only_a_process_that_was_there_before_can_have_been_replaced() -> None:
+    fewer = msgspec.structs.replace(QUIET, pids={"edge": 100})
+    assert replaced(QUIET, QUIET) == replaced(QUIET, fewer) == replaced(fewer, QUIET) == []
+    assert len(replaced(QUIET, msgspec.structs.replace(QUIET, pids={"edge": 1, "octavo: executor 0": 2}))) == 2

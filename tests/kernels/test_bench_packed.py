@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from c_library import needs_c
 
 from octavo.kernels import cpu_build, linear_packed
 from octavo.kernels.bench_packed import main
 
-pytestmark = pytest.mark.skipif(cpu_build.library() is None, reason="it needs the C kernels")
+pytestmark = needs_c
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

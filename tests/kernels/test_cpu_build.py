@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from c_library import COMPILER, HAS_C, needs_c
 
 from octavo.kernels import cpu_build, thread_binding
-
-needs_c = pytest.mark.skipif(cpu_build.library() is None, reason="no C compiler")
-COMPILER = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), "")
 
 
 def make_tool(folder: Path, name: str, script: str) -> Path:
@@ -38,15 +36,21 @@ def threads_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_build, "_SOURCES", tmp_path / "src")
 
 
+def test_there_are_c_kernels_wherever_there_is_a_compiler() -> None:
+    """Without them every operation would quietly take its torch path, and so would its tests."""
+    assert (cpu_build.library() is not None) == HAS_C
+
+
 @needs_c
-def test_a_library_is_built_once_into_a_directory_of_the_user_alone(tmp_path: Path) -> None:
+def test_a_library_is_built_without_a_warning_and_once_into_a_directory_of_the_user_alone(tmp_path: Path) -> None:
     directory = tmp_path / "cache" / "octavo"
-    library = cpu_build.build(directory, os.environ)
+    environ = {**os.environ, "CC": f"'{COMPILER}' -Wall -Werror"}
+    library = cpu_build.build(directory, environ)
     assert directory.stat().st_mode & 0o777 == 0o700
     assert {path.name for path in directory.iterdir()} == {library.name, "build.lock"}  # nothing half-built is left
     assert ctypes.CDLL(str(library)).octavo_paged_attention
     built_at = library.stat().st_mtime_ns
-    assert cpu_build.build(directory, os.environ) == library
+    assert cpu_build.build(directory, environ) == library
     assert library.stat().st_mtime_ns == built_at
 
 
@@ -160,7 +164,7 @@ def test_no_more_files_are_compiled_at_once_than_there_are_cores(
     for index in range(4):
         (sources / f"part{index}.c").write_text(f"int part{index}(void) {{ return {index}; }}\n")
     monkeypatch.setattr(cpu_build, "_SOURCES", sources)
-    monkeypatch.setattr(cpu_build, "_usable_cores", lambda: 1)
+    monkeypatch.setattr(cpu_build, "usable_cores", lambda: 1)
     # A folder can be made once: who finds it there is not alone.
     alone = f'mkdir {tmp_path}/busy || exit 1; $CC "$@"; status=$?; rmdir {tmp_path}/busy; exit $status'
     make_tool(tmp_path / "bin", "cc", alone)

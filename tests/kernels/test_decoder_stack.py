@@ -6,21 +6,26 @@ from dataclasses import replace
 
 import pytest
 import torch
+from c_library import needs_c
 from packed_in_torch import PanelsInTorch
 
-from octavo.kernels import cpu_build, linear_packed
+from octavo.kernels import linear_packed
 from octavo.kernels.attention_batch import AttentionBatch
+from octavo.kernels.attention_kind import AttentionKind
 from octavo.kernels.decoder_stack import DecoderStack, StackLayer, StackProduct, decoder_stack
 from octavo.kernels.gated_activation import gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.kv_quantization import row_width
 from octavo.kernels.linear_dense import linear_dense, linear_dense_quick
 from octavo.kernels.linear_packed import PackedWeight
-from octavo.kernels.linear_quantized import QuantizedWeight, linear_quantized, quantize
+from octavo.kernels.linear_quantized import linear_quantized
+from octavo.kernels.linear_rounded import RoundedWeight, linear_rounded, round_weight
 from octavo.kernels.paged_attention import paged_attention, write_kv
+from octavo.kernels.quantized_weight import QuantizedWeight
 from octavo.kernels.rms_norm import rms_norm
 from octavo.kernels.rotary import rotary_and_write
+from octavo.kernels.weight_quantization import quantize
 
-pytestmark = pytest.mark.skipif(cpu_build.library() is None, reason="it needs the C kernels")
+pytestmark = needs_c
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER = 96, 4, 2, 16, 80
 BLOCK_SIZE, NUM_BLOCKS = 4, 12
@@ -48,7 +53,7 @@ def plain_layer(dtype: torch.dtype, seed: int = 0) -> StackLayer:
         num_heads=HEADS,
         num_kv_heads=KV_HEADS,
         head_dim=HEAD_DIM,
-        scale=0.3,
+        attention=AttentionKind(0.3),
         activation=silu_and_mul,
         cos_sin=torch.cat((angles.cos(), angles.sin()), dim=-1),
     )
@@ -83,7 +88,7 @@ def variants(dtype: torch.dtype) -> dict[str, StackLayer]:
         ),
         "nothing turns": replace(plain, cos_sin=None),
         "window, cap and sinks": replace(
-            plain, window=5, softcap=2.0, sinks=torch.linspace(-1.0, 1.0, HEADS), scale=0.7
+            plain, attention=AttentionKind(0.7, 5, 2.0, sinks=torch.linspace(-1.0, 1.0, HEADS))
         ),
         "parts of several kinds": replace(plain, qkv=StackProduct((eight, four, wide[2].bfloat16()))),
     }
@@ -92,12 +97,14 @@ def variants(dtype: torch.dtype) -> dict[str, StackLayer]:
 def multiplied(product: StackProduct, x: torch.Tensor) -> torch.Tensor:
     parts = product.weight if isinstance(product.weight, tuple) else (product.weight,)
 
-    def by(part: torch.Tensor | QuantizedWeight | PackedWeight) -> torch.Tensor:
+    def by(part: torch.Tensor | QuantizedWeight | PackedWeight | RoundedWeight) -> torch.Tensor:
         match part:
             case QuantizedWeight():
                 return linear_quantized(x, part)
             case PackedWeight():
                 return linear_packed.linear_packed(x, part)
+            case RoundedWeight():
+                return linear_rounded(x, part)
             case _:
                 return linear_dense(x, part)
 
@@ -120,13 +127,7 @@ def one_by_one(
                 k_weight=layer.k_norm,
                 eps=layer.qk_eps,
             )
-        attended = paged_attention(
-            *(q, k_cache, v_cache, batch),
-            scale=layer.scale,
-            sliding_window=layer.window,
-            softcap=layer.softcap,
-            sinks=layer.sinks,
-        )
+        attended = paged_attention(q, k_cache, v_cache, batch, layer.attention)
         out = multiplied(layer.o, attended.view(len(x), -1))
         x += out if layer.after_attention is None else rms_norm(out, layer.after_attention, layer.eps)
         inner = layer.activation(multiplied(layer.gate_up, rms_norm(x, layer.before_mlp, layer.eps)))
@@ -264,6 +265,23 @@ def test_packed_weights_are_of_the_stacks_dtype_and_multiply_few_tokens(monkeypa
         stack.run(randn(5, HIDDEN, dtype=torch.bfloat16, seed=3), positions, batch, caches)
 
 
+def test_rounded_weights_are_of_bfloat16_and_give_the_bits_of_their_operation() -> None:
+    plain = plain_layer(torch.bfloat16)
+    held = round_weight(randn(HIDDEN, HEADS * HEAD_DIM, dtype=torch.bfloat16, seed=2))
+    if held is None:
+        pytest.skip("this processor multiplies bfloat16 otherwise")
+    layer = replace(plain, o=StackProduct(held, randn(HIDDEN, dtype=torch.bfloat16, seed=9)))
+    assert decoder_stack([replace(plain_layer(torch.float32), o=StackProduct(held))], dtype=torch.float32) is None
+    stack, caches, expected_caches = made([layer], torch.bfloat16), *[empty_caches(1, torch.bfloat16) for _ in range(2)]
+    for starts, counts, num_padding in STEPS:
+        positions, batch = step_of(starts, counts, num_padding)
+        x = randn(len(positions), HIDDEN, dtype=torch.bfloat16, seed=len(positions))
+        expected = x.clone()
+        stack.run(x, positions, batch, caches)
+        one_by_one([layer], expected, positions, batch, expected_caches)
+        assert torch.equal(x, expected)
+
+
 def test_what_has_no_c_kernel_is_no_stack() -> None:
     plain = plain_layer(torch.float32)
     ordered = replace(
@@ -276,7 +294,8 @@ def test_what_has_no_c_kernel_is_no_stack() -> None:
         replace(plain, before_mlp=plain.before_mlp.double()),
         replace(plain, before_mlp=plain.before_mlp.bfloat16()),
         replace(plain, down=StackProduct(torch.zeros(INNER, HIDDEN).T)),
-        replace(plain, sinks=torch.zeros(HEADS, dtype=torch.bfloat16)),
+        replace(plain, attention=AttentionKind(0.3, sinks=torch.zeros(HEADS, dtype=torch.bfloat16))),
+        replace(plain, attention=AttentionKind(0.3, alibi_slopes=torch.ones(HEADS))),
         replace(plain, o=StackProduct(plain.o.weight, torch.zeros(HIDDEN, dtype=torch.bfloat16))),
     ):
         assert decoder_stack([plain, unfit], dtype=torch.float32) is None

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from c_library import needs_c
 
-from octavo.kernels import cpu_build, gguf_blocks
+from octavo.kernels import gguf_blocks
 from octavo.kernels.gguf_blocks import LAYOUTS, decode_blocks, pack_blocks
-from octavo.kernels.linear_quantized import QuantizedWeight, concatenate, linear_quantized
+from octavo.kernels.linear_quantized import linear_quantized
+from octavo.kernels.quantized_weight import QuantizedWeight, concatenate
 from octavo.models.gguf.dequantize import QUANTIZED
 from octavo.models.gguf.packed import packed_weight, packed_weight_ref
 from octavo.models.gguf.tensor_types import TENSOR_TYPES
 from octavo.models.quantization.partition import part_of
 
 TYPES = {kind.name: kind for kind in TENSOR_TYPES.values()}
-needs_c = pytest.mark.skipif(cpu_build.library() is None, reason="no C compiler: the torch path is all there is")
 
 
 def random_rows(name: str, num_rows: int, num_blocks: int) -> torch.Tensor:

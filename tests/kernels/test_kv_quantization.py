@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from c_library import needs_c
 
-from octavo.kernels import cpu_build, paged_attention, rotary
+from octavo.kernels import paged_attention, rotary
 from octavo.kernels.attention_batch import AttentionBatch
+from octavo.kernels.attention_kind import AttentionKind
 from octavo.kernels.kv_quantization import SCALE_BYTES, dequantize, head_dim_of, quantize_ref, row_width
 from octavo.kernels.paged_attention import gather_kv, paged_attention_ref, write_kv, write_kv_ref
 
-needs_c = pytest.mark.skipif(cpu_build.library() is None, reason="no C compiler: the torch path is all there is")
 KINDS = [torch.int8, torch.float8_e4m3fn]
 RAGGED = [(1, 1), (1, 130), (1, 64), (5, 5), (40, 100), (3, 65)]
 # Largest error of an attention output in units of the largest value, for random normal keys, values and queries.
@@ -130,10 +131,10 @@ def test_the_kernel_is_as_exact_over_codes_as_torch(
     options: dict[str, float], heads: tuple[int, int], dim: int, block_size: int, dtype: torch.dtype, kind: torch.dtype
 ) -> None:
     q, k_cache, v_cache, batch, _ = case(kind, heads=heads, dim=dim, block_size=block_size)
-    q = q.to(dtype)
-    exact = paged_attention_ref(q.double(), k_cache, v_cache, batch, scale=dim**-0.5, **options)
-    theirs = paged_attention_ref(q, k_cache, v_cache, batch, scale=dim**-0.5, **options)
-    ours = paged_attention.paged_attention(q, k_cache, v_cache, batch, scale=dim**-0.5, **options)
+    q, kind_of_layer = q.to(dtype), AttentionKind(dim**-0.5, **options)
+    exact = paged_attention_ref(q.double(), k_cache, v_cache, batch, kind_of_layer)
+    theirs = paged_attention_ref(q, k_cache, v_cache, batch, kind_of_layer)
+    ours = paged_attention.paged_attention(q, k_cache, v_cache, batch, kind_of_layer)
     assert ours.dtype is dtype
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
 
@@ -142,14 +143,14 @@ def test_the_kernel_is_as_exact_over_codes_as_torch(
 @pytest.mark.parametrize("dim", [32, 128])
 def test_attention_over_a_quantised_cache_stays_within_its_bound_of_float64(dim: int, kind: torch.dtype) -> None:
     q, k_cache, v_cache, batch, plain = case(kind, dim=dim)
-    ours = paged_attention.paged_attention(q, k_cache, v_cache, batch, scale=dim**-0.5)
+    ours = paged_attention.paged_attention(q, k_cache, v_cache, batch, AttentionKind(dim**-0.5))
     exact_k = torch.zeros(*k_cache.shape[:3], dim, dtype=torch.float64)
     exact_v = exact_k.clone()
     for row, (k, v) in enumerate(plain):
         positions = torch.arange(k.shape[0])
         row_slots = batch.block_tables[row, positions // 16].long() * 16 + positions % 16
         write_kv_ref(k.double(), v.double(), exact_k, exact_v, row_slots)
-    exact = paged_attention_ref(q.double(), exact_k, exact_v, batch, scale=dim**-0.5)
+    exact = paged_attention_ref(q.double(), exact_k, exact_v, batch, AttentionKind(dim**-0.5))
     worst = float((ours - exact).abs().max() / exact_v.abs().max())
     assert 0 < worst <= OUTPUT_BOUND[kind]
 
@@ -159,7 +160,7 @@ def test_attention_over_a_quantised_cache_stays_within_its_bound_of_float64(dim:
 @pytest.mark.parametrize(("heads", "dim"), [((4, 2), 32), ((6, 1), 20)])
 def test_bits_depend_neither_on_the_batch_nor_on_the_chunk(heads: tuple[int, int], dim: int, kind: torch.dtype) -> None:
     q, k_cache, v_cache, batch, _ = case(kind, heads=heads, dim=dim)
-    together = paged_attention.paged_attention(q, k_cache, v_cache, batch, scale=dim**-0.5)
+    together = paged_attention.paged_attention(q, k_cache, v_cache, batch, AttentionKind(dim**-0.5))
     for row, (num_new, context) in enumerate(RAGGED):
         for num_last in {1, num_new}:
             end = int(batch.query_start[row + 1])
@@ -173,7 +174,9 @@ def test_bits_depend_neither_on_the_batch_nor_on_the_chunk(heads: tuple[int, int
                 max_context_len=context,
                 num_decodes=int(num_last == 1),
             )
-            out = paged_attention.paged_attention(q[end - num_last : end], k_cache, v_cache, alone, scale=dim**-0.5)
+            out = paged_attention.paged_attention(
+                q[end - num_last : end], k_cache, v_cache, alone, AttentionKind(dim**-0.5)
+            )
             assert torch.equal(out, together[end - num_last : end])
 
 
@@ -182,11 +185,14 @@ def test_without_the_c_library_the_torch_path_reads_and_writes_the_same_cache(
     kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k_cache, v_cache, batch, plain = case(kind)
-    with_kernel = paged_attention.paged_attention(q, k_cache, v_cache, batch, scale=0.2)
+    with_kernel = paged_attention.paged_attention(q, k_cache, v_cache, batch, AttentionKind(0.2))
     monkeypatch.setattr(paged_attention, "_kernels", lambda: None)
     monkeypatch.setattr(rotary, "_kernels", lambda: None)
     torch.testing.assert_close(
-        paged_attention.paged_attention(q, k_cache, v_cache, batch, scale=0.2), with_kernel, rtol=1e-4, atol=1e-5
+        paged_attention.paged_attention(q, k_cache, v_cache, batch, AttentionKind(0.2)),
+        with_kernel,
+        rtol=1e-4,
+        atol=1e-5,
     )
     k = plain[4][0]
     gathered = gather_kv(k_cache, batch.block_tables[4], k.shape[0]).transpose(0, 1)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from c_library import HAS_C, needs_c
 
-from octavo.kernels import cpu_build
 from octavo.kernels import linear_dense as module
 from octavo.kernels.linear_dense import linear_dense, linear_dense_quick, linear_dense_ref
 
@@ -28,12 +28,12 @@ def test_it_is_as_exact_as_torch_and_batch_invariant(
     assert ours.dtype is dtype
     least = torch.finfo(torch.float32).eps * exact.abs().max()  # where theirs is exact by chance
     assert (ours - exact).abs().max() <= max(2 * (theirs - exact).abs().max(), least)
-    if cpu_build.library() is not None:
+    if HAS_C:
         for row in range(num_tokens):
             assert torch.equal(linear_dense(x[row : row + 1], weight), ours[row : row + 1])
 
 
-@pytest.mark.skipif(cpu_build.library() is None, reason="torch promises no such thing")
+@needs_c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("num_tokens", "in_features", "out_features"),
@@ -60,7 +60,7 @@ def test_blocks_and_threads_change_no_bit(
         torch.set_num_threads(num_threads)
 
 
-@pytest.mark.skipif(cpu_build.library() is None, reason="torch has its own")
+@needs_c
 def test_a_nan_stays_in_its_row_and_nothing_gives_zero() -> None:
     x, weight = randn(33, 1100, seed=5), randn(20, 1100, seed=6)
     clean = linear_dense(x, weight)
@@ -85,7 +85,7 @@ def test_other_dtypes_and_a_missing_library_are_left_to_torch(monkeypatch: pytes
     assert torch.equal(linear_dense(x, weight, bias), F.linear(x, weight, bias))
 
 
-@pytest.mark.skipif(cpu_build.library() is None, reason="torch raises its own error")
+@needs_c
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="features"):
         linear_dense(randn(3, 32, seed=1), randn(8, 31, seed=2))
@@ -103,7 +103,7 @@ def test_weights_of_16_bits_are_the_same_numbers_as_in_float32(
     ours, theirs = linear_dense(x, weight), linear_dense_ref(x, weight)
     assert ours.dtype is torch.float32
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
-    if cpu_build.library() is not None:
+    if HAS_C:
         assert torch.equal(linear_dense(x[-1:], weight), ours[-1:])
         assert torch.equal(linear_dense(x.bfloat16().float(), weight).bfloat16(), linear_dense(x.bfloat16(), weight))
 
@@ -144,7 +144,7 @@ def test_whole_numbers_keep_their_bound(numbers, num_tokens: int, in_features: i
     assert error.square().mean().sqrt() <= 1.1 * theirs  # most of the error is that of storing the output
 
 
-@pytest.mark.skipif(cpu_build.library() is None, reason="torch promises no such thing")
+@needs_c
 def test_whole_numbers_do_not_depend_on_the_rows_beside_them_or_on_threads() -> None:
     x, weight = outliers(200, 1024, seed=3), outliers(150, 1024, seed=4)
     quick = linear_dense_quick(x, weight)

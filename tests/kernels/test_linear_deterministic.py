@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from c_library import needs_c
 
-from octavo.kernels import cpu_build
 from octavo.kernels import linear_deterministic as module
 from octavo.kernels.linear_deterministic import (
     gelu_and_mul_deterministic,
@@ -14,7 +14,6 @@ from octavo.kernels.linear_deterministic import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_c = pytest.mark.skipif(cpu_build.library() is None, reason="torch has no path that keeps the promise")
 
 
 def randn(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:

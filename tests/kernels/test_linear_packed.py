@@ -6,14 +6,14 @@ import logging
 
 import pytest
 import torch
+from c_library import needs_c
 from packed_in_torch import PanelsInTorch
 
-from octavo.kernels import cpu_build
 from octavo.kernels import linear_packed as module
 from octavo.kernels.linear_dense import linear_dense_ref
 from octavo.kernels.linear_packed import FEW_ROWS, OneDNN, PackedWeight, Packer, linear_packed
 
-pytestmark = pytest.mark.skipif(cpu_build.library() is None, reason="it needs the C kernels")
+pytestmark = needs_c
 
 DTYPES = [torch.float32, torch.bfloat16]
 

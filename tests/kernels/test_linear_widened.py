@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from c_library import needs_c
 
-from octavo.kernels import cpu_build
 from octavo.kernels import linear_widened as module
-from octavo.kernels.linear_quantized import QuantizedWeight, linear_quantized, linear_quantized_ref
+from octavo.kernels.linear_quantized import linear_quantized, linear_quantized_ref
 from octavo.kernels.linear_widened import linear_widened
-
-needs_library = pytest.mark.skipif(cpu_build.library() is None, reason="there is no C library")
+from octavo.kernels.quantized_weight import QuantizedWeight
 
 CASES = [
     *[(bits, 32, factors) for bits in (4, 8) for factors in ("symmetric", "zeros", "offsets", "superblocks")],
@@ -55,7 +54,7 @@ def random_weight(out_features: int, in_features: int, *, bits: int, group_size:
     )
 
 
-@needs_library
+@needs_c
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("bits", "group_size", "factors"), CASES)
 @pytest.mark.parametrize("in_features", [256, 1000, 2304])
@@ -100,7 +99,7 @@ def test_inputs_in_another_order_mean_the_same_products() -> None:
     assert torch.equal(linear_widened(x, ordered), linear_widened(x[:, order], plain))
 
 
-@needs_library
+@needs_c
 def test_threads_change_no_weight() -> None:
     weight = random_weight(1050, 320, bits=4, group_size=32, factors="zeros")
     x = torch.eye(320).bfloat16()

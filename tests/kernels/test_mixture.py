@@ -11,8 +11,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from octavo.kernels.clamped_swiglu import ClampedSwiGLU
+from octavo.kernels.expert_stack import ExpertStack
 from octavo.kernels.gated_activation import silu_and_mul
-from octavo.kernels.mixture import ExpertStack, mixture, route
+from octavo.kernels.mixture import mixture, route
 
 HIDDEN, INNER, EXPERTS, CHOSEN = 24, 20, 6, 3
 

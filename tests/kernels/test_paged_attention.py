@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from c_library import needs_c
 
-from octavo.kernels import cpu_build, paged_attention
+from octavo.kernels import paged_attention
 from octavo.kernels.attention_batch import AttentionBatch
+from octavo.kernels.attention_kind import AttentionKind
 from octavo.kernels.paged_attention import paged_attention_ref, write_kv, write_kv_ref
 
 Row = tuple[int, int]  # (new tokens, context length)
@@ -64,17 +66,15 @@ class Case:
         )
 
     def attend(self, **options: object) -> torch.Tensor:
-        return paged_attention.paged_attention(
-            self.q, self.k_cache, self.v_cache, self.batch, scale=self.scale, **options
-        )
+        kind = AttentionKind(self.scale, **options)
+        return paged_attention.paged_attention(self.q, self.k_cache, self.v_cache, self.batch, kind)
 
     def reference(self, dtype: torch.dtype | None = None, **options: object) -> torch.Tensor:
         """In `dtype`; None: the torch path, in the cache's own."""
         q, k, v = (x if dtype is None else x.to(dtype) for x in (self.q, self.k_cache, self.v_cache))
-        return paged_attention_ref(q, k, v, self.batch, scale=self.scale, **options)
+        return paged_attention_ref(q, k, v, self.batch, AttentionKind(self.scale, **options))
 
 
-needs_c = pytest.mark.skipif(cpu_build.library() is None, reason="no C compiler: the torch path is all there is")
 RAGGED = [(1, 1), (1, 130), (1, 64), (5, 5), (40, 100), (70, 70), (3, 65)]
 OPTIONS: dict[str, dict[str, object]] = {
     "plain": {},
@@ -132,7 +132,8 @@ def test_the_meaning_is_causal_softmax_attention() -> None:
 def test_queries_may_be_a_view_of_a_fused_projection_in_another_dtype_than_the_cache() -> None:
     case = Case(RAGGED, dtype=torch.bfloat16)
     contiguous = case.q.float()
-    expected = paged_attention.paged_attention(contiguous, case.k_cache, case.v_cache, case.batch, scale=case.scale)
+    kind = AttentionKind(case.scale)
+    expected = paged_attention.paged_attention(contiguous, case.k_cache, case.v_cache, case.batch, kind)
     fused = torch.randn(contiguous.shape[0], 8, 40)
     fused[:, 2:6, :32] = contiguous
     case.q = fused[:, 2:6, :32]
@@ -254,6 +255,6 @@ def test_a_row_without_context_gives_zeros(dtype: torch.dtype) -> None:
         max_context_len=3,
         num_decodes=2,
     )
-    out = paged_attention.paged_attention(torch.randn(2, 4, 8, dtype=dtype), cache, cache, batch, scale=0.5)
+    out = paged_attention.paged_attention(torch.randn(2, 4, 8, dtype=dtype), cache, cache, batch, AttentionKind(0.5))
     assert out[0].abs().min() > 0
     assert out[1].eq(0.0).all()

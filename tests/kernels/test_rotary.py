@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from c_library import needs_c
 
-from octavo.kernels import cpu_build, rotary
+from octavo.kernels import rotary
 from octavo.kernels.rotary import rotary_and_write, rotary_and_write_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -79,7 +80,7 @@ def test_without_the_c_library_torch_answers(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(k, k2)
 
 
-@pytest.mark.skipif(cpu_build.library() is None, reason="no C compiler: torch's own IndexError")
+@needs_c
 def test_a_position_outside_the_table_is_refused_and_nothing_written() -> None:
     q, k, v = inputs(64, torch.float32)
     with pytest.raises(IndexError, match="max_model_len"):

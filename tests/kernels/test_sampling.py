@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from c_library import HAS_C
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.kernels import cpu_build, sampling
+from octavo.kernels import sampling
 
 WIDTHS = (1, 2, 63, 64, 65, 127, 128, 1000, 4096, 20_001)
 
@@ -28,7 +29,7 @@ def _each_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """With the C library and without."""
     if request.param == "torch":
         monkeypatch.setattr(sampling, "_kernels", lambda: None)
-    elif cpu_build.library() is None:
+    elif not HAS_C:
         pytest.skip("there is no C library")
 
 

@@ -15,15 +15,8 @@ from step_scripts import (
     random_steps,
 )
 
-from octavo.kernels.step_inputs import (
-    PIECE_WORDS,
-    RowInputs,
-    StepLayout,
-    TokenInputs,
-    append_tokens,
-    apply_diff,
-    gather_step,
-)
+from octavo.kernels.step_inputs import append_tokens, apply_diff, gather_step
+from octavo.kernels.step_layout import PIECE_WORDS, RowInputs, StepLayout, TokenInputs
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 
 import pytest
+from c_library import HAS_C
 from os_threads import CAN_LOOK, running_threads, wait_until_gone
 
-from octavo.kernels import cpu_build, thread_binding
+from octavo.kernels import thread_binding
 
 pytestmark = pytest.mark.skipif(
-    cpu_build.library() is None or not CAN_LOOK, reason="it needs the C kernels, and Linux to look at threads"
+    not HAS_C or not CAN_LOOK, reason="it needs the C kernels, and Linux to look at threads"
 )
 
 

@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from c_library import needs_c
 from paged_runner import PagedRunner
 from tiny_models import random_token_ids, save_tiny_model
 
-from octavo.kernels import cpu_build, decoder_stack
+from octavo.kernels import decoder_stack
 from octavo.models.decoder import Decoder
 from octavo.models.registry import load_model
 
-pytestmark = pytest.mark.skipif(cpu_build.library() is None, reason="it needs the C kernels")
+pytestmark = needs_c
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),

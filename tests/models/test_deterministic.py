@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from c_library import needs_c
 from paged_runner import PagedRunner, run_paged
 from tiny_models import random_token_ids, save_tiny_model
 from unconnected_ranks import member
 
-from octavo.kernels import cpu_build, linear_deterministic
+from octavo.kernels import linear_deterministic
 from octavo.kernels import mixture as mixture_kernels
+from octavo.kernels.linear_rounded import RoundedWeight, round_weight
 from octavo.kernels.mixture import mixture_ref
 from octavo.kernels.paged_attention import paged_attention
 from octavo.models import attention as attention_of_layers
+from octavo.models import deterministic as deterministic_module
 from octavo.models import layers
 from octavo.models.decoder import Decoder
 from octavo.models.deterministic import make_deterministic
@@ -27,7 +32,7 @@ from octavo.models.interface import CausalLM
 from octavo.models.mixture import MixtureOfExperts
 from octavo.models.registry import load_model
 
-pytestmark = pytest.mark.skipif(cpu_build.library() is None, reason="it needs the C kernels")
+pytestmark = needs_c
 
 PROMPT = random_token_ids(41, seed=1)
 OTHERS = [random_token_ids(length, seed=length) for length in (9, 70, 23)]
@@ -126,6 +131,81 @@ def test_quantised_weights_keep_the_promise(quantization: str, dtype: str, tmp_p
     check_every_way(deterministic(tmp_path, dtype, quantization=quantization))
 
 
+@pytest.fixture
+def whole_numbers() -> None:
+    if round_weight(torch.zeros(16, 64, dtype=torch.bfloat16)) is None:
+        pytest.skip("this processor multiplies bfloat16 otherwise")
+
+
+def matrices(model: Any) -> list[Any]:
+    return [
+        matrix
+        for layer in model.layers
+        for matrix in (layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down)
+    ]
+
+
+@pytest.mark.usefixtures("whole_numbers")
+@pytest.mark.parametrize(
+    ("overrides", "dtype", "expected"),
+    [
+        ({}, "bfloat16", [True] * 8),
+        ({}, "float32", [False] * 8),
+        ({"intermediate_size": 96}, "bfloat16", [True, True, True, False] * 2),
+        ({"num_attention_heads": 3, "num_key_value_heads": 1}, "bfloat16", [True, False, True, True] * 2),
+    ],
+)
+def test_matrices_of_bfloat16_are_rounded_where_groups_of_64_inputs_fill_them(
+    overrides: dict[str, Any], dtype: str, expected: list[bool], tmp_path: Path
+) -> None:
+    save_tiny_model("qwen3", tmp_path, seed=6, **overrides)
+    model: Any = deterministic(tmp_path, dtype)
+    assert [isinstance(matrix, RoundedWeight) for matrix in matrices(model)] == expected
+    assert isinstance(model.vocabulary.head, torch.Tensor)
+    assert model.stack is not None and model.linear.is_in_c(1, model._kinds) and model.linear.is_in_c(99, model._kinds)
+    in_one_call = check_every_way(model)
+    model.stack = None
+    assert torch.equal(check_every_way(model), in_one_call)
+
+
+@pytest.mark.usefixtures("whole_numbers")
+def test_rounded_matrices_take_the_place_of_those_that_were_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model("llama", tmp_path, seed=6)
+    originals: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def watched(weight: torch.Tensor) -> RoundedWeight | None:
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(original() is not None for original in originals))
+        originals.append(weakref.ref(weight))
+        return round_weight(weight)
+
+    monkeypatch.setattr(deterministic_module, "round_weight", watched)
+    model = deterministic(tmp_path, "bfloat16")
+    gc.collect()
+    assert len(originals) == len(matrices(model)) == 8
+    assert not any(original() is not None for original in originals)
+    assert most == 0, "matrices were held twice"
+
+
+@pytest.mark.usefixtures("whole_numbers")
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2"])
+def test_a_prompt_has_the_bits_that_it_has_without_the_flag(model_type: str, tmp_path: Path) -> None:
+    save_tiny_model(model_type, tmp_path, seed=7)
+    assert len(PROMPT) >= 24  # from which on all products of the other are in whole numbers
+    models: list[Any] = [deterministic(tmp_path, "bfloat16"), load_model(tmp_path, dtype="bfloat16")]
+    for model in models:
+        model.compute_logits = lambda hidden: hidden
+    ours, theirs = (run_paged(model, PROMPT) for model in models)
+    assert torch.equal(ours, theirs)
+    memory = models[0].layers[1].mlp.down.memory
+    memory[-16:].view(torch.bfloat16)[3] *= 2  # a power of a group of inputs, for one output
+    assert not torch.equal(run_paged(models[0], PROMPT), theirs)
+
+
 def test_a_model_served_through_transformers_is_refused(tmp_path: Path) -> None:
     save_tiny_model("gpt2", tmp_path)
     with pytest.raises(UnsupportedModelError, match="is served through transformers, where a token's last bits change"):
@@ -180,9 +260,9 @@ def test_attention_and_mixtures_hear_that_they_are_asked(
     model: Any = deterministic(tmp_path)
     asked: list[bool] = []
 
-    def attention(*given: Any, batch_invariant: bool = False, **options: Any) -> torch.Tensor:
+    def attention(*given: Any, batch_invariant: bool = False) -> torch.Tensor:
         asked.append(batch_invariant)
-        return paged_attention(*given, **options)
+        return paged_attention(*given)
 
     def mixture(*given: Any, batch_invariant: bool = False) -> torch.Tensor:
         asked.append(batch_invariant)

@@ -144,7 +144,7 @@ def test_the_ranks_parts_are_the_whole_to_the_last_bit(kind: str, tmp_path: Path
         return load_model(tmp_path, dtype="float32", model_impl="native", group=group)
 
     whole, ranks = load().layers[1], [load(rank=rank, tp=4).layers[1] for rank in range(4)]
-    assert torch.equal(torch.cat([rank.attention.sinks for rank in ranks]), whole.attention.sinks)
+    assert torch.equal(torch.cat([rank.attention.kind.sinks for rank in ranks]), whole.attention.kind.sinks)
     for index, expert in whole.mlp.experts.items():
         parts = [rank.mlp.experts[index] for rank in ranks]
         for half, of_whole in enumerate(floats(expert.gate_up).chunk(2)):

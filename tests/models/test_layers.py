@@ -8,20 +8,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from c_library import needs_c
 from packed_in_torch import PanelsInTorch
 from paged_runner import PagedRunner
 from tiny_models import random_token_ids, save_tiny_model
 
-from octavo.kernels import cpu_build, linear_packed
+from octavo.kernels import linear_packed
 from octavo.kernels.linear_dense import linear_dense_quick
 from octavo.kernels.linear_deterministic import linear_deterministic
-from octavo.kernels.linear_quantized import quantize
+from octavo.kernels.linear_rounded import RoundedWeight
+from octavo.kernels.weight_quantization import quantize
 from octavo.models import layers
 from octavo.models.layers import Linear, WeightKind, linear_for, weight_kinds
 from octavo.models.registry import load_model
 
 CPU = torch.device("cpu")
 DENSE, OTHER, PACKED, QUANTIZED = WeightKind.DENSE, WeightKind.OTHER_DTYPE, WeightKind.PACKED, WeightKind.QUANTIZED
+ROUNDED = WeightKind.ROUNDED
 
 
 @pytest.fixture
@@ -55,14 +58,14 @@ FAST = Linear(F.linear, quick=True, few_rows=4, widens_from=32, packs=True)
 @pytest.mark.parametrize(
     ("linear", "num_rows", "in_c"),
     [
-        (FAST, 1, {DENSE, OTHER, PACKED, QUANTIZED}),
-        (FAST, 4, {DENSE, OTHER, PACKED, QUANTIZED}),
-        (FAST, 5, {OTHER, QUANTIZED}),
-        (FAST, 31, {OTHER, QUANTIZED}),
-        (FAST, 32, {OTHER}),
-        (Linear(linear_dense_quick, quick=True), 500, {DENSE, OTHER, QUANTIZED}),
-        (Linear(linear_deterministic), 500, {DENSE, OTHER, QUANTIZED}),
-        (Linear(F.linear), 1, {QUANTIZED}),
+        (FAST, 1, {DENSE, OTHER, PACKED, QUANTIZED, ROUNDED}),
+        (FAST, 4, {DENSE, OTHER, PACKED, QUANTIZED, ROUNDED}),
+        (FAST, 5, {OTHER, QUANTIZED, ROUNDED}),
+        (FAST, 31, {OTHER, QUANTIZED, ROUNDED}),
+        (FAST, 32, {OTHER, ROUNDED}),
+        (Linear(linear_dense_quick, quick=True), 500, {DENSE, OTHER, QUANTIZED, ROUNDED}),
+        (Linear(linear_deterministic), 500, {DENSE, OTHER, QUANTIZED, ROUNDED}),
+        (Linear(F.linear), 1, {QUANTIZED, ROUNDED}),
     ],
 )
 def test_rows_and_kinds_of_weights_decide_whether_a_step_is_in_c(
@@ -74,7 +77,7 @@ def test_rows_and_kinds_of_weights_decide_whether_a_step_is_in_c(
     assert linear.is_in_c(num_rows, WeightKind) == (in_c == set(WeightKind))
 
 
-@pytest.mark.skipif(cpu_build.library() is None, reason="it packs nothing then")
+@needs_c
 def test_kinds_are_told_apart_and_parts_have_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_packed, "_LEAST_BYTES", 0)
     dense = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -83,11 +86,13 @@ def test_kinds_are_told_apart_and_parts_have_theirs(monkeypatch: pytest.MonkeyPa
     assert packed is not None
     assert weight_kinds([dense], torch.bfloat16) == {DENSE}
     assert weight_kinds([dense, packed], torch.float32) == {OTHER, PACKED}
+    rounded = RoundedWeight(torch.zeros(16 * 65, dtype=torch.int16), (16, 64))
+    assert weight_kinds([dense, rounded], torch.bfloat16) == {DENSE, ROUNDED}
     assert weight_kinds([(dense, quantized)], torch.bfloat16) == {DENSE, QUANTIZED}
     assert weight_kinds([], torch.bfloat16) == set()
 
 
-@pytest.mark.skipif(cpu_build.library() is None, reason="it needs the C kernels")
+@needs_c
 @pytest.mark.parametrize("processor", [[torch.float32]], indirect=True)
 def test_weights_of_16_bits_beneath_float32_stay_one_call_for_any_number_of_rows(
     processor: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

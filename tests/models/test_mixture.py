@@ -11,7 +11,8 @@ from paged_runner import run_paged
 from tiny_models import random_token_ids, save_tiny_model
 from unconnected_ranks import member
 
-from octavo.kernels.linear_quantized import QuantizedWeight, quantize
+from octavo.kernels.quantized_weight import QuantizedWeight
+from octavo.kernels.weight_quantization import quantize
 from octavo.models.errors import UnsupportedModelError
 from octavo.models.mixture import MixtureOfExperts, stack_on_device
 from octavo.models.registry import load_model

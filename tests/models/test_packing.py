@@ -12,18 +12,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from c_library import needs_c
 from packed_in_torch import PanelsInTorch
 from paged_runner import PagedRunner, assert_greedy_tokens_agree, greedy_paged, run_paged
 from tiny_models import greedy_reference, random_token_ids, reference_logits, save_tiny_model
 
-from octavo.kernels import cpu_build, linear_packed
+from octavo.kernels import linear_packed
 from octavo.kernels.linear_packed import FEW_ROWS, PackedWeight, Packer
 from octavo.models import layers as layers_module
 from octavo.models.layers import Linear
 from octavo.models.mixture import MixtureOfExperts
 from octavo.models.registry import load_model
 
-pytestmark = pytest.mark.skipif(cpu_build.library() is None, reason="it needs the C kernels")
+pytestmark = needs_c
 
 PROMPT = random_token_ids(40, seed=1)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

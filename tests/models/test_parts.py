@@ -12,7 +12,7 @@ from tiny_gguf import convert_checkpoint
 from tiny_models import save_tiny_model
 from unconnected_ranks import floats, member
 
-from octavo.kernels.linear_quantized import QuantizedWeight
+from octavo.kernels.quantized_weight import QuantizedWeight
 from octavo.models.errors import UnsupportedModelError
 from octavo.models.parallel import ParallelGroup
 from octavo.models.quantization.partition import part_of
@@ -91,7 +91,8 @@ def test_stages_hold_their_layers_and_the_ends_that_they_need(tied: bool, tmp_pa
     assert [len(stage.layers) for stage in stages] == [1, 1, 2]
     assert [len(stage.kv_cache_specs) for stage in stages] == [1, 1, 2]
     held = [layer for stage in stages for layer in stage.layers]
-    assert [layer.attention.window for layer in held] == [layer.attention.window for layer in whole.layers]
+    windows = [[layer.attention.kind.sliding_window for layer in layers] for layers in (held, whole.layers)]
+    assert windows[0] == windows[1]
     for one, other in zip(held, whole.layers, strict=True):
         assert torch.equal(floats(one.attention.qkv), floats(other.attention.qkv))
     assert [stage.vocabulary.embedding is not None for stage in stages] == [True, False, False]

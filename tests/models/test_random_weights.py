@@ -10,7 +10,7 @@ import torch
 from paged_runner import run_paged
 from tiny_models import random_token_ids, save_tiny_model
 
-from octavo.kernels.linear_quantized import QuantizedWeight
+from octavo.kernels.quantized_weight import QuantizedWeight
 from octavo.models.decoder import Decoder
 from octavo.models.errors import UnsupportedModelError
 from octavo.models.quantization.reader import open_weights

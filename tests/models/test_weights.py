@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from c_library import HAS_C
 from paged_runner import run_paged
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny_model, random_token_ids, reference_logits, save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from octavo.kernels import cpu_build
 from octavo.models.errors import WeightsError
 from octavo.models.registry import load_model
 from octavo.models.weights import WeightReader, checkpoint_dtype, weight_files
@@ -124,7 +124,7 @@ def test_matrices_stored_in_16_bits_stay_so_and_float32_logits_are_those_of_the_
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
     token_ids = random_token_ids(12)
     model = load_model(tmp_path, dtype="float32", model_impl="native")
-    kept = torch.float32 if cpu_build.library() is None else torch.bfloat16
+    kept = torch.bfloat16 if HAS_C else torch.float32
     assert model.layers[0].attention.qkv.dtype is kept
     assert model.layers[0].input_norm.dtype is torch.float32
     assert model.vocabulary.head is model.vocabulary.embedding

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,28 +32,38 @@ _BLOCK_SIZE = 16
 class TimedStream:
     """A stream that knows how long the device was busy, and how long the host waited for it.
 
-    A launch without a graph keeps the device waiting for the host in between, which counts as busy here.
+    Without graphs all that was submitted counts, the gaps between its launches too. With them (`watch`) only they do:
+    what is around them, a copy in and one out, is short, but the host is in no hurry between its launches.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._stream: Stream = stream_of(device)
         self._is_cuda = device.type == "cuda"
+        self._is_watching = False
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._busy_s = 0.0
         self.waited_s = 0.0
 
+    def watch(self, runner: GpuRunner) -> None:
+        """Count what the runner's graphs take, and nothing else."""
+        self._is_watching = True
+        runner.watch_graphs(lambda run: partial(self._timed, run))
+
     def submit(self, work: Callable[[], None]) -> Completion:
+        completion = self._stream.submit(work if self._is_watching else partial(self._timed, work))
+        return _Waited(self, completion) if self._is_cuda else completion
+
+    def _timed(self, run: Callable[[], None]) -> None:
         if not self._is_cuda:
             started = time.perf_counter()
-            completion = self._stream.submit(work)
+            run()
             self._busy_s += time.perf_counter() - started
-            return completion
+            return
         begin, end = _timing_event(), _timing_event()
         begin.record()
-        completion = self._stream.submit(work)
+        run()
         end.record()
         self._spans.append((begin, end))
-        return _Waited(self, completion)
 
     def take_busy_s(self) -> float:
         """Seconds that the device computed since the last time this was asked; waits for it."""
@@ -132,6 +143,7 @@ def rows(
         runner.warm_up()
         warm_up_s = time.perf_counter() - started
         if size_of_graphs:
+            stream.watch(runner)
             yield {
                 "kernel": "start",
                 "shape": f"{runner.num_captured} graphs",
@@ -162,8 +174,7 @@ def _loaded(config: ExecutorConfig, device: torch.device) -> Device:
 
     ahead = CompileAhead.begin(config, GpuFacts.of(device))
     try:
-        loaded = Device(config)
-        ahead.finish()
+        loaded = Device(config, on_loaded=ahead.finish)
     finally:
         ahead.cancel()
     return loaded

@@ -6,8 +6,7 @@ nothing (`fake_cuda`), and compiles what was asked for in as many processes as t
 lies in Triton's cache on disk when warm-up launches the very same kernels; one that is not there is compiled then, so
 nothing rests on this but time. A start that finds everything compiled by an earlier one leaves all of it out.
 
-As a program (`python -m octavo.actors.executor.gpu.compile_ahead`) it is that process: a `Question` in JSON comes in,
-an `Answer` goes out.
+That process is `compile_program`: a `Question` in JSON goes in, an `Answer` comes out.
 """
 
 from __future__ import annotations
@@ -15,31 +14,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import inspect
 import os
 import signal
 import subprocess
 import sys
-import time
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import structlog
 import torch
 
-from ....kernels.gpu.compile_variants import compile_variants
-from ....kernels.gpu.fake_cuda import KernelVariant
-from ....messages.errors import OctavoError
 from ....models import registry
-from ....models.decoder import Decoder
 from ....models.errors import ModelLoadError
-from ....models.interface import CausalLM
-from ...runtime.parent_death import die_with_parent
-from .. import device as device_module
 from ..config import ExecutorConfig
-from .fake_cuda import GpuFacts, fake_cuda
+from .fake_cuda import GpuFacts
 
 log = structlog.get_logger("octavo.executor")
 
@@ -48,7 +36,7 @@ _PATIENCE_S = 60.0
 
 _THEN = "kernels are compiled as they are launched"
 
-_PROGRAM = (sys.executable, "-m", "octavo.actors.executor.gpu.compile_ahead")
+_PROGRAM = (sys.executable, "-m", "octavo.actors.executor.gpu.compile_program")
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -105,7 +93,7 @@ class CompileAhead:
         num_processes = max(1, len(os.sched_getaffinity(0)) - 1)  # one core loads weights
         question = msgspec.json.encode(Question(config, facts, num_processes, os.getpid()))
         try:
-            process = subprocess.Popen(  # noqa: S603 - this very module
+            process = subprocess.Popen(  # noqa: S603 - ours
                 _PROGRAM,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -181,87 +169,3 @@ def _mark(config: ExecutorConfig, facts: GpuFacts) -> Path:
     for path in (here, *sorted(Path(gpu.__file__).parent.glob("*.py"))):
         digest.update(path.read_bytes() if path.is_file() else b"")
     return Path(triton.knobs.cache.dir) / f"octavo-{digest.hexdigest()}"
-
-
-def find_variants(config: ExecutorConfig, facts: GpuFacts) -> list[KernelVariant]:
-    """Which variants of kernels a model's warm-up asks for, in its order; leaves the process on a GPU that is none.
-
-    Of layers of a kind one is enough. What quantises floating weights at load is quantised here as well; a checkpoint
-    that holds quantised weights is taken for one without, so that its products are not among what is found.
-
-    Raises:
-        OctavoError: the model cannot be loaded, or not with random weights.
-    """
-    from ..runner import load_runner
-
-    variants: list[KernelVariant] = []
-    load = registry.load_model
-
-    def load_few_layers(*args: Any, **options: Any) -> CausalLM:
-        model = load(*args, **options)
-        if isinstance(model, Decoder):
-            _keep_one_of_each(model)
-        return model
-
-    device_module.load_model = load_few_layers  # type: ignore[attr-defined]  # whence it is called
-    with fake_cuda(facts, on_variant=variants.append):
-        load_runner(msgspec.structs.replace(config, load_format="dummy", device="cuda"))
-    return variants
-
-
-def _keep_one_of_each(model: Decoder) -> None:
-    """Leave out layers that launch what another one launches."""
-    found: dict[Any, int] = {}
-    for index, (layer, cos_sin) in enumerate(zip(model.layers, model._cos_sin, strict=True)):
-        found.setdefault((_kind(layer), _kind(cos_sin), model.kv_cache_specs[index]), index)
-    model.layers = [model.layers[index] for index in found.values()]
-    model._cos_sin = [model._cos_sin[index] for index in found.values()]
-    model.kv_cache_specs = tuple(model.kv_cache_specs[index] for index in found.values())
-
-
-def _kind(value: Any) -> Any:
-    """What two layers' parts have in common that launch the same: all but the contents of tensors."""
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), tuple(value.stride()), value.dtype
-    if isinstance(value, list | tuple):
-        return tuple(map(_kind, value))
-    if value is None or inspect.isroutine(value) or isinstance(value, _SCALARS):
-        return value
-    names = (*getattr(type(value), "__slots__", ()), *getattr(value, "__dict__", ()))
-    return type(value), tuple(_kind(getattr(value, name)) for name in names)
-
-
-_SCALARS = (bool, int, float, str, type, torch.dtype, torch.device)
-
-
-def main() -> None:
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
-    die_with_parent(question.parent_pid)
-    sys.stdout.write(msgspec.json.encode(answer_to(question)).decode())
-
-
-def answer_to(question: Question) -> Answer:
-    """Find the variants and compile them; for a process of its own."""
-    began = time.monotonic()
-    try:
-        variants = find_variants(question.config, question.facts)
-    except OctavoError as error:  # which loading will raise too, or it goes another way
-        return Answer(0, 0, round(time.monotonic() - began, 2), 0.0, left_out=str(error))
-    found = time.monotonic()
-    compiled = list(
-        compile_variants(variants, question.num_processes, begin_process=partial(die_with_parent, os.getpid()))
-    )
-    failures = sorted({each.failure for each in compiled if each.failure})
-    return Answer(
-        num_variants=len(variants),
-        num_compiled=sum(each.is_new for each in compiled),
-        find_s=round(found - began, 2),
-        compile_s=round(time.monotonic() - found, 2),
-        num_launchers=sum(each.has_launcher for each in compiled),
-        failures=tuple(failures[:3]),
-    )
-
-
-if __name__ == "__main__":
-    main()

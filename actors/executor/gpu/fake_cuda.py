@@ -30,7 +30,7 @@ def fake_cuda(
     """See `kernels.gpu.fake_cuda.fake_cuda`; random weights are without contents as well."""
     RandomReader._made = _without_contents  # type: ignore[method-assign,assignment]  # normal numbers need a generator
     reader.quantize = fake.quantize_without_contents  # type: ignore[attr-defined]  # whence it is called
-    device_module.resolve_device = lambda asked, group: DEVICE
+    device_module.resolve_device = lambda asked, gpu=None: DEVICE
     with fake.fake_cuda(facts, on_variant=on_variant, on_launch=on_launch, capture=capture):
         yield
 

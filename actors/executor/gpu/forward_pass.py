@@ -6,7 +6,8 @@ import torch
 
 from ....kernels import device_sampling, logit_processing
 from ....kernels.attention_batch import AttentionBatch
-from ....kernels.step_inputs import RowInputs, StepLayout, TokenInputs, append_tokens, apply_diff, gather_step
+from ....kernels.step_inputs import append_tokens, apply_diff, gather_step
+from ....kernels.step_layout import RowInputs, StepLayout, TokenInputs
 from ..device import Device
 from .mixed_sizes import MixedSize
 from .packed_step import PackedStep

@@ -34,11 +34,10 @@ class Graphs:
         mixed_sizes: Iterable[MixedSize] = (),
     ) -> None:
         self._sizes = sorted(set(sizes))
-        self._works: dict[int | MixedSize, Callable[[], None]] = {size: partial(decode, size) for size in self._sizes}
+        self._runs: dict[int | MixedSize, Callable[[], None]] = {size: partial(decode, size) for size in self._sizes}
         if mixed is not None:
-            self._works |= {size: partial(mixed, size) for size in mixed_sizes}
+            self._runs |= {size: partial(mixed, size) for size in mixed_sizes}
         self._device = device
-        self._graphs: dict[int | MixedSize, torch.cuda.CUDAGraph] = {}
         self.num_captured = 0
 
     @property
@@ -55,11 +54,12 @@ class Graphs:
         """Capture every size, the largest first: the smaller ones then find room in the memory that it needs.
 
         Each runs once before, so that no kernel is compiled and no library begins its work inside a capture. What was
-        loaded last must be a step without rows.
+        loaded last must be a step without rows. And each is replayed once, as its first replay is a slow one: it brings
+        the graph to the device.
         """
         pool = None
-        for size in sorted(self._works, key=_num_tokens, reverse=True):
-            work = self._works[size]
+        for size in sorted(self._runs, key=_num_tokens, reverse=True):
+            work = self._runs[size]
             work()
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
@@ -68,16 +68,17 @@ class Graphs:
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     work()
                 pool = pool or graph.pool()
-                self._graphs[size] = graph
+                graph.replay()
+                self._runs[size] = graph.replay
             self.num_captured += 1
 
     def run(self, size: int | MixedSize) -> None:
         """Compute a step of one of the sizes; one that is not captured, launch by launch."""
-        graph = self._graphs.get(size)
-        if graph is None:
-            self._works[size]()
-        else:
-            graph.replay()
+        self._runs[size]()
+
+    def watch(self, wrap: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
+        """Let every size be computed as `wrap` has it from now on, for measurements."""
+        self._runs = {size: wrap(run) for size, run in self._runs.items()}
 
 
 def _num_tokens(size: int | MixedSize) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ....kernels.step_inputs import StepLayout
+from ....kernels.step_layout import StepLayout
 from ....messages.ids import RequestId
 from ....messages.request import TokenLogprobs
 from ....messages.step import ExecuteStep, StepExecuted
@@ -26,14 +26,12 @@ class Staging:
     Attributes:
         words: the packed step; the first as a tensor, the second as the same memory in numpy, as below.
         results: int64, what comes back.
-        shape: of the step that `words` has held last, see `PackedStep`.
     """
 
     words: torch.Tensor
     words_array: Int32
     results: torch.Tensor
     results_array: Int64
-    shape: int = -1
 
     @classmethod
     def empty(cls, layout: StepLayout, *, pin: bool) -> Staging:

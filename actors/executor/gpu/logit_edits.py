@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ....kernels.step_inputs import MAX_EDITS
+from ....kernels.step_layout import MAX_EDITS
+from ....messages.sampling import SamplingParams
 from ....messages.step import StartRequest
 
 
@@ -28,6 +29,18 @@ class LogitEdits:
 
 
 NO_EDITS = LogitEdits()
+
+
+def asks_for_edits(params: SamplingParams) -> bool:
+    """Whether parameters say anything of logits that the device could apply, be it nothing; most say nothing."""
+    return (
+        params.min_tokens > 0
+        or params.repetition_penalty != 1.0
+        or params.frequency_penalty != 0.0
+        or params.presence_penalty != 0.0
+        or params.logit_bias is not None
+        or bool(params.bad_words_token_ids)
+    )
 
 
 def edits_of(start: StartRequest, vocab_size: int) -> LogitEdits | None:

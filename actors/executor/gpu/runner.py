@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
-from ....kernels.step_inputs import StepLayout
+from ....kernels.step_layout import StepLayout
 from ....messages.ids import RequestId
 from ....messages.request import TokenLogprobs
 from ....messages.step import ExecuteStep, StepExecuted
 from ..device import Device
 from ..sampler import Sampler
-from ..token_logprobs import prompt_logprobs
+from ..token_logprobs import prompt_logprobs_of
 from .device_batch import DeviceBatch
 from .forward_pass import ForwardPass
 from .graphs import Graphs
 from .launched import Launched, Staging
-from .logit_edits import NO_EDITS, edits_of
+from .logit_edits import NO_EDITS, asks_for_edits, edits_of
 from .mixed_sizes import MixedSize, MixedSizes
 from .packed_step import PackedStep, Standing
 from .sampling_plan import SamplingPlan, plan_sampling
@@ -108,6 +108,10 @@ class GpuRunner:
         """Kernels compiled and graphs captured since `warm_up`: each of them has kept every stream waiting."""
         return self.num_compiled + self.num_captured - self._num_made_ready
 
+    def watch_graphs(self, wrap: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
+        """See `Graphs.watch`; after `warm_up`."""
+        self._graphs.watch(wrap)
+
     def bind_threads(self) -> None:
         """See `Device.bind_threads`."""
         self.device.bind_threads()
@@ -140,8 +144,7 @@ class GpuRunner:
         pads = not (is_reported or self._is_warming_up)
         if diff.packed_words <= len(staging.words_array):
             words = staging.words
-            packed = self._batch.pack(step, diff, staging.words_array, staging.shape, pads=pads)
-            staging.shape = packed.shape
+            packed = self._batch.pack(step, diff, staging.words_array, pads=pads)
         else:
             words = torch.empty(diff.packed_words, dtype=torch.int32, pin_memory=self._pins)
             packed = self._batch.pack(step, diff, words.numpy(), pads=pads)
@@ -203,16 +206,19 @@ class GpuRunner:
         for start, block_table in zip(step.start, step.block_tables, strict=True):
             token_ids = memoryview(start.token_ids).cast("i")
             request_id, params, num_prompt_tokens = start.request_id, start.params, start.num_prompt_tokens
-            edits = edits_of(start, self.device.model.vocab_size)
+            asks = asks_for_edits(params)
+            edits = edits_of(start, self.device.model.vocab_size) if asks else NO_EDITS
             self._sampler.add(
-                *(request_id, params, token_ids, num_prompt_tokens, start.eos_token_ids), is_edited=edits is not None
+                *(request_id, params, token_ids, num_prompt_tokens, start.eos_token_ids),
+                is_edited=asks and edits is not None,
             )
             standing = self._batch.start(start, len(block_table), self._sampler.state_of(request_id))
-            standing.is_edited = edits not in (None, NO_EDITS)
+            standing.is_edited = edits is not None and edits is not NO_EDITS
             diff.write_start(standing.row, start, block_table, standing.sampling.seed, edits or NO_EDITS)
             if params.prompt_logprobs is not None and len(token_ids) == num_prompt_tokens:
                 self._wants_prompt_logprobs[request_id] = (params.prompt_logprobs, token_ids.tolist())
-        diff.write_blocks(self._batch.append_blocks(step))
+        if step.append_blocks:
+            diff.write_blocks(self._batch.append_blocks(step))
         return diff
 
     def _take_staging(self) -> Staging:
@@ -285,8 +291,9 @@ class GpuRunner:
             hidden = forward.compute(packed)
             launched.prompt_logprobs = self._prompt_logprobs(launched, hidden)
             logits = forward.sampling_logits(packed, hidden)
-        for standing in packed.sampled:
-            standing.sampling.num_output_tokens = self._batch.num_output_tokens(standing) - 1
+        counts = self._batch.num_output_tokens(packed.sampled)
+        for standing, num_output_tokens in zip(packed.sampled, counts, strict=True):
+            standing.sampling.num_output_tokens = num_output_tokens - 1
         raw = logits
         if any(standing.is_edited for standing in packed.sampled):
             logits = forward.edit(raw.clone())
@@ -316,8 +323,8 @@ class GpuRunner:
             count = min(end - begin, len(prompt) - 1 - first)
             if count > 0:
                 targets = prompt[first + 1 : first + 1 + count]
-                logits = self.device.logits(hidden[begin : begin + count])
-                entries.append((request_id, first + 1, prompt_logprobs(logits, targets, num_top)))
+                found = prompt_logprobs_of(hidden[begin : begin + count], self.device.logits, targets, num_top)
+                entries.append((request_id, first + 1, found))
             if first + count + 1 >= len(prompt):
                 del self._wants_prompt_logprobs[request_id]
         return tuple(entries)

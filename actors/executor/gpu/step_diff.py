@@ -3,43 +3,46 @@
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from ....kernels.step_inputs import MAX_EDITS, PIECE_ENTRY_WORDS, PIECE_WORDS, StepLayout
+from ....kernels.step_layout import MAX_EDITS, PIECE_ENTRY_WORDS, PIECE_WORDS, StepLayout
 from ....messages.step import StartRequest
 from .logit_edits import NO_EDITS, LogitEdits
 
 Int32 = npt.NDArray[np.int32]
 
-_PARAMS = struct.Struct("<fiffqiifffii12x")  # see `octavo.kernels.step_inputs.PARAM_WORDS`
+_SOURCE = 2  # which word of an entry says where the piece's words lie
+_PARAMS = struct.Struct("<fiffqiifffii12x")  # see `octavo.kernels.step_layout.PARAM_WORDS`
 
 
-@dataclass(slots=True)
 class StepDiff:
     """Pieces of standing rows, each a run of words.
 
-    Attributes:
-        table: entries as in `StepLayout`, one behind the other; sources count from the first word.
-        words: what they write, one array behind the other.
+    Args:
+        layout: of steps and rows.
     """
 
-    layout: StepLayout
-    table: list[int] = field(default_factory=list)
-    words: list[Int32] = field(default_factory=list)
-    num_words: int = 0
+    __slots__ = ("_layout", "_num_words", "_parts", "_table")
+
+    def __init__(self, layout: StepLayout) -> None:
+        self._layout = layout
+        # As in `StepLayout`, one entry behind the other, but sources count from the first word of the pieces.
+        self._table: list[int] = []
+        self._parts: list[bytes] = []  # the words, one part behind the other
+        self._num_words = 0
 
     @property
     def num_pieces(self) -> int:
-        return len(self.table) // PIECE_ENTRY_WORDS
+        return len(self._table) // PIECE_ENTRY_WORDS
 
     @property
     def packed_words(self) -> int:
         """Words that the whole packed step takes."""
-        return self.layout.diff + len(self.table) + self.num_words
+        return self._layout.diff + len(self._table) + self._num_words
 
     def write_start(
         self, row: int, start: StartRequest, block_table: Sequence[int], seed: int, edits: LogitEdits = NO_EDITS
@@ -56,13 +59,13 @@ class StepDiff:
             *(edits.min_tokens, edits.repetition, edits.frequency, edits.presence),
             *(len(edits.biased), len(edits.stops)),
         )
-        self._write(row, 0, np.frombuffer(words, dtype=np.int32))
-        self._write(row, self.layout.blocks, np.array(block_table, dtype=np.int32))
-        self._write(row, self.layout.token_ids, np.frombuffer(start.token_ids, dtype=np.int32))
+        self._write(row, 0, words)
+        if block_table:
+            self._write(row, self._layout.blocks, array("i", block_table).tobytes())
+        self._write(row, self._layout.token_ids, start.token_ids)
         if edits.biased or edits.stops:
-            bias = np.array(list(edits.biased.values()), dtype=np.float32)
-            self._write(row, self.layout.edits, np.array([*edits.biased, *edits.stops], dtype=np.int32))
-            self._write(row, self.layout.edits + MAX_EDITS, bias.view(np.int32))
+            self._write(row, self._layout.edits, array("i", (*edits.biased, *edits.stops)).tobytes())
+            self._write(row, self._layout.edits + MAX_EDITS, array("f", edits.biased.values()).tobytes())
 
     def write_blocks(self, appended: Iterable[tuple[int, int, Sequence[int]]]) -> None:
         """Blocks that are appended to block tables.
@@ -70,7 +73,7 @@ class StepDiff:
         Args:
             appended: `(row, index, block_ids)`, the second where in the row's block table.
         """
-        table, first, source = self.table, self.layout.blocks, self.num_words
+        table, first, source = self._table, self._layout.blocks, self._num_words
         ids: list[int] = []
         for row, index, block_ids in appended:
             count = len(block_ids)
@@ -81,26 +84,23 @@ class StepDiff:
                 for begin in range(0, count, PIECE_WORDS):
                     table += (row, first + index + begin, source + begin, min(PIECE_WORDS, count - begin))
             source += count
-        if ids:
-            self.words.append(np.array(ids, dtype=np.int32))
-            self.num_words = source
+        self._parts.append(array("i", ids).tobytes())
+        self._num_words = source
 
     def pack(self, words: Int32) -> int:
         """Write table and words to their place in a packed step; returns where they end."""
-        begin = self.layout.diff
-        end = begin + len(self.table)
-        if self.table:
-            table = np.array(self.table, dtype=np.int32)
-            table[2::PIECE_ENTRY_WORDS] += end
-            words[begin:end] = table
-        for part in self.words:
-            words[end : end + len(part)] = part
-            end += len(part)
+        begin = self._layout.diff
+        if not self._table:
+            return begin
+        end = begin + len(self._table) + self._num_words
+        words[begin:end] = np.frombuffer(b"".join((array("i", self._table), *self._parts)), dtype=np.int32)
+        words[begin + _SOURCE : begin + len(self._table) : PIECE_ENTRY_WORDS] += begin + len(self._table)
         return end
 
-    def _write(self, row: int, column: int, words: Int32) -> None:
-        for begin in range(0, len(words), PIECE_WORDS):
-            length = min(PIECE_WORDS, len(words) - begin)
-            self.table += (row, column + begin, self.num_words + begin, length)
-        self.words.append(words)
-        self.num_words += len(words)
+    def _write(self, row: int, column: int, words: bytes) -> None:
+        num_words = len(words) // 4
+        for begin in range(0, num_words, PIECE_WORDS):
+            length = min(PIECE_WORDS, num_words - begin)
+            self._table += (row, column + begin, self._num_words + begin, length)
+        self._parts.append(words)
+        self._num_words += num_words

@@ -20,17 +20,28 @@ from octavo.actors.runtime.addresses import EDGE, endpoint_of
 from octavo.actors.runtime.port import Port
 from octavo.actors.runtime.port_limits import PortLimits
 from octavo.actors.scheduler.config import SchedulerConfig
+from octavo.actors.scheduler.core import SchedulerCore
 from octavo.actors.scheduler.quarantine import Quarantine
 from octavo.messages.base import Message
 from octavo.messages.ids import Epoch, RequestId
-from octavo.messages.processes import EdgeShed, EngineReport, PeerLeft, PeerStarted, RememberQuarantined, ShedHeard
-from octavo.messages.request import CancelRequest, RequestEnded, SubmitRequest
+from octavo.messages.kv import ResetPrefixCache
+from octavo.messages.processes import (
+    EdgeShed,
+    EngineFailed,
+    EngineReport,
+    PeerLeft,
+    PeerStarted,
+    RememberQuarantined,
+    SetUpEngine,
+    ShedHeard,
+)
+from octavo.messages.request import CancelRequest, RequestEnded, StopMatched, SubmitRequest
 from octavo.messages.sampling import SamplingParams
 from octavo.messages.step import ExecuteStep, StepExecuted
-from octavo.messages.system import Beat, EngineReady
+from octavo.messages.system import Beat, Drain, EngineReady, ExecutorLost
 
 PATIENCE_S = 180.0
-FROM_ENGINE = (StepExecuted, RequestEnded, EngineReport, EngineReady, EdgeShed, Beat)
+FROM_ENGINE = (StepExecuted, RequestEnded, EngineReport, EngineReady, EngineFailed, EdgeShed, Beat)
 SETUP = EngineSetup(
     scheduler=SchedulerConfig(num_blocks=2048, block_size=4, max_model_len=8192, max_num_seqs=8, pipeline_depth=1),
     allocator=AllocatorConfig(num_blocks=2048, block_size=4),
@@ -146,6 +157,74 @@ def test_requests_of_an_edge_that_dies_are_cancelled_and_those_of_its_successor_
         await stage.until(lambda: reports()[-1].generation_tokens > 9 and reports()[-1].num_running == 0)
         assert reports()[-1].generation_tokens < 4000, "nobody waits for it"
         assert stage.hears(EDGE, 1, StepExecuted) == [], "edge 0 asked for nothing"
+
+    on_stage(tmp_path, test)
+
+
+def test_of_an_edge_that_leaves_what_waits_in_the_mailbox_is_cancelled_too_however_much_it_is(tmp_path: Path) -> None:
+    first = first_request_id("edge 1", 1)
+
+    async def test(stage: Stage) -> None:
+        scheduler = stage.engine._scheduler
+        assert scheduler is not None
+        stage.start("edge 1", 1)
+        stage.say(EDGE, 1, PeerStarted("edge 1", 1))
+        stage.say("edge 1", 1, submit(first, max_tokens=8000))
+        await stage.until(lambda: bool(scheduler.live_request_ids()))
+        asked: list[tuple[str, Message]] = [
+            ("edge 1", submit(first + number, max_tokens=8000)) for number in range(600)
+        ]
+        stage.engine._take([*asked, (EDGE, PeerLeft("edge 1", 1))])
+        reports: Callable[[], list[EngineReport]] = partial(stage.hears, EDGE, 1, EngineReport)
+        await stage.until(lambda: not stage.engine._left)
+        assert scheduler.live_request_ids() == []
+        num_reports = len(reports())
+        await stage.until(lambda: len(reports()) > num_reports + 1)
+        assert (reports()[-1].num_running, reports()[-1].num_waiting, reports()[-1].num_completed) == (0, 0, 0)
+
+    on_stage(tmp_path, test)
+
+
+def test_an_edge_that_leaves_before_there_is_a_scheduler_is_told_nothing_afterwards(tmp_path: Path) -> None:
+    async def run() -> None:
+        tmp_path.chmod(0o700)
+        engine = EngineProcess(
+            EngineProcessSpec(
+                name="engine",
+                incarnation=1,
+                epoch=Epoch(0),
+                run_dir=str(tmp_path),
+                edges=((EDGE, 1), ("edge 1", 1)),
+                executors=(),
+            )
+        )
+        engine._take([(EDGE, PeerLeft("edge 1", 1)), (EDGE, SetUpEngine(msgspec.msgpack.encode(SETUP)))])
+        assert engine._edges.names == [EDGE]
+        engine._cancel_left()
+        assert not engine._left
+        await engine.close()
+
+    asyncio.run(run())
+
+
+def test_f_20_an_engine_that_raises_at_a_request_names_it_with_its_last_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = SchedulerCore.handle
+
+    def handle_or_raise(core: SchedulerCore, message: Any, now_ns: int) -> Any:
+        if isinstance(message, SubmitRequest) and message.request_id == 3:
+            raise RuntimeError("a defect")
+        return handle(core, message, now_ns)
+
+    monkeypatch.setattr(SchedulerCore, "handle", handle_or_raise)
+
+    async def test(stage: Stage) -> None:
+        stage.say(EDGE, 1, *map(submit, (1, 2, 3, 4)))
+        await stage.until(stage.engine.ended.done)
+        assert stage.engine.ended.result() == 1
+        await stage.until(lambda: bool(stage.hears(EDGE, 1, EngineFailed)))
+        assert stage.hears(EDGE, 1, EngineFailed) == [EngineFailed(1, RequestId(3), "RuntimeError: a defect")]
 
     on_stage(tmp_path, test)
 
@@ -313,3 +392,85 @@ def test_what_the_engine_s_port_throws_away_is_in_its_report(tmp_path: Path) -> 
         assert stage.hears(EDGE, 1, EngineReport)[-1].messages_dropped == (("malformed", 1),)
 
     on_stage(tmp_path, scenario)
+
+
+MESSAGES_OF_EDGE_0 = (
+    submit(2),
+    CancelRequest(RequestId(2)),
+    StopMatched(RequestId(2)),
+    ResetPrefixCache(),
+    RememberQuarantined(b"digest", 1),
+    ShedHeard(1),
+    Drain(),
+    ExecutorLost(Epoch(1), "it died"),
+    PeerStarted("edge 1", 1),
+    PeerLeft("edge 1", 1),
+)
+
+
+def sabotage(monkeypatch: pytest.MonkeyPatch, kind: type[Message]) -> list[Message]:
+    """Let the engine's `_take` raise at the first message of a kind; returns what it took after that."""
+    taken_after: list[Message] = []
+    raised: list[Message] = []
+    take = EngineProcess._take
+
+    def take_or_raise(engine: EngineProcess, messages: list[tuple[str, Message]]) -> None:
+        for pair in messages:
+            if raised:
+                taken_after.append(pair[1])
+            if isinstance(pair[1], kind) and not raised:
+                raised.append(pair[1])
+                raise RuntimeError("a defect")
+            take(engine, [pair])
+
+    monkeypatch.setattr(EngineProcess, "_take", take_or_raise)
+    return taken_after
+
+
+@pytest.mark.parametrize("message", MESSAGES_OF_EDGE_0, ids=lambda message: type(message).__name__)
+def test_f_13_an_engine_that_cannot_take_a_message_ends_so_that_the_next_one_is_given_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: Message
+) -> None:
+    taken_after = sabotage(monkeypatch, type(message))
+
+    async def scenario(stage: Stage) -> None:
+        stage.say(EDGE, 1, message, *(submit(10 + number) for number in range(5)))
+        await stage.until(stage.engine.ended.done)
+        assert stage.engine.ended.result() == 1
+        stage.say(EDGE, 1, submit(20))
+        for _ in range(20):
+            await stage.until(lambda: True)
+            await asyncio.sleep(0)
+        assert taken_after == [], "what is read from here on would look as if nothing were missing"
+
+    on_stage(tmp_path, scenario)
+
+
+def test_f_13_an_engine_that_cannot_take_a_step_s_results_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sabotage(monkeypatch, StepExecuted)
+
+    async def scenario(stage: Stage) -> None:
+        stage.say(EDGE, 1, submit(2))
+        await stage.until(stage.engine.ended.done)
+        assert stage.engine.ended.result() == 1
+        assert stage.hears(EDGE, 1, RequestEnded) == []
+
+    on_stage(tmp_path, scenario)
+
+
+def test_f_13_an_exception_in_any_callback_of_its_loop_ends_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot_tick(_: EngineProcess) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(EngineProcess, "_tick", cannot_tick)
+    tmp_path.chmod(0o700)
+    spec = EngineProcessSpec(
+        name="engine", incarnation=1, epoch=Epoch(0), run_dir=str(tmp_path), edges=((EDGE, 1),), executors=()
+    )
+
+    async def run() -> int:
+        return await asyncio.wait_for(process._serve(spec), PATIENCE_S)
+
+    assert asyncio.run(run()) == 1

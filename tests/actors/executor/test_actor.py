@@ -7,15 +7,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from c_library import HAS_C
 from os_threads import CAN_LOOK, running_threads, wait_until_gone
 
 from octavo.actors.executor import actor
 from octavo.actors.executor.config import ExecutorConfig
-from octavo.kernels import cpu_build
 from octavo.kernels.thread_binding import team_cpus
 
 
-@pytest.mark.skipif(cpu_build.library() is None or not CAN_LOOK, reason="it needs the C kernels, and Linux")
+@pytest.mark.skipif(not HAS_C or not CAN_LOOK, reason="it needs the C kernels, and Linux")
 def test_the_thread_that_loads_keeps_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would count as busy, and those of the thread that steps would go to sleep between any two operations."""
     workers: set[int] = set()

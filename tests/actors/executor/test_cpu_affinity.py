@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from c_library import HAS_C
 
 from octavo.actors.executor.cpu_affinity import Choice, Claims, CpuAffinity, choose_cores
 from octavo.actors.executor.cpu_topology import Cpu
-from octavo.kernels import cpu_build
 from octavo.kernels.thread_binding import team_cpus
 from octavo.messages.errors import InvalidConfigError
 
@@ -128,9 +128,7 @@ def test_a_core_is_claimed_once_until_it_is_given_back(tmp_path: Path) -> None:
     assert first.taken(ONE_NODE) == set()
 
 
-@pytest.mark.skipif(
-    cpu_build.library() is None or not hasattr(os, "sched_getaffinity"), reason="threads cannot be bound here"
-)
+@pytest.mark.skipif(not HAS_C or not hasattr(os, "sched_getaffinity"), reason="threads cannot be bound here")
 def test_binding_moves_the_stepping_thread_and_its_workers_and_no_other(tmp_path: Path) -> None:
     allowed = sorted(os.sched_getaffinity(0))
     if len(allowed) < 2:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.actors.executor.config import ExecutorConfig
-from octavo.actors.executor.device import plan_kv_cache
+from octavo.actors.executor.device import plan_kv_cache, resolve_device
 from octavo.actors.kv_allocator.sizing import KVCachePlan
 from octavo.messages.errors import KVCacheTooSmallError
 
@@ -85,3 +86,17 @@ def test_a_plan_holds_its_longest_sequence_and_fits_its_memory(
     assert found.num_blocks * found.bytes_per_block <= free // 2
     assert 2 <= found.max_model_len <= found.num_blocks * block_size
     assert asked is None or found.max_model_len == min(asked, 1000)
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+def test_executors_of_a_host_take_its_gpus_in_turn_and_who_was_given_no_place_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    current = [2]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.append(index))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    assert resolve_device(asked) == torch.device("cuda", 2)
+    assert [resolve_device(asked, gpu).index for gpu in range(5)] == [0, 1, 2, 0, 1]
+    assert resolve_device("cpu", 1) == torch.device("cpu")

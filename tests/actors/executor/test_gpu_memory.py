@@ -107,10 +107,11 @@ def test_the_table_adds_up_and_the_log_line_has_the_same_numbers() -> None:
 
 
 def test_graphs_take_what_the_largest_one_needs_and_something_each() -> None:
-    few = graph_reserve(2, most_tokens=64, most_samples=40, activations=8192_000, num_tokens=8192, logits_row_bytes=100)
+    sizes = {"most_tokens": 64, "most_samples": 40, "activations": 8192_000, "num_tokens": 8192, "sample_bytes": 100}
+    few = graph_reserve(2, **sizes)
     assert few == 64_000 + 4000 + 2 * 6 * 1024**2
-    none = graph_reserve(0, most_tokens=0, most_samples=0, activations=10**9, num_tokens=1, logits_row_bytes=1)
-    assert none == 0
+    assert graph_reserve(2, **sizes, scratch_bytes=300) == few + 300
+    assert graph_reserve(0, **sizes, scratch_bytes=300) == 0
 
 
 def test_state_grows_with_requests_and_context() -> None:

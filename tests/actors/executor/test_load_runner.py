@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import save_tiny_model
 
 from octavo.actors.executor import runner
 from octavo.actors.executor.config import ExecutorConfig
+from octavo.actors.executor.device import Device
 
 
 class Made:
@@ -27,7 +30,7 @@ class MadeAhead(Made):
 def load(monkeypatch: pytest.MonkeyPatch, where: str, *, pp_size: int = 1, **of_model: Any) -> Made:
     model = SimpleNamespace(device=torch.device(where), **of_model)
     device = SimpleNamespace(model=model, group=SimpleNamespace(pp_size=pp_size), memory_report=lambda: None)
-    monkeypatch.setattr(runner, "Device", lambda config, group: device)
+    monkeypatch.setattr(runner, "Device", lambda config, group, on_loaded: device)
     monkeypatch.setattr(runner, "StepRunner", Made)
     monkeypatch.setattr(runner, "GpuRunner", MadeAhead)
     config = ExecutorConfig(
@@ -56,3 +59,18 @@ def test_on_a_cpu_and_in_a_pipeline_a_step_is_complete_before_the_next(
     monkeypatch: pytest.MonkeyPatch, where: str, pp_size: int
 ) -> None:
     assert type(load(monkeypatch, where, pp_size=pp_size)) is Made
+
+
+def test_kernels_are_waited_for_once_the_weights_are_there_and_before_anything_is_computed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save_tiny_model("qwen3", tmp_path)
+    config = ExecutorConfig(model_path=str(tmp_path), dtype="float32", num_blocks=8, device="cpu", num_threads=1)
+    said: list[str] = []
+    for name in ("_plan", "forward"):
+        real = getattr(Device, name)
+        monkeypatch.setattr(Device, name, lambda *args, _name=name, _real=real: (said.append(_name), _real(*args))[1])
+    runner._load_runner(config, None, on_loaded=lambda: said.append("loaded"))
+    assert said[:2] == ["loaded", "_plan"]
+    assert said.count("loaded") == 1
+    assert "forward" in said  # of the warm-up

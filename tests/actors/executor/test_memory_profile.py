@@ -19,7 +19,6 @@ from octavo.actors.executor.gpu_memory import share_out
 from octavo.actors.executor.memory_profile import ExecutorMemory, largest_step, measured_memory, small_caches
 from octavo.kernels.logit_processing import memory_bytes
 from octavo.messages.errors import InvalidConfigError
-from octavo.models.parallel import alone
 
 
 @given(
@@ -58,7 +57,7 @@ def test_a_model_computes_the_largest_step_in_a_small_cache(tmp_path: Path) -> N
 
 def test_readings_add_up_to_what_is_gone() -> None:
     gib = 1024**3
-    model: Any = SimpleNamespace(vocab_size=1000)
+    model: Any = SimpleNamespace(vocab_size=1000, dtype=torch.bfloat16)
     config = ExecutorConfig(model_path="unused", max_num_seqs=10, max_num_batched_tokens=100)
     before = ExecutorMemory(free=138 * gib, total=140 * gib, allocated=0, reserved=0)
     loaded = ExecutorMemory(free=122 * gib, total=140 * gib, allocated=15 * gib, reserved=16 * gib)
@@ -85,8 +84,31 @@ def test_readings_add_up_to_what_is_gone() -> None:
 
 def test_a_gpu_that_is_not_there_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert resolve_device("auto", alone()).type == "cpu"
-    assert resolve_device("cpu", alone()).type == "cpu"
+    assert resolve_device("auto").type == "cpu"
+    assert resolve_device("cpu", 1).type == "cpu"
     with pytest.raises(InvalidConfigError, match="--device cpu") as caught:
-        resolve_device("cuda", alone())
+        resolve_device("cuda", 1)
     assert caught.value.field == "device"
+
+
+def test_a_graph_keeps_logits_in_both_widths_what_is_chosen_from_them_with_and_the_states_of_chunks() -> None:
+    pytest.importorskip("triton")
+    from octavo.kernels.gpu.attention_config import MAX_CHUNK_BYTES
+    from octavo.kernels.gpu.sampling import CAPACITY
+
+    memory = ExecutorMemory(free=10, total=10, allocated=0, reserved=0)
+
+    def graphs(vocab_size: int, **fields: Any) -> int:
+        return measured_memory(
+            ExecutorConfig(model_path="unused", max_num_seqs=10, cuda_graph_sizes=(10,), **fields),
+            model=SimpleNamespace(vocab_size=vocab_size, dtype=torch.bfloat16),  # type: ignore[arg-type]
+            **dict.fromkeys(("before", "loaded", "after"), memory),
+            peak=0,
+            cache_bytes=0,
+            num_tokens=100,
+            max_model_len=64,
+        ).graphs
+
+    assert graphs(160_000) - graphs(80_000) >= 10 * 80_000 * (4 + 2)
+    assert graphs(160_000) >= 10 * (160_000 * (4 + 2) + CAPACITY * (4 + 4))
+    assert graphs(1000, deterministic=True) - graphs(1000) == MAX_CHUNK_BYTES

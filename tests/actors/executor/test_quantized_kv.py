@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from c_library import HAS_C, needs_c
 from tiny_models import greedy_reference, random_token_ids, reference_logits, save_tiny_model
 
 from octavo.actors.executor.config import ExecutorConfig, KVCacheDtype
 from octavo.actors.executor.device import Device
 from octavo.actors.executor.runner import StepRunner
 from octavo.actors.kv_allocator.sizing import kv_row_bytes
-from octavo.kernels import cpu_build, paged_attention, rotary
+from octavo.kernels import paged_attention, rotary
 from octavo.kernels.kv_quantization import row_width
 from octavo.messages.ids import BlockId, Epoch, RequestId, StepId
 from octavo.messages.sampling import SamplingParams
@@ -117,7 +118,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "torch":
         monkeypatch.setattr(paged_attention, "_kernels", lambda: None)
         monkeypatch.setattr(rotary, "_kernels", lambda: None)
-    elif cpu_build.library() is None:
+    elif not HAS_C:
         pytest.skip("no C compiler: the torch path is all there is")
     yield request.param
 
@@ -146,7 +147,7 @@ def test_a_prefix_that_another_request_wrote_is_read_as_if_it_were_ones_own(
 def test_a_request_that_was_preempted_goes_on_as_it_was(
     dtype: KVCacheDtype, deterministic: bool, checkpoint: tuple[Path, Any], expected: list[int]
 ) -> None:
-    if deterministic and cpu_build.library() is None:
+    if deterministic and not HAS_C:
         pytest.skip("deterministic arithmetic needs the C kernels")
     sequencer = sequencer_on(checkpoint[0], kv_cache_dtype=dtype, deterministic=deterministic)
     begun = generate(sequencer, 0, PROMPT, 5)
@@ -162,7 +163,7 @@ def test_a_request_that_was_preempted_goes_on_as_it_was(
     assert begun + found == expected
 
 
-@pytest.mark.skipif(cpu_build.library() is None, reason="deterministic arithmetic needs the C kernels")
+@needs_c
 @pytest.mark.parametrize("dtype", QUANTIZED)
 def test_deterministic_logits_over_codes_are_the_same_bits_in_any_chunks_and_company(
     dtype: KVCacheDtype, checkpoint: tuple[Path, Any]

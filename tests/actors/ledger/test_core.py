@@ -17,6 +17,7 @@ from octavo.actors.scheduler.config import SchedulerConfig
 from octavo.actors.scheduler.core import SchedulerCore
 from octavo.messages.base import Message
 from octavo.messages.ids import Epoch, RequestId, StepId
+from octavo.messages.processes import EngineFailed
 from octavo.messages.request import CancelRequest, RequestEnded, StopMatched, SubmitRequest
 from octavo.messages.step import ExecuteStep, PlanDue, StepExecuted
 from octavo.messages.system import EngineLost
@@ -291,3 +292,52 @@ def test_the_ledger_imports_without_torch(module: str) -> None:
 
     code = f"import sys, octavo.actors.ledger.{module}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_handed_over_once_is_marked_and_stays_where_it_came_to() -> None:
+    ledger, other = LedgerCore(), LedgerCore()
+    first, second, third = submit(1, [5]), submit(2, [6]), msgspec.structs.replace(submit(3, [7]), num_losses=1)
+    for message in (first, second, third, CancelRequest(ONE), CancelRequest(THREE), step((2, 8))):
+        ledger.handle(message, 0)
+    moved = ledger.hand_over(once=True)
+    assert moved == [
+        msgspec.structs.replace(again(first), num_losses=1),
+        msgspec.structs.replace(again(second, 8), num_losses=1),
+        CancelRequest(ONE),
+    ]
+    assert ledger.recipes() == [again(third)]
+    ledger.check()
+    for message in moved:
+        other.handle(message, 0)
+    assert other.hand_over(once=True) == []
+    assert other.hand_over() == moved, "when nobody is left there, all goes"
+    assert other.num_live == 0 and ledger.num_live == 1
+
+
+def test_of_siblings_that_do_not_go_together_none_names_the_other() -> None:
+    ledger = LedgerCore()
+    leader = msgspec.structs.replace(submit(1, [5]), num_losses=1)
+    sibling = msgspec.structs.replace(submit(2, [5]), fork_of=ONE)
+    ledger.handle(leader, 0)
+    ledger.handle(sibling, 0)
+    (moved,) = ledger.hand_over(once=True)
+    assert isinstance(moved, SubmitRequest) and moved.fork_of == -1
+
+
+def test_a_request_at_which_engines_fail_twice_without_a_token_between_is_ended_and_no_other() -> None:
+    ledger = LedgerCore()
+    ledger.handle(submit(1, [5]), 0)
+    ledger.handle(submit(2, [6]), 0)
+    failed = EngineFailed(1, ONE, "RuntimeError: no")
+    assert ledger.handle(failed, 0) == []
+    ledger.handle(step((1, 7), (2, 8)), 0)
+    assert ledger.handle(failed, 0) == [], "it had gone on, so the first time was not its doing"
+    assert ledger.handle(EngineFailed(1, TWO, "RuntimeError: no"), 0) == []
+    (ended,) = ledger.handle(failed, 0)
+    assert isinstance(ended, RequestEnded)
+    assert (ended.request_id, ended.reason, ended.error_code) == (ONE, "error", "request_quarantined")
+    assert ended.num_output_tokens == 1 and "RuntimeError: no" in ended.error
+    assert ledger.handle(ended, 0) == [ended]
+    assert ledger.handle(failed, 0) == [], "it has ended"
+    assert ledger.num_dropped_messages == 1
+    ledger.check()

@@ -1,10 +1,13 @@
+import tracemalloc
 from array import array
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from octavo.actors.router.config import chunks_worth_remembering
 from octavo.actors.router.core import RouterConfig, RouterCore
+from octavo.actors.router.prefix_map import PrefixMap
 from octavo.messages.ids import RequestId
 from octavo.messages.request import SubmitRequest
 from octavo.messages.router import ReplicaDown, ReplicaUp, RequestLeft
@@ -97,6 +100,86 @@ def test_a_replica_that_was_lost_has_seen_nothing() -> None:
     router.handle(ReplicaDown(1), 0)
     router.handle(ReplicaUp(1), 0)
     assert route(router, 2, prompt) == 0
+
+
+def test_forgetting_a_replica_costs_nothing_and_what_nobody_has_seen_any_more_goes_when_it_is_met() -> None:
+    prefixes = PrefixMap(3, 1, 100)
+    prompt = array("i", range(10)).tobytes()
+    prefixes.add(prompt, b"", 0)
+    prefixes.add(prompt[:20], b"", 1)
+    assert prefixes.match(prompt, b"") == {0: 10, 1: 5}
+    prefixes.forget(0)
+    assert prefixes.match(prompt, b"") == {1: 5}
+    prefixes.add(prompt[:8], b"", 0)  # again, and less of it
+    assert prefixes.match(prompt, b"") == {0: 2, 1: 5}
+    prefixes.forget(1)
+    prefixes.forget(0)
+    num_chunks = len(prefixes)
+    assert prefixes.match(prompt, b"") == {}
+    assert len(prefixes) < num_chunks
+    prefixes.add(prompt, b"", 2)
+    assert prefixes.match(prompt, b"") == {2: 10}
+
+
+class PlainPrefixMap:
+    """What a `PrefixMap` says, said plainly: by the tokens themselves, and never too many."""
+
+    def __init__(self, chunk_tokens: int) -> None:
+        self._chunk_tokens = chunk_tokens
+        self._seen: dict[tuple[bytes, bytes], set[int]] = {}
+
+    def _beginnings(self, token_ids: bytes) -> list[tuple[int, bytes]]:
+        whole = len(token_ids) // 4 // self._chunk_tokens * self._chunk_tokens
+        return [(n, token_ids[: 4 * n]) for n in range(self._chunk_tokens, whole + 1, self._chunk_tokens)]
+
+    def match(self, token_ids: bytes, salt: bytes) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for num_tokens, beginning in self._beginnings(token_ids):
+            found.update(dict.fromkeys(self._seen.get((salt, beginning), ()), num_tokens))
+        return found
+
+    def add(self, token_ids: bytes, salt: bytes, replica: int) -> None:
+        for _, beginning in self._beginnings(token_ids):
+            self._seen.setdefault((salt, beginning), set()).add(replica)
+
+    def forget(self, replica: int) -> None:
+        for replicas in self._seen.values():
+            replicas.discard(replica)
+
+
+prompts = st.lists(st.integers(0, 1), max_size=9).map(lambda tokens: array("i", tokens).tobytes())
+salts = st.sampled_from([b"", b"a"])
+steps = st.one_of(
+    st.tuples(st.just("add"), prompts, salts, st.integers(0, 2)),
+    st.tuples(st.just("match"), prompts, salts),
+    st.tuples(st.just("forget"), st.integers(0, 2)),
+)
+
+
+@given(st.integers(1, 3), st.lists(steps, max_size=40))
+def test_digests_say_what_the_tokens_themselves_would(chunk_tokens, script) -> None:
+    digests, plain = PrefixMap(3, chunk_tokens, 10**6), PlainPrefixMap(chunk_tokens)
+    for name, *arguments in script:
+        assert getattr(digests, name)(*arguments) == getattr(plain, name)(*arguments)
+
+
+def test_a_chunk_takes_few_bytes_however_many_tokens_it_has() -> None:
+    prefixes = PrefixMap(2, 256, 10**6)
+    prompts = [array("i", range(number, number + 256)).tobytes() for number in range(10_000)]
+    tracemalloc.start()
+    try:
+        for prompt in prompts:
+            prefixes.add(prompt, b"", 0)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken / len(prefixes) < 400
+
+
+def test_as_many_chunks_are_remembered_as_the_caches_have_room_for_twice() -> None:
+    fields = {"num_replicas": 3, "chunk_tokens": 256}
+    assert chunks_worth_remembering(num_cached_tokens=256 * 1000, **fields) == 6000
+    assert chunks_worth_remembering(num_cached_tokens=1, **fields) == 1
 
 
 def test_siblings_follow_the_one_whose_prompt_they_share() -> None:

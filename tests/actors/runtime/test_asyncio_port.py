@@ -138,3 +138,53 @@ def test_grants_held_back_for_a_peers_rate_come_when_their_time_has_come(tmp_pat
         assert engine.counters["held_back"] > 0
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("raises_in", ["on_messages", "on_event", "receive"])
+def test_f_13_what_escapes_a_callback_is_told_once_and_nothing_is_read_after_it(
+    tmp_path: Path, raises_in: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o700)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        failed: asyncio.Future[Exception] = loop.create_future()
+        engine, edge = open_port(), open_port("edge 0")
+        edge.connect("engine", 1, engine.bind(f"ipc://{tmp_path}/engine"))
+        calls: list[str] = []
+
+        def called(name: str) -> None:
+            calls.append(name)
+            if name == raises_in:
+                raise LookupError("a defect")
+
+        receive = engine.receive
+
+        def receive_or_raise() -> list[tuple[str, Message]]:
+            found = receive()
+            if found:
+                called("receive")
+            return found
+
+        monkeypatch.setattr(engine, "receive", receive_or_raise)
+        at_edge = attach(loop, edge, lambda _: None)
+        at_engine = attach(
+            *(loop, engine, lambda _: called("on_messages"), lambda _: called("on_event")),
+            on_failure=failed.set_result,  # a second call would raise
+        )
+        at_edge.send("engine", cancel(0))
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                assert isinstance(await failed, LookupError)
+                num_calls = len(calls)
+                for number in range(1, 50):
+                    at_edge.send("engine", cancel(number))
+                    await asyncio.sleep(0)
+        finally:
+            at_edge.close()
+            at_engine.close()
+            edge.close()
+            engine.close()
+        assert calls.count(raises_in) == 1 and len(calls) == num_calls
+
+    asyncio.run(main())

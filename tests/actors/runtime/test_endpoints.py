@@ -10,7 +10,7 @@ import pytest
 from port_tools import open_port
 
 from octavo.actors.runtime import endpoints
-from octavo.actors.runtime.endpoints import check_endpoint, claim_ipc_path
+from octavo.actors.runtime.endpoints import check_endpoint, claim_ipc_path, is_ipv6, resolved
 from octavo.messages.errors import InvalidConfigError
 
 
@@ -118,3 +118,59 @@ def test_an_address_in_use_is_an_operating_system_error_that_names_it() -> None:
     finally:
         first.close()
         second.close()
+
+
+def knows(monkeypatch: pytest.MonkeyPatch, **names: list[str]) -> None:
+    """Let the host know these names, and no others."""
+
+    def getaddrinfo(host: str, *_: object, **__: object) -> list[tuple[int, int, int, str, tuple[str, int]]]:
+        if host not in names:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        families = [socket.AF_INET6 if ":" in address else socket.AF_INET for address in names[host]]
+        return [(family, 1, 6, "", (address, 0)) for family, address in zip(families, names[host], strict=True)]
+
+    monkeypatch.setattr(endpoints.socket, "getaddrinfo", getaddrinfo)
+
+
+def test_a_name_is_bound_by_its_address_of_ipv4_if_it_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    knows(monkeypatch, both=["fd00::1", "10.0.0.1"], new=["fd00::1"])
+    assert resolved("tcp://both:7000") == "tcp://10.0.0.1:7000"
+    assert resolved("tcp://new:7000") == "tcp://[fd00::1]:7000"
+    assert [is_ipv6(f"tcp://{name}:7000") for name in ("both", "new", "unknown")] == [False, True, False]
+    for kept in ("tcp://10.1.1.1:0", "tcp://*:7000", "tcp://lo:7000", "tcp://[::1]:*", "ipc:///run/x"):
+        assert resolved(kept) == kept
+    assert is_ipv6("tcp://[::1]:7000") and not is_ipv6("tcp://*:7000") and not is_ipv6("ipc:///run/x")
+
+
+def test_a_name_that_nobody_knows_is_refused_with_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    knows(monkeypatch)
+    with pytest.raises(InvalidConfigError, match="'octavo-host' is no address, and no name that this host knows"):
+        resolved("tcp://octavo-host:7000")
+    monkeypatch.undo()
+    with pytest.raises(InvalidConfigError, match="no address"):
+        resolved(f"tcp://{'x' * 70}.example:7000")  # no label of a name is as long
+
+
+def test_a_name_that_is_not_what_it_says_is_not_bound_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    from octavo.actors.runtime.port import Port
+
+    knows(monkeypatch, localhost=["10.0.0.1"])
+    port = Port("a", 1, allow_plain_loopback=True)
+    try:
+        with pytest.raises(InvalidConfigError, match=r"tcp://10\.0\.0\.1:0' can be reached by other hosts"):
+            port.bind("tcp://localhost:0")
+    finally:
+        port.close()
+
+
+def test_an_address_of_another_host_is_refused_with_what_to_give() -> None:
+    from octavo.actors.runtime.curve import make_keys
+    from octavo.actors.runtime.port import Port
+
+    port = Port("a", 1, keys=make_keys())
+    try:
+        for host in ("192.0.2.1", "[2001:db8::1]"):
+            with pytest.raises(InvalidConfigError, match="this host has no such address, give one of its own"):
+                port.bind(f"tcp://{host}:0")
+    finally:
+        port.close()

@@ -26,6 +26,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def num_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 class House:
     """Opens ports and peers, and closes them."""
 
@@ -339,15 +343,81 @@ def test_hi_116_a_port_that_is_told_of_a_gap_loses_and_repeats_nothing(house: Ho
     pump.until(lambda: edge.is_up("engine"))
     for number in range(2000):
         if number % 100 == 50:  # a message that vanishes on its way
-            edge._outgoing["engine"].dealer.send(b"damaged in transit")
-            link = engine._door._incoming["edge 0"]
-            engine._door._break(engine._door.router, link)  # type: ignore[arg-type]
+            engine._reception.break_link(engine._door.router, engine._reception._incoming["edge 0"])  # type: ignore[arg-type]
         edge.send("engine", cancel(number))
         if number % 10 == 0:
             pump.turn(0)
     pump.until(lambda: len(pump.numbers(engine)) >= 2000)
     assert pump.numbers(engine) == list(range(2000))
     assert edge.counters["resent"] > 0
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "nonsense"])
+def test_f_30_a_damaged_message_that_is_the_last_of_its_link_is_asked_for_again(
+    house: House, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, endpoint = house.port()
+    edge, _ = house.port("edge 0")
+    edge.connect("engine", 1, endpoint)
+    pump = Pump(engine, edge)
+    pump.until(lambda: edge.is_up("engine"))
+    dealer = edge._outgoing["engine"].dealer
+    num_damaged = 0
+
+    class DamagingDealer:
+        """Damages the first message of each burst."""
+
+        def send(self, frame: bytes, *arguments: object) -> None:
+            nonlocal num_damaged
+            if num_damaged < num_bursts:
+                num_damaged += 1
+                flipped = bytes([frame[0] ^ 1]) + frame[1:]
+                frame = {"flipped": flipped, "cut": frame[:-1], "nonsense": b"?"}[damage]
+            dealer.send(frame, *arguments)  # type: ignore[arg-type]
+
+    link = edge._outgoing["engine"].link
+    monkeypatch.setattr(link, "_socket", DamagingDealer())
+    for num_bursts in range(1, 6):  # the dealer looks at it
+        edge.send("engine", cancel(num_bursts))
+        # Silence: nothing else is sent that would show a gap.
+        pump.until(lambda: len(pump.numbers(engine)) == num_bursts)  # noqa: B023  # at once
+    assert pump.numbers(engine) == [1, 2, 3, 4, 5]
+    assert engine.counters["malformed"] == 5 == edge.counters["resent"]
+    assert engine.counters["gap"] == 0
+
+
+@pytest.mark.parametrize("kind", [envelope.WELCOME, envelope.GRANT, envelope.RESET])
+def test_f_30_a_damaged_answer_makes_the_sender_say_hello_again(
+    house: House, kind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octavo.actors.runtime import door, reception
+
+    damaged: list[bytes] = []
+    reply = reception.reply
+
+    def reply_damaged(router: object, routing_id: bytes, frame: bytes) -> bool:
+        if not damaged and envelope.unseal(frame).kind == kind:
+            damaged.append(frame)
+            frame = bytes([frame[0] ^ 1]) + frame[1:]
+        return reply(router, routing_id, frame)  # type: ignore[arg-type]
+
+    for module in (door, reception):
+        monkeypatch.setattr(module, "reply", reply_damaged)
+    limits = PortLimits(window=8)
+    engine, endpoint = house.port(limits=limits)
+    edge, _ = house.port("edge 0", limits=limits)
+    edge.connect("engine", 1, endpoint)
+    pump = Pump(engine, edge)
+    for number in range(20):
+        edge.send("engine", cancel(number))
+    pump.until(lambda: len(pump.numbers(engine)) >= 10)
+    if kind == envelope.RESET:
+        edge._outgoing["engine"].dealer.send(b"damaged")
+    pump.until(lambda: edge.num_queued("engine") < 8 and len(pump.numbers(engine)) == 20 and bool(damaged))
+    edge.send("engine", cancel(20))
+    pump.until(lambda: len(pump.numbers(engine)) == 21)
+    assert pump.numbers(engine) == list(range(21))
+    assert edge.counters["malformed"] == 1
 
 
 def test_hi_116_a_torn_connection_loses_and_repeats_nothing(house: House, folder: Path) -> None:
@@ -528,7 +598,7 @@ def test_hi_117_of_those_who_claim_a_name_four_wait_and_the_next_may_come_again(
         pump.until(lambda: engine.counters["parked"] + engine.counters["refused_hello"] == number + 1)  # noqa: B023  # at once
     assert engine.counters["parked"] == 4
     claims[0].close()
-    pump.until(lambda: engine._door.strangers is not None and len(engine._door.strangers) <= 4)
+    pump.until(lambda: engine._reception.strangers is not None and len(engine._reception.strangers) <= 4)
     claims[4].hello()  # its connection was shut, and is made again
     pump.until(lambda: engine.counters["parked"] == 5)
     engine.expect("edge 0", 6)
@@ -611,6 +681,33 @@ def test_hi_120_a_flood_of_valid_messages_is_taken_at_the_rate_of_the_limits(
 
     pump.until(pass_time)
     assert pump.numbers(engine) == list(range(3000))
+
+
+def test_hi_120_a_role_has_a_window_and_rates_of_its_own_and_the_others_have_the_port_s(house: House) -> None:
+    narrow = PortLimits(window=8, max_messages_per_s=1, burst_s=0.001)
+    wide = PortLimits(window=64, max_messages_per_s=10**6)
+    engine = Port(
+        "engine",
+        1,
+        allowed={"edge": [CancelRequest], "executor": [CancelRequest]},
+        limits=wide,
+        limits_of={"edge": narrow},
+    )
+    house._opened.append(engine)
+    endpoint = engine.bind(f"ipc://{house.folder}/engine")
+    pump = Pump(engine)
+    for name, window in (("edge 0", 8), ("executor 0", 64)):
+        raw = house.raw(endpoint, name=name)
+        raw.hello()
+        _, body = raw.await_answer(pump, envelope.WELCOME)
+        assert envelope.decode_welcome(body).window == window
+        for number in range(1, min(window, 40) + 1):
+            raw.say(number, cancel(number))
+        pump.until(lambda: len(pump.numbers(engine, name)) == min(window, 40))  # noqa: B023  # at once
+        pump.until(lambda: engine.counters["held_back"] == 1)  # the edge's grant
+        if name == "edge 0":
+            raw.say(9, cancel(9))
+            pump.until(lambda: engine.counters["overrun"] == 1)
 
 
 def test_hi_120_a_peer_that_sends_beyond_its_window_gains_nothing(house: House) -> None:
@@ -727,6 +824,66 @@ def test_a_port_serves_no_more_peers_than_its_limit(house: House) -> None:
     assert envelope.decode_refuse(body).code == "full"
 
 
+def test_a_peer_that_is_forgotten_leaves_nothing_and_names_that_are_ever_new_are_not_too_many(house: House) -> None:
+    engine, endpoint = house.port(limits=PortLimits(max_peers=4))
+    pump = Pump(engine)
+    reception = engine._reception
+    before = num_descriptors()
+    for number in range(20):
+        name = f"edge {number}"
+        there, there_at = house.port(name, peers=("engine",))
+        engine.vouch(name, "")
+        engine.connect(name, 1, there_at)
+        there.connect("engine", 1, endpoint)
+        there.send("engine", cancel(number))
+        both = Pump(engine, there)
+        both.until(lambda: both.numbers(engine) == [number] and engine.is_up(name))  # noqa: B023  # at once
+        assert not engine.forget(name), "it is connected"
+        there.send("engine", cancel(1000 + number))
+        both.until(lambda: both.numbers(engine) == [number, 1000 + number])  # noqa: B023  # at once
+        there.close()
+        pump.until(lambda: engine.forget(name))  # noqa: B023  # once the news of its end has come
+    assert engine.forget("edge 99"), "of whom nothing is known"
+    assert not (engine._outgoing or engine._sessions or reception._incoming or reception.by_routing_id)
+    assert not (reception._keys_of or reception._claims._announced or reception._claims._aside)
+    pump.until(lambda: num_descriptors() <= before + 1)  # the waker
+
+
+def test_a_peer_that_was_forgotten_and_comes_back_is_somebody_new(house: House) -> None:
+    engine, endpoint = house.port()
+    engine.expect("edge 0", 5)
+    first = house.raw(endpoint, incarnation=5)
+    pump = Pump(engine)
+    first.greet(pump)
+    first.say(1, cancel(1))
+    pump.until(lambda: pump.numbers(engine) == [1])
+    first.close()
+    pump.until(lambda: engine.forget("edge 0"))
+    again = house.raw(endpoint, incarnation=4)
+    assert again.greet(pump) == 1
+    again.say(1, cancel(2))
+    pump.until(lambda: pump.numbers(engine) == [1, 2])
+
+
+def test_a_blocking_process_wakes_for_a_grant_that_was_held_back(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SteppedClock()
+    monkeypatch.setattr("octavo.actors.runtime.port.time", clock)
+    engine, endpoint = house.port(limits=PortLimits(window=8, max_messages_per_s=10, burst_s=0.01))
+    raw = house.raw(endpoint)
+    pump = Pump(engine)
+    raw.greet(pump)
+    for number in range(1, 9):
+        raw.say(number, cancel(number))
+    pump.until(lambda: len(pump.numbers(engine)) == 8 and engine.counters["held_back"] == 1)
+    while engine.wait(0):  # what is left of the arrivals
+        engine.receive()
+    assert not engine.wait(0) and not raw.answers()
+    clock.now_ns += 10**9
+    assert engine.wait(0) and engine.wait(-1), "nothing came, and yet there is something to do"
+    engine.receive()
+    pump.until(lambda: any(kind == envelope.GRANT for kind, _, _ in raw.answers()))
+
+
 def test_closing_a_port_removes_its_socket(house: House) -> None:
     engine, endpoint = house.port()
     path = Path(endpoint.removeprefix("ipc://"))
@@ -738,6 +895,6 @@ def test_closing_a_port_removes_its_socket(house: House) -> None:
 def test_only_what_was_asked_for_may_be_heard_even_from_a_known_peer() -> None:
     port = Port("engine", 1, allowed={"edge": [CancelRequest], "edge 7": [StopMatched]})
     try:
-        assert port._door._allowed["edge 7"] == (StopMatched,)
+        assert port._reception._allowed["edge 7"] == (StopMatched,)
     finally:
         port.close()

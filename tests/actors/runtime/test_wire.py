@@ -6,6 +6,7 @@ import math
 import re
 import struct
 from array import array
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -14,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.actors.runtime import envelope
-from octavo.actors.runtime.fuzz_wire import fuzz, record, sample_messages
+from octavo.actors.runtime.fuzz_wire import fuzz, fuzz_port, record, record_control
+from octavo.actors.runtime.sample_messages import KINDS, sample_messages
 from octavo.actors.runtime.schema import all_messages, schema_hash
 from octavo.actors.runtime.wire import Decoder, Encoder, MalformedMessageError
 from octavo.messages.base import Message
@@ -24,7 +26,8 @@ from octavo.messages.sampling import SamplingParams
 from octavo.messages.step import ExecuteStep, StepExecuted
 from octavo.messages.tensor import Tensor
 
-DECODER = Decoder(all_messages())
+DECODER = Decoder(KINDS)
+RECORDED = [*record(sample_messages()), *record_control()]
 pack = msgspec.msgpack.encode
 
 
@@ -174,19 +177,39 @@ def test_columns_of_a_step_are_equally_long() -> None:
     refused(Encoder().encode(StepExecuted(Epoch(0), StepId(1), (RequestId(1),), ()))[0])
 
 
-@settings(max_examples=50)
+def test_hi_124_there_are_samples_of_every_type_with_and_without_something_in_its_fields() -> None:
+    samples = sample_messages()
+    assert {type(message) for message in samples} > set(all_messages())
+    assert len(samples) == 2 * len(KINDS)
+    assert any(each.tensors for each in RECORDED)
+    assert {each.kind for each in RECORDED} == set(range(envelope.HELLO, envelope.RESET + 1))
+
+
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32))
 def test_hi_124_f_30_damaged_traffic_is_never_accepted_and_never_crashes(seed: int) -> None:
-    frames = record(sample_messages())
-    num_refused, num_refused_bodies = fuzz(frames, 800, seed)
-    assert num_refused > 700
-    assert num_refused_bodies > 300
+    tally = fuzz(RECORDED, 800, seed)
+    assert tally.num_frames > 700
+    assert tally.num_bodies > 500
+
+
+def test_hi_124_damaged_tensors_are_refused() -> None:
+    tally = fuzz([each for each in RECORDED if any(each.tensors)], 500, 1)
+    assert tally.num_tensors > 200
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hi_124_a_port_that_is_sent_damaged_traffic_hands_on_what_is_a_message_and_nothing_else(
+    tmp_path: Path, seed: int
+) -> None:
+    tmp_path.chmod(0o700)
+    assert fuzz_port(RECORDED, 2000, seed, tmp_path) > 50
 
 
 def test_hi_124_any_one_bit_flipped_is_noticed() -> None:
-    for frame in record(sample_messages()):
-        for position in range(len(frame)):
-            damaged = bytearray(frame)
+    for recorded in RECORDED:
+        for position in range(len(recorded.frame)):
+            damaged = bytearray(recorded.frame)
             damaged[position] ^= 0x10
             with pytest.raises(envelope.NotAnEnvelopeError):
                 envelope.unseal(bytes(damaged))

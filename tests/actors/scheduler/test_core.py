@@ -40,6 +40,28 @@ def laps_until(ring: CoreRing, done, limit: int = 500) -> int:
     raise AssertionError(f"not within {limit} laps: {ring.scheduler.stats()}")
 
 
+# -- the account ------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_came_to_its_own_end_counts_as_completed() -> None:
+    ring = make()
+    ring.submit(submit(1, [5, 6], max_tokens=2))
+    ring.submit(submit(2, [5, 7], max_tokens=50))
+    ring.submit(submit(3, [5] * 500))
+    ring.submit(submit(4, [5, 8], max_tokens=2))
+    laps_until(ring, lambda: RequestId(1) in ring.ended and RequestId(4) in ring.ended)
+    ring.cancel(2)
+    ring.run()
+    stats = ring.scheduler.stats()
+    assert {int(key): ended.reason for key, ended in ring.ended.items()} == {
+        1: "length",
+        2: "abort",
+        3: "refused",
+        4: "length",
+    }
+    assert (stats.num_completed, stats.num_ended, stats.num_refused) == (2, 3, 1)
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from octavo.actors.kv_allocator.config import AllocatorConfig
 from octavo.actors.kv_allocator.core import KVAllocatorCore
 from octavo.actors.scheduler.config import SchedulerConfig
 from octavo.actors.scheduler.core import SchedulerCore
-from octavo.messages.ids import Epoch, RequestId, StepId
+from octavo.messages.ids import BlockId, Epoch, RequestId, StepId
 from octavo.messages.request import CancelRequest, RequestEnded
 from octavo.messages.step import DecodeStretch, ExecuteStep, PlanDue, PlanStep, StepExecuted
 
@@ -146,9 +146,13 @@ class Laps:
         num_rows = len(stretch.request_ids)
         for offset in range(stretch.num_steps):
             step_id = StepId(stretch.first_step_id + offset)
-            grown = tuple((row, (block_id,)) for at, row, block_id in appended if at == offset)
+            blocks: dict[RequestId, tuple[BlockId, ...]] = {}
+            for at, row, block_id in appended:
+                if at == offset:
+                    blocks[row] = (*blocks.get(row, ()), block_id)
+            grown = tuple(blocks.items())
             head = (stretch.epoch, step_id, stretch.request_ids, (1,) * num_rows)
-            self.record.append(PlanStep(*head, grow=tuple((row, 1) for row, _ in grown)))
+            self.record.append(PlanStep(*head, grow=tuple((row, len(block_ids)) for row, block_ids in grown)))
             step = ExecuteStep(*head, append_blocks=grown)
             self.record.append(step)
             self.steps.append(step)
@@ -161,7 +165,7 @@ class Laps:
 def random_script(rng: random.Random) -> Script:
     """A small pool, prompts that share prefixes, priorities, bursts, cancellations, siblings, deadlines far off."""
     config = SchedulerConfig(
-        num_blocks=rng.choice([5, 8, 13, 30, 80]),
+        num_blocks=rng.choice([5, 8, 13, 30, 80, 150, 400]),
         block_size=rng.choice([1, 2, 3, 4, 8, 16]),
         max_model_len=rng.choice([20, 60, 200]),
         max_num_seqs=rng.choice([1, 2, 4, 8]),
@@ -355,3 +359,31 @@ def test_a_stretch_gives_each_request_its_tokens() -> None:
     laps.settle()
     ((_, token_ids),) = next(plan.release for plan in laps.record if isinstance(plan, PlanStep) and plan.release)
     assert array("i", token_ids).tolist() == [1] * 3 + [token_of(RequestId(1))] * (len(token_ids) // 4 - 3)
+
+
+# -- blocks ahead -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_blocks", "expected"), [(200, [1, 4, 2]), (140, [1] * 7)], ids=["plenty", "not so many"])
+@pytest.mark.parametrize("skips", [False, True])
+def test_rows_take_four_blocks_at_once_where_there_are_plenty_and_no_more_than_they_fill(
+    num_blocks: int, expected: list[int], skips: bool
+) -> None:
+    # 3 + 26 tokens, of which 28 are computed: 7 blocks of 4. Plenty is 50 + 100 + 8 of 200, and more than all of 140.
+    laps = running(num_blocks=num_blocks, max_tokens=26)
+    laps.run((lambda horizon: horizon) if skips else None, lambda stretch: stretch)
+    for request_id in range(2):
+        plans = [plan for plan in laps.record if isinstance(plan, PlanStep)]
+        assert [count for plan in plans for row, count in plan.grow if row == request_id] == expected
+    assert laps.num_skipped > 15 or not skips
+
+
+def test_the_horizon_ends_while_there_are_plenty_of_blocks_however_many_rows_take_some() -> None:
+    laps = running(num_blocks=170, max_tokens=200)
+    state = laps.scheduler._state
+    # 2 blocks each are taken, or 5 by a row that has grown: 166 to 160 are left, and 42 + 100 + 8 are plenty.
+    assert 0 < laps.scheduler.decode_horizon() < 60
+    while laps.scheduler.decode_horizon():
+        laps.skip(laps.scheduler.advance_decode(laps.scheduler.decode_horizon(), token_of))
+        assert state.credit >= state.num_blocks_plenty
+        laps.settle()

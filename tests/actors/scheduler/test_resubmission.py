@@ -8,8 +8,11 @@ from msgspec.structs import replace
 
 from octavo.actors.scheduler.config import SchedulerConfig
 from octavo.actors.scheduler.core import SchedulerCore
+from octavo.messages.ids import Epoch
+from octavo.messages.kv import MatchPrefix, PrefixMatched
 from octavo.messages.request import RequestEnded, SubmitRequest
-from octavo.messages.system import Drain
+from octavo.messages.step import PlanDue
+from octavo.messages.system import Drain, ExecutorLost
 
 CONFIG = SchedulerConfig(num_blocks=64, block_size=4, max_model_len=40, max_num_queued_requests=1, max_num_seqs=1)
 
@@ -101,3 +104,21 @@ def test_its_outputs_are_taken_from_the_cache_and_count_as_none_of_the_prompt(pr
     ring.submit(submit(2, prompt, prompt_logprobs=2))
     ring.run()
     assert ring.ended[2].num_cached_tokens == 0, "log-probabilities of a prompt are computed, not found"
+
+
+@pytest.mark.parametrize("num_losses", [0, 1, 2])
+def test_losses_at_the_replica_where_it_was_before_count(num_losses: int) -> None:
+    scheduler = SchedulerCore(CONFIG)
+    scheduler.handle(replace(again(submit(1, [1, 2], max_tokens=9, output=(4,))), num_losses=num_losses), 1)
+    num_deaths = 0
+    ended: list[RequestEnded] = []
+    while not ended:
+        for message in scheduler.handle(PlanDue(), 1):
+            if isinstance(message, MatchPrefix):
+                scheduler.handle(PrefixMatched(message.epoch, message.request_id, 0, 0), 1)
+                scheduler.handle(PlanDue(), 1)  # it is in flight
+        num_deaths += 1
+        said = scheduler.handle(ExecutorLost(Epoch(num_deaths), "died"), 1)
+        ended = [message for message in said if isinstance(message, RequestEnded)]
+    assert num_deaths == 3 - num_losses
+    assert ended[0].error_code == "request_quarantined"

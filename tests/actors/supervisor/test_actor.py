@@ -257,6 +257,43 @@ def test_a_child_that_cannot_be_described_is_given_up_with_the_reason(tmp_path: 
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("what_fails", ["spawn", "wait"])
+def test_a_child_whose_exit_nobody_would_see_is_killed_and_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what_fails: str
+) -> None:
+    lost: list[int] = []
+    told: list[object] = []
+
+    async def fail() -> None:
+        raise OSError("out of sight")
+
+    async def run() -> None:
+        stage = Stage(tmp_path, children=CHILDREN[:-1])
+        spawn = stage.supervisor.nursery.spawn
+
+        async def spawn_unseen(spec: ProcessSpec) -> ChildProcess:
+            if spec.title != "executor 0" or spec.incarnation > 1:
+                return await spawn(spec)
+            if what_fails == "spawn":
+                await fail()
+            child = await spawn(spec)
+            lost.append(child.pid)
+            monkeypatch.setattr(child, "wait", fail)
+            return child
+
+        monkeypatch.setattr(stage.supervisor.nursery, "spawn", spawn_unseen)
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+        async with asyncio.timeout(DEADLINE_S), stage:
+            await stage.until_ready(executor_0=2)
+            assert stage.incarnation("executor 0") == 2
+            loss = next(message for message in stage.said if isinstance(message, ExecutorLost))
+            assert "out of sight" in loss.why and loss.is_innocent
+
+    asyncio.run(run())
+    assert len(told) == 1, "it is a defect, and said so"
+    assert len(lost) == (what_fails == "wait") and not any(map(is_running, lost))
+
+
 def test_stopping_ends_everybody_and_leaves_no_descriptor(tmp_path: Path) -> None:
     async def run() -> None:
         async with asyncio.timeout(DEADLINE_S):

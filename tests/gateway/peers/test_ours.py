@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from c_library import HAS_C
 from engines import save_servable
 
 from octavo.actors.executor.cpu_topology import read_cpus
@@ -14,7 +15,6 @@ from octavo.gateway.bench_peers import same_cores
 from octavo.gateway.config import make_config
 from octavo.gateway.peers.adapter import LoadOptions
 from octavo.gateway.peers.process import PeerProcess
-from octavo.kernels import cpu_build
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def processes() -> Iterator[list[PeerProcess]]:
 
 
 @pytest.mark.skipif(
-    cpu_build.library() is None or not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    not HAS_C or not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
     reason="threads cannot be bound here",
 )
 def test_an_engine_is_bound_to_the_cores_that_another_one_has_while_it_is_stopped(

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from octavo.kernels.attention_batch import AttentionBatch
+from octavo.kernels.attention_kind import AttentionKind
 from octavo.kernels.kv_quantization import row_width
 from octavo.kernels.paged_attention import paged_attention_ref, write_kv_ref
 
@@ -28,7 +29,7 @@ class Case:
         return float(self.q.shape[2] ** -0.5)
 
     def reference(self, **options: object) -> torch.Tensor:
-        return paged_attention_ref(self.q, self.k_cache, self.v_cache, self.batch, scale=self.scale, **options)
+        return paged_attention_ref(self.q, self.k_cache, self.v_cache, self.batch, AttentionKind(self.scale, **options))
 
 
 def make_case(

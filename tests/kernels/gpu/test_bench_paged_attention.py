@@ -36,9 +36,9 @@ def test_what_is_timed_is_attention(shape: Shape, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(paged_attention_module, "num_processors", lambda _device: 1)
     layers = make_layers(shape, torch.device("cpu"), num_layers=2)
     for k, v in layers.caches:
-        exact = paged_attention_ref(layers.q, k, v, layers.batch, scale=layers.scale)
-        out = paged_attention(layers.q, k, v, layers.batch, scale=layers.scale)
+        exact = paged_attention_ref(layers.q, k, v, layers.batch, layers.kind)
+        out = paged_attention(layers.q, k, v, layers.batch, layers.kind)
         torch.testing.assert_close(out, exact, atol=2e-5, rtol=2e-5)
-    first = paged_attention(layers.q, *layers.caches[0], layers.batch, scale=layers.scale)
+    first = paged_attention(layers.q, *layers.caches[0], layers.batch, layers.kind)
     assert relative_error(layers, first) < 1e-5
     assert relative_error(layers, 2 * first) > 0.9

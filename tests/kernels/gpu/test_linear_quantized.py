@@ -11,7 +11,8 @@ from ordered_dots import ordered_dots  # noqa: F401 - a fixture
 
 from octavo.kernels.gpu import linear_quantized as module
 from octavo.kernels.gpu.linear_quantized import linear_codes, linear_quantized, quantized_plan, widen
-from octavo.kernels.linear_quantized import QuantizedWeight, quantize
+from octavo.kernels.quantized_weight import QuantizedWeight
+from octavo.kernels.weight_quantization import quantize
 
 # The interpreter turns a loop's bounds from arrays of one element into numbers.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")

@@ -12,7 +12,8 @@ from octavo.actors.executor.gpu.logit_edits import NO_EDITS, LogitEdits, edits_o
 from octavo.actors.executor.gpu.step_diff import StepDiff
 from octavo.kernels.gpu import logit_processing as gpu
 from octavo.kernels.logit_processing import MAX_PROGRAMS, memory_bytes, process_logits_ref
-from octavo.kernels.step_inputs import MAX_EDITS, PARAM_WORDS, StepLayout, apply_diff
+from octavo.kernels.step_inputs import apply_diff
+from octavo.kernels.step_layout import MAX_EDITS, PARAM_WORDS, StepLayout
 from octavo.messages.ids import RequestId
 from octavo.messages.sampling import SamplingParams
 from octavo.messages.step import StartRequest

@@ -12,12 +12,13 @@ from tiny_models import save_tiny_model
 
 from octavo.kernels import mixture as kernels
 from octavo.kernels.clamped_swiglu import ClampedSwiGLU
+from octavo.kernels.expert_stack import ExpertStack
 from octavo.kernels.gated_activation import gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.gpu import mixture_tiles
 from octavo.kernels.gpu.expert_groups import route
 from octavo.kernels.gpu.mixture import mixture
 from octavo.kernels.gpu.mixture_tiles import tiles_for
-from octavo.kernels.mixture import ExpertStack, mixture_ref
+from octavo.kernels.mixture import mixture_ref
 from octavo.models.registry import load_model
 
 # The interpreter turns a loop's bounds from arrays of one element into numbers.

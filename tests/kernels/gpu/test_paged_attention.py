@@ -8,6 +8,7 @@ import pytest
 import torch
 from attention_case import Case, Row, make_case
 
+from octavo.kernels.attention_kind import AttentionKind
 from octavo.kernels.gpu import attention_config, launch
 from octavo.kernels.gpu import paged_attention as paged_attention_module
 from octavo.kernels.gpu.attention_config import Problem, choose_schedule
@@ -38,10 +39,17 @@ def few_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_attention_module, "FEWEST_ROWS", 1)  # no lane without a row, so that none is relied on
 
 
-def attend(case: Case, **options: object) -> torch.Tensor:
+def attend(
+    case: Case, *, batch_invariant: bool = False, schedule: attention_config.Schedule | None = None, **options: object
+) -> torch.Tensor:
     # An output that nothing was written to shows.
     out = torch.full((*case.q.shape[:2], case.reference().shape[2]), torch.nan, dtype=case.q.dtype)
-    result = paged_attention(case.q, case.k_cache, case.v_cache, case.batch, scale=case.scale, out=out, **options)
+    result = paged_attention(
+        *(case.q, case.k_cache, case.v_cache, case.batch, AttentionKind(case.scale, **options)),
+        out=out,
+        batch_invariant=batch_invariant,
+        schedule=schedule,
+    )
     assert result is out
     return out
 
@@ -236,16 +244,16 @@ def test_schedules_fit_their_batches() -> None:
 
 
 def test_what_the_kernels_cannot_take_is_said() -> None:
-    case = make_case([(1, 5)])
+    case, kind = make_case([(1, 5)]), AttentionKind(1.0)
     with pytest.raises(ValueError, match="scale must be positive"):
-        paged_attention(case.q, case.k_cache, case.v_cache, case.batch, scale=0.0)
+        paged_attention(case.q, case.k_cache, case.v_cache, case.batch, AttentionKind(0.0))
     with pytest.raises(ValueError, match="cast one of them"):
-        paged_attention(case.q.half(), case.k_cache, case.v_cache, case.batch, scale=1.0)
+        paged_attention(case.q.half(), case.k_cache, case.v_cache, case.batch, kind)
     with pytest.raises(ValueError, match="must be contiguous"):
-        paged_attention(case.q, case.k_cache.transpose(0, 1), case.v_cache.transpose(0, 1), case.batch, scale=1.0)
+        paged_attention(case.q, case.k_cache.transpose(0, 1), case.v_cache.transpose(0, 1), case.batch, kind)
     odd = make_case([(1, 5)], k_dim=6, cache_dtype=torch.int8)
     with pytest.raises(ValueError, match="multiple of 4"):
-        paged_attention(odd.q, odd.k_cache, odd.v_cache, odd.batch, scale=1.0)
+        paged_attention(odd.q, odd.k_cache, odd.v_cache, odd.batch, kind)
 
 
 def test_queries_may_be_a_view_of_a_fused_projection() -> None:

@@ -11,6 +11,7 @@ import torch
 from sm90 import MAX_SHARED_BYTES, Report, Variant, compile_all
 
 from octavo.kernels.attention_batch import AttentionBatch
+from octavo.kernels.attention_kind import AttentionKind
 from octavo.kernels.gpu import paged_attention as module
 from octavo.kernels.kv_quantization import row_width
 
@@ -63,6 +64,7 @@ def launched(
     block_size: int = 16,
     num_rows: int = 256,
     context_len: int = 4096,
+    batch_invariant: bool = False,
     **options: Any,
 ) -> Variant:
     """The main kernel of one call with 8 KV heads and groups of 4.
@@ -70,6 +72,7 @@ def launched(
     Args:
         dtype, q_dtype: of the cache, and of the queries.
         query_len, context_len: of each row.
+        options: of the attention.
     """
     shares, tiles = (Launches(getattr(module, name), name) for name in ("share_kernel", "tile_kernel"))
     with monkeypatch.context() as patch:
@@ -91,7 +94,7 @@ def launched(
             num_decodes=num_rows if query_len == 1 else 0,
         )
         q = torch.empty(num_rows * query_len, 32, head_dim, dtype=q_dtype, **meta)
-        module.paged_attention(q, cache, cache, batch, scale=0.1, **options)
+        module.paged_attention(q, cache, cache, batch, AttentionKind(0.1, **options), batch_invariant=batch_invariant)
     (variant,) = shares.variants + tiles.variants
     return variant
 

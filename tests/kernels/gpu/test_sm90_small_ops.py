@@ -7,7 +7,7 @@ import functools
 import pytest
 from sm90 import Report, Variant, compile_all
 
-from octavo.kernels.step_inputs import MAX_EDITS, StepLayout
+from octavo.kernels.step_layout import MAX_EDITS, StepLayout
 
 PACKAGE = "octavo.kernels.gpu."
 SIZES = {"stride": "i32:16", "vocab_size": "i32:16", "num_chunks": "i32"}

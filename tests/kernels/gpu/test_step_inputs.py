@@ -21,7 +21,7 @@ from octavo.actors.executor.gpu.step_diff import StepDiff
 from octavo.actors.executor.sampler import Sampler
 from octavo.kernels import step_inputs as meaning
 from octavo.kernels.gpu import step_inputs as gpu
-from octavo.kernels.step_inputs import RowInputs, StepLayout, TokenInputs
+from octavo.kernels.step_layout import RowInputs, StepLayout, TokenInputs
 from octavo.messages.step import ExecuteStep
 
 ROW_FIELDS = ("block_tables", "temperature", "top_k", "top_p", "min_p", "seeds", "draw_positions")

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from c_library import HAS_C
 from paged_runner import greedy_paged, run_paged
 from safetensors.torch import load_file
 from tiny_gguf import F32, U32, Raw, convert_checkpoint, encoded
 from tiny_models import random_token_ids, reference_logits, save_tiny_model
 
 from octavo.kernels import cpu_build
-from octavo.kernels.linear_quantized import QuantizedWeight
+from octavo.kernels.quantized_weight import QuantizedWeight
 from octavo.models.checkpoint import SHIPPED, resolve_checkpoint
 from octavo.models.errors import ModelLoadError, ModelNotFoundError, UnsupportedModelError, WeightsError
 from octavo.models.gguf import packed
@@ -212,7 +213,7 @@ def test_linear_layers_stay_packed_where_there_is_a_kernel_and_give_the_same_log
     save_tiny_model("qwen3", tmp_path, tie_word_embeddings=tied)
     path = convert_checkpoint(tmp_path, tmp_path / "m.gguf", kind="Q8_0", tokenizer={})
     token_ids = random_token_ids(24, seed=1)
-    if cpu_build.library() is not None:
+    if HAS_C:
         kept = load_model(path, dtype="float32")
         assert isinstance(kept.layers[0].attention.qkv, QuantizedWeight)
         assert isinstance(kept.vocabulary.head, QuantizedWeight)

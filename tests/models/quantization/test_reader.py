@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from c_library import HAS_C
 from paged_runner import assert_greedy_tokens_agree, greedy_paged, run_paged
 from quantized_checkpoints import Format, write_both
 from safetensors.torch import load_file, save_file
 from tiny_models import random_token_ids, save_tiny_model
 
 from octavo.kernels import cpu_build
-from octavo.kernels.linear_quantized import QuantizedWeight, linear_quantized
+from octavo.kernels.linear_quantized import linear_quantized
+from octavo.kernels.quantized_weight import QuantizedWeight
 from octavo.models.errors import QuantizedModelError, UnsupportedModelError, WeightsError
 from octavo.models.quantization.reader import QuantizingReader, open_weights
 from octavo.models.quantization.scheme import read_scheme
@@ -101,7 +103,7 @@ def test_each_format_gives_the_exact_floats_their_products_and_their_tokens(
 
 
 @pytest.mark.skipif(
-    cpu_build.library() is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    not HAS_C or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
     reason="there are no products in whole numbers",
 )
 @pytest.mark.parametrize("made", ["gptq-4", "awq", "compressed-8", "gptq-8-desc-act"])

@@ -8,6 +8,7 @@ import pytest
 from core_ring import STOP_TOKEN, CoreRing, submit
 from journaled_ring import CONFIG, entries_of, header_of, record_ring
 from journaled_run import run_live
+from sim_journal import SimJournal
 
 from octavo.actors.journal.checksum import DecisionChecksum, decisions_of
 from octavo.actors.kv_allocator.core import KVAllocatorCore
@@ -24,7 +25,6 @@ from octavo.messages.system import Drain, ExecutorLost
 from octavo.sim.journal.diff import diff
 from octavo.sim.journal.player import Player
 from octavo.sim.journal.reader import JournalReader
-from octavo.sim.journal.recorder import SimJournal
 from octavo.sim.journal.replay import replay
 
 
@@ -347,6 +347,22 @@ def test_faulty_results_quarantine_and_requests_taken_up_again_are_decided_the_s
     report = replay(path)
     assert report.is_identical, report.divergence
     assert diff(path, path).is_same
+
+
+def test_losses_that_a_request_brings_from_another_replica_are_decided_the_same(tmp_path: Path) -> None:
+    config = SchedulerConfig(num_blocks=32, block_size=4, max_model_len=32, max_executor_losses=1, vocab_size=50)
+    path = tmp_path / "j"
+    with path.open("wb") as file:
+        journal = SimJournal(file, header_of(config, has_tokens=False))
+        handle = journal.wrap_scheduler(SchedulerCore(config).handle)
+        moved = msgspec.structs.replace(submit(1, [1, 2, 3]), is_taken_up_again=True, num_losses=1)
+        for message in (moved, PlanDue(), PrefixMatched(Epoch(0), RequestId(1), 0, 0), PlanDue()):
+            handle(message, 1)
+        ends = [message for message in handle(ExecutorLost(Epoch(1), "died"), 1) if isinstance(message, RequestEnded)]
+        journal.end()
+    assert [ended.error_code for ended in ends] == ["request_quarantined"]
+    report = replay(path)
+    assert report.is_identical, report.divergence
 
 
 @pytest.mark.parametrize("loss", [{}, {"is_innocent": True}, {"is_out_of_memory": True}])

@@ -51,7 +51,7 @@ def test_a_run_that_leaves_64_bits_equals_its_steps() -> None:
 def test_a_step_is_the_sum_over_its_features(shape: StepShape) -> None:
     coefficients = [*PROFILE.coefficients.values(), *PROFILE.slopes]
     total = sum(c * value for c, value in zip(coefficients, features(shape, PROFILE.knots), strict=True))
-    assert MODEL.step_ns(shape) == pytest.approx(total, rel=1e-4, abs=1)
+    assert MODEL.step_ns(shape) == pytest.approx(total, rel=1e-4, abs=2)  # each of two parts is rounded
 
 
 @given(step_shapes(), st.integers(1, 3))

@@ -8,11 +8,11 @@ import pytest
 from core_ring import CoreRing, submit
 from journaled_ring import header_of
 from journaled_run import run_live
+from sim_journal import SimJournal
 
 from octavo.actors.scheduler.config import SchedulerConfig
 from octavo.messages.errors import InvalidJournalError
 from octavo.sim.journal.reader import JournalReader
-from octavo.sim.journal.recorder import SimJournal
 from octavo.sim.workload.from_journal import read_journal
 
 BLOCK = 4

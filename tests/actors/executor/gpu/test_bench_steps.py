@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,3 +61,19 @@ def test_time_is_counted_once() -> None:
     stream.submit(lambda: None).wait()
     assert stream.take_busy_s() > 0
     assert stream.take_busy_s() == pytest.approx(0.0)
+
+
+def test_with_graphs_only_what_they_take_counts() -> None:
+    class Runner:
+        def watch_graphs(self, wrap: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
+            self.run = wrap(lambda: ran.append("graph"))
+
+    ran: list[str] = []
+    runner: Any = Runner()
+    stream = TimedStream(torch.device("cpu"))
+    stream.watch(runner)
+    stream.submit(lambda: ran.append("copies")).wait()
+    assert stream.take_busy_s() == 0
+    stream.submit(runner.run).wait()
+    assert stream.take_busy_s() > 0
+    assert ran == ["copies", "graph"]

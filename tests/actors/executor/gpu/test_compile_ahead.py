@@ -26,7 +26,7 @@ ALL_IN_ONE = """
 import json, sys
 import msgspec
 from octavo.actors.executor.config import ExecutorConfig
-from octavo.actors.executor.gpu import compile_ahead as ahead
+from octavo.actors.executor.gpu import compile_program as ahead
 from octavo.actors.executor.gpu.fake_cuda import GpuFacts
 from triton import knobs
 
@@ -209,7 +209,7 @@ LAUNCHERS = """
 import json, sys
 import msgspec
 from octavo.actors.executor.config import ExecutorConfig
-from octavo.actors.executor.gpu import compile_ahead as ahead
+from octavo.actors.executor.gpu import compile_program as ahead
 from octavo.actors.executor.gpu.fake_cuda import GpuFacts
 from octavo.kernels.gpu.fake_cuda import build_launcher
 from triton import knobs
@@ -304,7 +304,7 @@ from octavo.actors.executor.gpu.fake_cuda import GpuFacts
 
 program = '''
 import sys, time
-from octavo.actors.executor.gpu import compile_ahead as ahead
+from octavo.actors.executor.gpu import compile_program as ahead
 
 class Endless:
     name = "k"

@@ -69,6 +69,7 @@ def test_sizes_are_captured_from_the_largest_in_one_pool_each_after_a_run_of_its
     expected: list[Any] = []
     for number, (size, pool) in enumerate(((8, None), (2, "the pool"), (1, "the pool"))):
         expected += [("decode", size), "synchronize", ("begin", number, pool), ("decode", size), "end"]
+        expected += [("replay", number)]
     assert cuda.log == expected
     assert graphs.num_captured == 3
     cuda.log.clear()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,6 +24,8 @@ from launch_tools import (
 from recorded_steps import MAX_SEQS, workload
 from tiny_models import greedy_reference, save_tiny_model
 
+from octavo.actors.executor import token_logprobs
+from octavo.actors.executor.config import ExecutorConfig
 from octavo.actors.executor.gpu.mixed_sizes import MixedSize
 from octavo.actors.executor.gpu.runner import GpuRunner
 from octavo.messages.ids import BlockId, Epoch, RequestId, StepId
@@ -428,3 +432,32 @@ def test_warm_up_captures_every_size_once_and_leaves_no_trace(folder: Path, monk
     assert runner.num_late == 0
     monkeypatch.setattr(type(runner), "num_compiled", 3)
     assert runner.num_late == 3
+
+
+@pytest.mark.parametrize("make", [gpu_runner, step_runner])
+def test_logits_of_a_long_prompt_are_there_some_rows_at_a_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[ExecutorConfig], Any]
+) -> None:
+    runner = make(config_of(folder))
+    tokens = list(range(5, 16))
+    step = prompt_step(0, 0, tokens, SamplingParams(temperature=0.0, prompt_logprobs=1))
+    whole = runner.execute(step).prompt_logprobs
+    runner.reset()
+    monkeypatch.setattr(token_logprobs, "MAX_LOGITS_ROWS", 4)
+    made: list[int] = []
+    logits_of = runner.device.logits
+
+    def logits(hidden: torch.Tensor, *indices: torch.Tensor | None) -> torch.Tensor:
+        result = logits_of(hidden, *indices)
+        made.append(len(result))
+        return result
+
+    monkeypatch.setattr(runner.device, "logits", logits)
+    (parts,) = runner.execute(step).prompt_logprobs
+    assert made[:3] == [4, 4, 2]
+    assert max(made) == 4
+    assert [entry.token_id for entry in parts[2]] == tokens[1:]
+    assert parts[:2] == whole[0][:2]
+    for ours, theirs in zip(parts[2], whole[0][2], strict=True):
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+        assert ours.rank == theirs.rank

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: routes, bodies, streams and their journal, admission, metrics."""

@@ -1,0 +1,1 @@
+"""The engine, its executors and the edges as processes of their own, and their supervision."""

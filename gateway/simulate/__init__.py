@@ -1,0 +1,1 @@
+"""What `octavo sim` does: runs, plans, replays and calibrates the simulator from the command line."""
