@@ -8,6 +8,7 @@ import msgspec
 
 from ...messages.ids import Epoch
 from .config import ChildConfig
+from .spans import Spans
 
 
 class Child(msgspec.Struct):
@@ -20,9 +21,12 @@ class Child(msgspec.Struct):
         since_ns: of the latest start.
         heard_ns: of the latest beat, or of readiness; -1 for never.
         ready_ns: since when it has been ready; -1 if it is not.
-        progress, excused_ns: the latest progress, and for how long this process stood still since.
+        progress: as of its latest beat.
         ran_ns, hindered_ns: as of `ProcessObserved`, since it was heard last.
-        step_hindered_ns, is_long_at_step: the same since the latest progress, and whether its step is worth a look.
+        hindered, stalled: when it was, of an executor, and when this process stood still: as far back as the latest
+            step may reach. A step that began before must not be held to the time that was lost since, whether or not a
+            beat has told of it yet.
+        is_long_at_step: whether its step is worth a look.
         halted_ns, halt_seen_ns: since when it has been stopped by a signal, and when that was seen last; -1 for never.
         cannot_load: whether it has said so.
         epoch: that it was started with.
@@ -37,10 +41,10 @@ class Child(msgspec.Struct):
     heard_ns: int = -1
     ready_ns: int = -1
     progress: int = 0
-    excused_ns: int = 0
     ran_ns: int = 0
     hindered_ns: int = 0
-    step_hindered_ns: int = 0
+    stalled: Spans = msgspec.field(default_factory=Spans)
+    hindered: Spans = msgspec.field(default_factory=Spans)
     is_long_at_step: bool = False
     halted_ns: int = -1
     halt_seen_ns: int = -1

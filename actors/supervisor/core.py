@@ -247,19 +247,18 @@ class SupervisorCore:
             return
         child.heard_ns = now_ns
         child.ran_ns = child.hindered_ns = 0
+        child.progress = beat.progress
         if child.config.kind == "edge":
             self._note_ready(child, now_ns)
-        if beat.progress != child.progress:
-            child.progress = beat.progress
-            child.excused_ns = child.step_hindered_ns = 0
         if child.config.kind != "executor":
             return
         if beat.longest_ns:
             self._step_times.observe(beat.longest_tokens, beat.longest_ns, beat.progress)
-        busy_ns = beat.busy_ns - child.excused_ns
+        busy_ns = beat.busy_ns - child.stalled.since(now_ns - beat.busy_ns)
         limit_ns = self._step_times.limit_ns(beat.busy_tokens, beat.progress)
         child.is_long_at_step = 2 * busy_ns > limit_ns
-        verdict = judge_step(child, busy_ns, limit_ns, self._config) if child.state == "ready" else None
+        hindered_ns = child.hindered.since(now_ns - beat.busy_ns)
+        verdict = judge_step(child, busy_ns, hindered_ns, limit_ns, self._config) if child.state == "ready" else None
         if verdict is not None:
             self._condemn(child, verdict, now_ns)
         elif beat.epoch < self._epoch and now_ns - self._executor_told_ns >= _RESEND_NS:
@@ -291,7 +290,8 @@ class SupervisorCore:
         if child is None or not child.is_running:
             self._num_late_messages += 1
             return
-        child.step_hindered_ns += message.hindered_ns
+        if child.config.kind == "executor":
+            child.hindered.add(message.hindered_ns, now_ns)
         # No more than there was of silence: a look may reach back to before it.
         silent_ns = silence_ns(child, now_ns)
         child.ran_ns = min(child.ran_ns + message.ran_ns, silent_ns)
@@ -350,7 +350,8 @@ class SupervisorCore:
         self._num_stalls += 1
         self._executor_told_ns += stalled_ns
         for child in self._children.values():
-            child.excused_ns += stalled_ns
+            if child.config.kind == "executor":
+                child.stalled.add(stalled_ns, now_ns)
             child.since_ns += stalled_ns
             child.ran_ns = child.hindered_ns = 0
             if child.heard_ns >= 0:
@@ -467,8 +468,9 @@ class SupervisorCore:
                 child.start_at_ns = -1
                 child.since_ns = now_ns
                 child.heard_ns = child.ready_ns = child.halted_ns = child.halt_seen_ns = -1
-                child.progress = child.excused_ns = 0
-                child.ran_ns = child.hindered_ns = child.step_hindered_ns = 0
+                child.progress = child.ran_ns = child.hindered_ns = 0
+                child.hindered.clear()
+                child.stalled.clear()
                 child.is_long_at_step = child.cannot_load = False
                 child.epoch = self._epoch
                 engine = self._engine.incarnation if self._engine is not None else 0

@@ -69,9 +69,9 @@ def judge_silence(child: Child, now_ns: int, config: SupervisorConfig, *, are_al
     return Verdict(why, is_innocent, useless_ns=silent_ns)
 
 
-def judge_step(child: Child, busy_ns: int, limit_ns: int, config: SupervisorConfig) -> Verdict | None:
-    """Judge an executor that has been at a step for `busy_ns`, of usually `limit_ns` at most."""
-    if busy_ns <= limit_ns + min(child.step_hindered_ns, config.max_hindered_ns):
+def judge_step(child: Child, busy_ns: int, hindered_ns: int, limit_ns: int, config: SupervisorConfig) -> Verdict | None:
+    """Judge an executor that has been at a step for `busy_ns`, hindered for a part of it, of usually `limit_ns`."""
+    if busy_ns <= limit_ns + min(hindered_ns, config.max_hindered_ns):
         return None
     why = f"{child.config.name} hangs: a step has been running for {busy_ns / 1e9:.1f} s"
-    return Verdict(why, is_innocent=2 * child.step_hindered_ns >= busy_ns, useless_ns=busy_ns)
+    return Verdict(why, is_innocent=2 * hindered_ns >= busy_ns, useless_ns=busy_ns)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -348,6 +349,7 @@ def test_a_step_that_hangs_is_found_though_beats_go_on_and_a_slow_one_is_not_tak
     core = core_of(EXECUTOR)
     for progress in range(20, 40):
         core.handle(Beat("executor 0", 1, progress, longest_ns=100 * MS, longest_tokens=8), progress)
+    run_until(core, 0, 2000, Beat("executor 0", 1, 40))
     slow = Beat("executor 0", 1, 40, busy_ns=1999 * MS, busy_tokens=8)
     assert core.handle(slow, 2000 * MS) == []
     large = Beat("executor 0", 1, 41, busy_ns=30_000 * MS, busy_tokens=512)
@@ -367,6 +369,40 @@ def test_nobody_is_killed_for_the_silence_of_a_time_in_which_the_supervisor_itse
     assert run_until(core, 31_100, 32_500, Beat("engine", 1)) == [], "a whole grace period"
     said = run_until(core, 32_500, 32_700, Beat("engine", 1))
     assert any(isinstance(message, KillProcess) for message in said)
+
+
+@pytest.mark.parametrize("progress", [20, 21])
+def test_f_48_a_step_in_which_the_supervisor_stood_still_is_excused_for_it_though_no_beat_told_of_it_before(
+    progress: int,
+) -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    run_until(core, 100, 1000, Beat("engine", 1), Beat("executor 0", 1, 20, longest_ns=MS, longest_tokens=1))
+    at_step = Beat("executor 0", 1, progress, busy_ns=4050 * MS, busy_tokens=1)
+    assert core.handle(at_step, 5000 * MS) == []
+    assert core.num_stalls == 1
+    run_until(core, 5100, 6150, Beat("engine", 1))
+    said = core.handle(msgspec.structs.replace(at_step, busy_ns=5200 * MS), 6150 * MS)
+    assert any(isinstance(message, KillProcess) for message in said), "the time after it counts"
+
+
+def test_a_step_that_began_before_a_stall_was_over_is_excused_for_no_more_than_its_own_part() -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    run_until(core, 100, 1000, Beat("engine", 1), Beat("executor 0", 1, 20, longest_ns=MS, longest_tokens=1))
+    core.handle(Tick(), 5000 * MS)
+    run_until(core, 5100, 5900, Beat("engine", 1))
+    at_step = Beat("executor 0", 1, 21, busy_ns=1500 * MS, busy_tokens=1)
+    assert core.handle(at_step, 5900 * MS) == []
+    said = core.handle(msgspec.structs.replace(at_step, busy_ns=1900 * MS), 6300 * MS)
+    assert any(isinstance(message, KillProcess) for message in said), "1.3 s after the stall"
+
+
+def test_a_step_that_was_hindered_before_a_beat_told_of_it_has_longer() -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    run_until(core, 100, 1000, Beat("engine", 1), Beat("executor 0", 1, 20, longest_ns=MS, longest_tokens=1))
+    for at_ms in range(1100, 3100, 100):
+        core.handle(ProcessObserved("executor 0", 1, ran_ns=0, hindered_ns=100 * MS), at_ms * MS)
+        core.handle(Beat("engine", 1), at_ms * MS)
+    assert core.handle(Beat("executor 0", 1, 21, busy_ns=2000 * MS, busy_tokens=1), 3050 * MS) == []
 
 
 def test_a_child_that_is_loading_has_longer_and_not_for_ever() -> None:
