@@ -79,9 +79,10 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 def resolve_dtype(dtype: str, config: Any, folder: Path, device: torch.device, *, native: bool) -> torch.dtype:
     """The dtype to compute in; `auto` takes the checkpoint's, or float32 where a CPU is slower in that.
 
-    On a CPU without bfloat16 instructions our own bfloat16 linear (`native`) beats float32 where the weights come from
-    memory and loses where they fit the caches (AVX2, one thread, 0.6 to 0.85 and 1.2 to 1.6 of float32's time a
-    decode step, at Qwen3-0.6B's widths and at 256); `python -m octavo.kernels.bench_cpu` compares the two.
+    Half as many bytes are a gain where the weights come from memory. Where they fit the caches, float32 is quicker:
+    without bfloat16 instructions (AVX2, one thread, our own bfloat16 linear takes 1.2 to 1.6 of float32's time a decode
+    step at a width of 256, 0.6 to 0.85 at Qwen3-0.6B's widths; `python -m octavo.kernels.bench_cpu`), and with them
+    (AVX-512, `leaf-4m`, 1.1 to 1.25; `octavo bench offline --dtype bfloat16`).
     """
     if dtype != "auto":
         if dtype not in DTYPES:
@@ -94,12 +95,12 @@ def resolve_dtype(dtype: str, config: Any, folder: Path, device: torch.device, *
         stored = checkpoint_dtype(folder)
     if stored not in DTYPES.values():  # float64, float8
         stored = torch.float32
-    if device.type != "cpu" or cpu_multiplies_in(stored):
+    if device.type != "cpu":
         return stored
-    if stored is torch.bfloat16 and native and cpu_build.library() is not None:
-        num_bytes = sum(path.stat().st_size for path in weight_files(folder))
-        return stored if num_bytes >= _LARGER_THAN_CACHES else torch.float32
-    return torch.float32
+    if native and sum(path.stat().st_size for path in weight_files(folder)) < _LARGER_THAN_CACHES:
+        return torch.float32
+    has_own_linear = stored is torch.bfloat16 and native and cpu_build.library() is not None
+    return stored if has_own_linear or cpu_multiplies_in(stored) else torch.float32
 
 
 def check_supported(config: Any, path: str | Path) -> None:

@@ -129,23 +129,27 @@ def test_auto_takes_the_checkpoints_dtype_unless_the_cpu_would_emulate_it(
 
 
 @pytest.mark.parametrize(
-    ("native", "kernels_built", "larger_than_caches", "expected"),
+    ("native", "kernels_built", "larger_than_caches", "has_bfloat16", "expected"),
     [
-        (True, True, True, torch.bfloat16),
-        (True, True, False, torch.float32),
-        (True, False, True, torch.float32),
-        (False, True, True, torch.float32),
+        (True, True, True, False, torch.bfloat16),
+        (True, True, False, False, torch.float32),
+        (True, True, False, True, torch.float32),
+        (True, False, True, False, torch.float32),
+        (True, False, True, True, torch.bfloat16),
+        (False, True, True, False, torch.float32),
+        (False, True, False, True, torch.bfloat16),
     ],
 )
-def test_auto_keeps_bfloat16_for_large_native_models_where_our_kernels_are(
+def test_auto_keeps_bfloat16_for_native_models_larger_than_caches_where_our_kernels_or_instructions_are(
     native: bool,
     kernels_built: bool,
     larger_than_caches: bool,
+    has_bfloat16: bool,
     expected: torch.dtype,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bfloat16})
     monkeypatch.setattr(registry.cpu_build, "library", lambda: object() if kernels_built else None)
     monkeypatch.setattr(registry, "_LARGER_THAN_CACHES", 1000 if larger_than_caches else 1_000_000_000)
     save_tiny_model("llama", tmp_path).bfloat16().save_pretrained(tmp_path)
