@@ -2,7 +2,7 @@
 
 With `--weights` it compares bfloat16 weights with int8 and int4 ones instead: all linear layers of one step.
 With `--kv` it compares dtypes of the KV cache: one layer's attention.
-With `--products` it compares a dense bfloat16 layer with torch's in float32 and with the processor's multipliers.
+With `--products` it compares ways to multiply a bfloat16 layer with torch's, and with the processor's multipliers.
 
 Prints medians in microseconds and torch / C. The shapes are those of Qwen3-0.6B (16 heads, 8 KV heads, head_dim 128,
 hidden 1024, intermediate 3072). The two sides take turns, so that load from elsewhere falls on both.
@@ -26,6 +26,7 @@ from .gated_activation import silu_and_mul, silu_and_mul_ref
 from .kv_quantization import row_width
 from .linear_dense import linear_dense, linear_dense_quick
 from .linear_quantized import linear_quantized
+from .linear_rounded import linear_rounded, round_weight
 from .paged_attention import paged_attention, paged_attention_ref, write_kv
 from .quantized_weight import LinearWeight, QuantizedWeight
 from .rms_norm import rms_norm, rms_norm_ref
@@ -201,32 +202,35 @@ def _products(kernels: ctypes.CDLL, nums_rows: Sequence[int], repeats: int) -> N
         huge_pages.place([torch.randn(out_features, in_features).mul_(0.03).bfloat16()], torch.bfloat16)
         for _ in range(8)  # more than a last-level cache holds
     ]
-    wide = weights[0].float()
+    wide, stored = weights[0].float(), [round_weight(weight) for weight in weights]
+    ways: dict[str, Callable[[torch.Tensor], object]] = {
+        "bfloat16": lambda x: [linear_dense(x, weight) for weight in weights],
+        "quick": lambda x: [linear_dense_quick(x, weight) for weight in weights],
+        "stored rounded": lambda x: [linear_rounded(x, weight) for weight in stored if weight is not None],
+        "torch, bfloat16": lambda x: [F.linear(x, weight) for weight in weights],
+        "torch, float32": lambda x: [F.linear(x.float(), wide) for _ in weights],
+    }
+    if None in stored:  # the processor multiplies in floats
+        del ways["stored rounded"]
     print(f"linear {out_features}x{in_features}, GFLOP/s of CPU time on one thread, median of {repeats}")
-    print(f"{'rows':>4} {'processor':>10} {'bfloat16':>18} {'quick':>18} {'torch, float32':>18}")
+    print(f"{'rows':>4} {'processor':>10}" + "".join(f"{name:>18}" for name in ways))
     for num_rows in nums_rows:
         x = torch.randn(num_rows, in_features).bfloat16()
-        x32, flops = x.float(), 2 * num_rows * out_features * in_features
-        rates: tuple[list[float], ...] = ([], [], [], [])
+        flops = len(weights) * 2 * num_rows * out_features * in_features
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        mosts = []
         for _ in range(repeats):
             started = time.thread_time_ns()
             kernels.octavo_multiply_adds(rounds)
-            multiplied = time.thread_time_ns()
-            for weight in weights:
-                linear_dense(x, weight)
-            exact = time.thread_time_ns()
-            for weight in weights:
-                linear_dense_quick(x, weight)
-            quick = time.thread_time_ns()
-            F.linear(x32, wide)
-            theirs = time.thread_time_ns()
-            rates[0].append(rounds * flops_a_round / (multiplied - started))
-            rates[1].append(len(weights) * flops / (exact - multiplied))
-            rates[2].append(len(weights) * flops / (quick - exact))
-            rates[3].append(flops / (theirs - quick))
-        most, *others = (statistics.median(some) for some in rates)
+            mosts.append(rounds * flops_a_round / (time.thread_time_ns() - started))
+            for name, multiply in ways.items():
+                started = time.thread_time_ns()
+                multiply(x)
+                rates[name].append(flops / (time.thread_time_ns() - started))
+        most = statistics.median(mosts)
+        medians = [statistics.median(some) for some in rates.values()]
         print(
-            f"{num_rows:>4} {most:>10.1f}" + "".join(f"{rate:>10.1f} ({rate / most:5.2f})" for rate in others),
+            f"{num_rows:>4} {most:>10.1f}" + "".join(f"{rate:>10.1f} ({rate / most:5.2f})" for rate in medians),
             flush=True,
         )
 

@@ -1,4 +1,4 @@
-"""A dense layer whose weights lie packed, once, for oneDNN: for CPUs with instructions of their own for bfloat16.
+"""A dense layer whose weights lie packed, once, for oneDNN: for CPUs that multiply tiles of bfloat16 (AMX).
 
 There oneDNN is quickest, and quicker yet where it need not lay a matrix out for each product. Linear layers of one
 step of Qwen3-0.6B's shape on 2 cores with AMX, by `F.linear` and packed: 104 and 76 ms for one row, 112 and 79 for 8,

@@ -3,10 +3,11 @@
  *
  * GROUP inputs of a row of x, and of a row of w, are rounded to whole numbers of 16 bits times a power of two of their own,
  * multiplied and summed exactly in 32 bits, and become floats: two instructions for 16 products, which AVX2 does in two
- * thirds of the time of the two that floats take. The sum stays below 2^31, as numbers of x are below 2^13 and those of w
- * are below 2^18 all together. A bfloat16 number has 8 bits: so those of x within 2^5 of the largest of their group are
- * taken as they are, and smaller ones are at most 2^-13 of the largest beside what they were. For w that is 2^4 and 2^-12
- * where all are alike, better by 2 or 4 where they are not. Up to 2^-9 of each was lost when it was stored.
+ * thirds of the time of the two that floats take; AVX-512 with VNNI takes one for 32, twice as many as of floats. The sum
+ * stays below 2^31, as numbers of x are below 2^13 and those of w are below 2^18 all together. A bfloat16 number has 8 bits:
+ * so those of x within 2^5 of the largest of their group are taken as they are, and smaller ones are at most 2^-13 of the
+ * largest beside what they were. For w that is 2^4 and 2^-12 where all are alike, better by 2 or 4 where they are not. Up to
+ * 2^-9 of each was lost when it was stored.
  *
  * Weights are rounded as they are needed, into panels that all rows are multiplied by, or once for all, and then they are
  * read as panels, in the order of memory:
@@ -18,268 +19,23 @@
  *
  * An output's bits depend on its own row and column alone, as those of linear.c do; they are others than those.
  */
-#include <math.h>
-
 #include "operations.h"
 #include "vector.h"
 #include "work_queue.h"
 
-#define GROUP 64 /* inputs that share a power of two */
-#define BLOCK_K 512 /* inputs; a multiple of GROUP */
-#define PANEL 16 /* columns */
 #define MAX_PANELS 6 /* of a task */
 #define TASKS_OF_THREAD 8 /* at least: enough for each thread to find more when another is held up */
-#define TILE 6 /* rows; with two vectors of columns 12 sums, which fill the registers */
 #define NEAR_TILES 32 /* whose block of x stays in the L2 cache while a task's panels go by */
 #define PASS_ROWS 768 /* rows laid out at once: what bounds the scratch memory */
 #define LEAST_ROWS 24 /* fewer do not pay for weights to be rounded */
 #define FEW_TILES 4 /* for which stored panels are read one after the other, as they lie */
 #define FEW_ROWS 3 /* for which several of those are read side by side, */
-#define STREAMS 4 /* so many at most, */
-#define MAX_SUMS 6 /* with so many rows of sums */
 #define FEW_TASKS 4 /* of each thread then, or more, */
 #define MOST_STREAMED 60 /* which are of so many panels at most */
-#define STREAM_AHEAD 128 /* pairs of one of them, behind those that are read, to ask for */
-#define AHEAD "2048" /* bytes of a panel that is read alone, likewise */
 #define PARALLEL_PRODUCTS 400000 /* below, waking threads costs more than they save; where weights are stored */
-#define X_BITS 13 /* together they make 31 */
-#define W_SUM_BITS 18
 
-#if defined(__AVX2__) && defined(__FMA__) && VL == 8
-
-/* The power of two that numbers below 2^(exponent + 1) are multiplied by to be below 2^bits: its bits, for both ways. */
-INLINE vi power_up(vi exponent, int bits) {
-    vi power = bits - 1 - exponent;
-    vi most = power > 126;
-    return (most & 126) | (~most & power);
-}
-INLINE vf two_to(vi power) { return (vf)((power + 127) << 23); }
-INLINE vi exponent_of(vf x) { return (vi)(((vu)x >> 23) & 255) - 127; }
-
-typedef struct {
-    int16_t *integers; /* as above */
-    float *scales;     /* [in / GROUP][tiles][rows of the tile], powers of two; NaN where a number is not finite */
-    int64_t num_rows, num_tiles, in_features;
-} rows_of_x;
-
-INLINE int64_t tile_start(int64_t tile, int64_t num_rows, int64_t num_tiles) {
-    return tile * (num_rows / num_tiles) + min64(tile, num_rows % num_tiles);
-}
-
-/* 16 bfloat16 numbers times `up` to pairs of whole numbers: a sum with 1.5 * 2^23 is rounded, and has them in its low bits. */
-INLINE __m256i round_pairs(__m256i raw, __m256 up) {
-    const __m256 magic = _mm256_set1_ps(12582912.0f);
-    __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(raw, 16));
-    __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32((int32_t)0xffff0000)));
-    __m256i low = _mm256_castps_si256(_mm256_fmadd_ps(even, up, magic));
-    __m256i high = _mm256_castps_si256(_mm256_fmadd_ps(odd, up, magic));
-    return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa);
-}
-
-INLINE int32_t largest_bits(__m256i absolute) {
-    __m128i top = _mm_max_epu16(_mm256_castsi256_si128(absolute), _mm256_extracti128_si256(absolute, 1));
-    return 0xffff ^ _mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(top, _mm_set1_epi16(-1))), 0);
-}
-
-static void round_row(const rows_of_x *to, int64_t first, int64_t r, int64_t height, const uint16_t *from) {
-    for (int64_t g = 0; g < to->in_features; g += GROUP) {
-        int64_t k = g / BLOCK_K * BLOCK_K, dim = min64(BLOCK_K, to->in_features - k);
-        int32_t *pairs = (int32_t *)(to->integers + k * to->num_rows + first * dim) + (g - k) / 2 * height + r;
-        __m256i raw[GROUP / 16], top = _mm256_setzero_si256();
-        for (int i = 0; i < GROUP / 16; i++) {
-            raw[i] = _mm256_loadu_si256((const __m256i *)(from + g + 16 * i));
-            top = _mm256_max_epu16(top, _mm256_and_si256(raw[i], _mm256_set1_epi16(0x7fff)));
-        }
-        int32_t largest = largest_bits(top);
-        int is_finite = largest < 0x7f80;
-        vi power = power_up((vi){0} + ((largest >> 7) - 127), X_BITS);
-        vf up = two_to(power), down = two_to(-power);
-        to->scales[g / GROUP * to->num_rows + first + r] = is_finite ? down[0] : __builtin_nanf("");
-        for (int i = 0; i < GROUP / 16; i++) {
-            int32_t some[8] = {0};
-            if (is_finite) _mm256_storeu_si256((__m256i *)some, round_pairs(raw[i], (__m256)up));
-            for (int j = 0; j < 8; j++) pairs[(8 * i + j) * height] = some[j];
-        }
-    }
-}
-
-/* 8 x 8 numbers of 32 bits, rows become columns. */
-INLINE void transpose(__m256i x[8]) {
-    __m256i a[8];
-    UNROLL for (int i = 0; i < 4; i++) {
-        a[2 * i] = _mm256_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
-        a[2 * i + 1] = _mm256_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
-    }
-    __m256i b[8];
-    UNROLL for (int i = 0; i < 2; i++) {
-        b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-        b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-    }
-    UNROLL for (int i = 0; i < 4; i++) {
-        x[i] = _mm256_permute2x128_si256(b[i], b[4 + i], 0x20);
-        x[4 + i] = _mm256_permute2x128_si256(b[i], b[4 + i], 0x31);
-    }
-}
-
-/* GROUP inputs of 8 columns: to `pairs` [GROUP / 2][PANEL], and their scales. Asks for those `ahead`. */
-static void round_columns(int32_t *pairs, uint16_t *scales, const uint16_t *const w[8], int64_t ahead) {
-    vf sums[8];
-    int32_t tops[8];
-    const __m256i absolute = _mm256_set1_epi16(0x7fff);
-    for (int c = 0; c < 8; c++) {
-        __m256 sum = _mm256_setzero_ps();
-        __m256i top = _mm256_setzero_si256();
-        UNROLL for (int i = 0; i < GROUP; i += 32) __builtin_prefetch(w[c] + ahead + i);
-        UNROLL for (int i = 0; i < GROUP / 16; i++) {
-            __m256i raw = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(w[c] + 16 * i)), absolute);
-            __m256i odd = _mm256_and_si256(raw, _mm256_set1_epi32((int32_t)0xffff0000));
-            top = _mm256_max_epu16(top, raw);
-            sum = _mm256_add_ps(sum, _mm256_add_ps(_mm256_castsi256_ps(_mm256_slli_epi32(raw, 16)),
-                                                   _mm256_castsi256_ps(odd)));
-        }
-        sums[c] = (vf)sum;
-        tops[c] = largest_bits(top);
-    }
-    vi top;
-    memcpy(&top, tops, sizeof top);
-    /* Rounded up, as are the numbers: by half each at most, which is GROUP / 2 of 2^W_SUM_BITS. */
-    vf sum = (vf)sum_each(sums) * 1.001f;
-    vi by_sum = power_up(exponent_of(sum), W_SUM_BITS);
-    vi by_top = power_up((top >> 7) - 127, 15);
-    vi less = by_sum < by_top, power = (less & by_sum) | (~less & by_top);
-    vf up = two_to(power), down = two_to(-power);
-    vi finite = (top < 0x7f80) & (sum < INFINITY);
-    store(scales, 0, select_f(finite, down, splat(__builtin_nanf(""))), BF16); /* exact */
-    up = select_f(finite, up, (vf){0}); /* what comes of NaN times it is multiplied by NaN again */
-    for (int i = 0; i < GROUP / 16; i++) {
-        __m256i x[8];
-        UNROLL for (int c = 0; c < 8; c++)
-            x[c] = round_pairs(_mm256_loadu_si256((const __m256i *)(w[c] + 16 * i)), _mm256_set1_ps(up[c]));
-        transpose(x);
-        UNROLL for (int j = 0; j < 8; j++) _mm256_storeu_si256((__m256i *)(pairs + (8 * i + j) * PANEL), x[j]);
-    }
-}
-
-/* The inner loop, written out, as compilers put sums into memory: sums of up to 6 rows by two vectors of columns, two
- * vectors of weights, one of x, and one for what becomes of them are all of the 16 registers. */
-#define EACH_SUM(DO) \
-    DO(0, 4) DO(1, 5) DO(2, 6) DO(3, 7) DO(4, 8) DO(5, 9) DO(6, 10) DO(7, 11) DO(8, 12) DO(9, 13) DO(10, 14) DO(11, 15)
-#define ZERO(i, ymm) "vpxor %%xmm" #ymm ", %%xmm" #ymm ", %%xmm" #ymm "\n\t"
-#define KEEP_SUM(i, ymm) "vmovdqa %%ymm" #ymm ", 32*" #i "(%[sums])\n\t"
-#ifdef __AVXVNNI__
-#define ADD_PAIRS(w, ymm) "%{vex%} vpdpwssd %%ymm" #w ", %%ymm2, %%ymm" #ymm "\n\t"
-#else
-#define ADD_PAIRS(w, ymm) "vpmaddwd %%ymm" #w ", %%ymm2, %%ymm3\n\tvpaddd %%ymm3, %%ymm" #ymm ", %%ymm" #ymm "\n\t"
-#endif
-#define ROW(r, ymm_0, ymm_1) "vpbroadcastd 4*" #r "(%[x]), %%ymm2\n\t" ADD_PAIRS(0, ymm_0) ADD_PAIRS(1, ymm_1)
-#define ROWS_1 ROW(0, 4, 5)
-#define ROWS_2 ROWS_1 ROW(1, 6, 7)
-#define ROWS_3 ROWS_2 ROW(2, 8, 9)
-#define ROWS_4 ROWS_3 ROW(3, 10, 11)
-#define ROWS_5 ROWS_4 ROW(4, 12, 13)
-#define ROWS_6 ROWS_5 ROW(5, 14, 15)
-#define GROUP_KERNEL(rows, name, ASK) \
-    static void name##rows(__m256i *sums, const int32_t *x, const int32_t *w) { \
-        int64_t n = GROUP / 2; \
-        __asm__ volatile(EACH_SUM(ZERO) ".p2align 5\n1:\n\t" ASK "vmovdqu (%[w]), %%ymm0\n\tvmovdqu 32(%[w]), %%ymm1\n\t" \
-                         ROWS_##rows "add $4*" #rows ", %[x]\n\tadd $64, %[w]\n\tdec %[n]\n\tjnz 1b\n\t" EACH_SUM(KEEP_SUM) \
-                         : [x] "+r"(x), [w] "+r"(w), [n] "+r"(n) \
-                         : [sums] "r"(sums) \
-                         : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", \
-                           "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"); \
-    }
-#define GROUP_KERNELS(rows) \
-    GROUP_KERNEL(rows, multiply_group_, "") \
-    GROUP_KERNEL(rows, multiply_far_group_, "prefetcht0 " AHEAD "(%[w])\n\t")
-GROUP_KERNELS(1)
-GROUP_KERNELS(2)
-GROUP_KERNELS(3)
-GROUP_KERNELS(4)
-GROUP_KERNELS(5)
-GROUP_KERNELS(6)
-
-/* sums[r][PANEL] += x[r] . w over num_groups groups. x_scales: [groups], x_step apart; w_scales: [groups][PANEL]. */
-INLINE void multiply_rows(float *sums, const int32_t *x, const int32_t *w, const float *x_scales, int64_t x_step,
-                          const uint16_t *w_scales, int64_t num_groups, int rows,
-                          void multiply_group(__m256i *, const int32_t *, const int32_t *)) {
-    for (int64_t g = 0; g < num_groups; g++) {
-        __m256i acc[2 * TILE];
-        multiply_group(acc, x + g * (GROUP / 2) * rows, w + g * (GROUP / 2 * PANEL));
-        vf w_scale[2] = {load(w_scales, g * PANEL, BF16), load(w_scales, g * PANEL + VL, BF16)};
-        UNROLL for (int r = 0; r < rows; r++) UNROLL for (int c = 0; c < 2; c++) {
-            vf scale = w_scale[c] * x_scales[g * x_step + r];
-            vf sum = fma_f((vf)_mm256_cvtepi32_ps(acc[2 * r + c]), scale, load(sums, r * PANEL + c * VL, F32));
-            store(sums, r * PANEL + c * VL, sum, F32);
-        }
-    }
-}
-
-typedef void tile_kernel(float *, const int32_t *, const int32_t *, const float *, int64_t, const uint16_t *, int64_t);
-#define TILE_KERNEL(rows, name, group_name) \
-    static void name##rows(float *sums, const int32_t *x, const int32_t *w, const float *x_scales, int64_t x_step, \
-                           const uint16_t *w_scales, int64_t num_groups) { \
-        multiply_rows(sums, x, w, x_scales, x_step, w_scales, num_groups, rows, group_name##rows); \
-    }
-#define TILE_KERNELS(name, group_name) \
-    TILE_KERNEL(1, name, group_name) TILE_KERNEL(2, name, group_name) TILE_KERNEL(3, name, group_name) \
-    TILE_KERNEL(4, name, group_name) TILE_KERNEL(5, name, group_name) TILE_KERNEL(6, name, group_name) \
-    static tile_kernel *const name##rows_of[] = {name##1, name##2, name##3, name##4, name##5, name##6};
-TILE_KERNELS(multiply_, multiply_group_)
-TILE_KERNELS(multiply_far_, multiply_far_group_) /* for weights in memory */
-
-INLINE __m256i add_products(__m256i sum, __m256i a, __m256i b) {
-#ifdef __AVXVNNI__
-    return _mm256_dpwssd_avx_epi32(sum, a, b);
-#else
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
-#endif
-}
-
-/* sums[p][r][PANEL] = x[r] . w[p], of panels that are read side by side: few rows wait for memory alone, and one stream
- * does not keep it busy. x: of one tile. */
-INLINE void stream_rows(float *sums, const rows_of_x *of_x, const int32_t *const *w, const uint16_t *const *w_scales,
-                        int rows, int panels) {
-    const int32_t *x = (const int32_t *)of_x->integers;
-    int64_t groups = of_x->in_features / GROUP, at_pair = 0;
-    memset(sums, 0, panels * rows * PANEL * sizeof *sums);
-    for (int64_t g = 0; g < groups; g++) {
-        __m256i acc[2 * MAX_SUMS];
-        UNROLL for (int i = 0; i < 2 * rows * panels; i++) acc[i] = _mm256_setzero_si256();
-        for (int i = 0; i < GROUP / 2; i++, x += rows, at_pair += PANEL)
-            UNROLL for (int p = 0; p < panels; p++) {
-                __builtin_prefetch(w[p] + at_pair + STREAM_AHEAD);
-                UNROLL for (int c = 0; c < 2; c++) {
-                    __m256i pairs = _mm256_loadu_si256((const __m256i *)(w[p] + at_pair + c * VL));
-                    UNROLL for (int r = 0; r < rows; r++)
-                        acc[(p * rows + r) * 2 + c] = add_products(acc[(p * rows + r) * 2 + c], pairs,
-                                                                   _mm256_set1_epi32(x[r]));
-                }
-            }
-        UNROLL for (int p = 0; p < panels; p++) UNROLL for (int c = 0; c < 2; c++) {
-            vf w_scale = load(w_scales[p], g * PANEL + c * VL, BF16);
-            UNROLL for (int r = 0; r < rows; r++) {
-                int64_t at_sum = (p * rows + r) * PANEL + c * VL;
-                vf scale = w_scale * of_x->scales[g * rows + r];
-                vf sum = (vf)_mm256_cvtepi32_ps(acc[(p * rows + r) * 2 + c]);
-                store(sums, at_sum, fma_f(sum, scale, load(sums, at_sum, F32)), F32);
-            }
-        }
-    }
-}
-
-typedef void stream_kernel(float *, const rows_of_x *, const int32_t *const *, const uint16_t *const *);
-#define STREAM_KERNEL(rows, panels) \
-    static void stream_##rows(float *sums, const rows_of_x *x, const int32_t *const *w, \
-                              const uint16_t *const *w_scales) { \
-        stream_rows(sums, x, w, w_scales, rows, panels); \
-    }
-STREAM_KERNEL(1, 4)
-STREAM_KERNEL(2, 3)
-STREAM_KERNEL(3, 2)
-static stream_kernel *const stream_kernels[] = {stream_1, stream_2, stream_3};
-static const int streams_of[] = {4, 3, 2}; /* whose sums, and what they are made from, fit the registers */
+#if defined(__AVX2__) && defined(__FMA__) && (VL == 8 || defined(__AVX512VNNI__))
+#include "whole_products.h"
 
 typedef struct {
     float *sums;    /* as above */
@@ -295,19 +51,6 @@ typedef struct {
 } weights;
 
 INLINE int64_t panels_of(int64_t out_features) { return (out_features + PANEL - 1) / PANEL; }
-
-/* num_groups groups from input k on of the PANEL columns from col on: as a panel, and their scales. */
-static void round_panel(int32_t *panel, uint16_t *scales, const uint16_t *w, int64_t in, int64_t out_features, int64_t col,
-                        int64_t k, int64_t num_groups) {
-    for (int64_t half = 0; half < PANEL; half += 8) {
-        const uint16_t *columns[8];
-        for (int64_t c = 0; c < 8; c++) columns[c] = w + min64(col + half + c, out_features - 1) * in + k;
-        for (int64_t g = 0; g < num_groups; g++) {
-            round_columns(panel + g * (GROUP / 2 * PANEL) + half, scales + g * PANEL + half, columns, 8 * in);
-            for (int64_t c = 0; c < 8; c++) columns[c] += GROUP;
-        }
-    }
-}
 
 static void store_panel(const rows_of_x *x, const weights *w, uint16_t *out, int64_t panel, const float *sums) {
     int64_t num_cols = min64(PANEL, w->out_features - panel * PANEL);

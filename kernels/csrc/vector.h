@@ -263,11 +263,16 @@ INLINE v8 add_pairs(v8 a, v8 b) {
 }
 
 /* Sums of the lanes of eight vectors; each is associated alike: ((0+1)+(2+3)) + ((4+5)+(6+7)). */
-INLINE v8 sum_each(const vf x[8]) {
-    v8 a = add_pairs(add_pairs(fold(x[0]), fold(x[1])), add_pairs(fold(x[2]), fold(x[3])));
-    v8 b = add_pairs(add_pairs(fold(x[4]), fold(x[5])), add_pairs(fold(x[6]), fold(x[7])));
+INLINE v8 sum_eight(const v8 x[8]) {
+    v8 a = add_pairs(add_pairs(x[0], x[1]), add_pairs(x[2], x[3]));
+    v8 b = add_pairs(add_pairs(x[4], x[5]), add_pairs(x[6], x[7]));
     return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
            SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+INLINE v8 sum_each(const vf x[8]) {
+    v8 folded[8];
+    UNROLL for (int i = 0; i < 8; i++) folded[i] = fold(x[i]);
+    return sum_eight(folded);
 }
 
 /* Sums of the lanes of four vectors, associated as in sum_each. */

@@ -32,10 +32,11 @@ def processor(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     """One that multiplies the dtypes of the test's parameter, and has AVX-512."""
     monkeypatch.setattr(layers, "cpu_multiplies_in", lambda dtype: dtype in request.param)
     monkeypatch.setattr(layers, "_torch_has_avx512", lambda: True)
+    monkeypatch.setattr(layers, "_has_tiles", lambda: True)
 
 
 @pytest.mark.parametrize("processor", [[torch.float32, torch.bfloat16]], indirect=True)
-def test_a_processor_with_bfloat16_packs_that_and_widens_to_it(processor: None) -> None:
+def test_a_processor_with_tiles_of_bfloat16_packs_that_and_widens_to_it(processor: None) -> None:
     linear = linear_for(torch.bfloat16, CPU)
     assert linear.dense is F.linear
     assert linear.packs
@@ -43,6 +44,19 @@ def test_a_processor_with_bfloat16_packs_that_and_widens_to_it(processor: None) 
     assert not linear_for(torch.float32, CPU).packs
     assert not linear_for(torch.float32, CPU).widens_from, "its numbers have more bits than it would be rounded to"
     assert linear_for(torch.float16, CPU) == Linear(linear_dense_quick, quick=True)
+
+
+@pytest.mark.parametrize("processor", [[torch.float32, torch.bfloat16]], indirect=True)
+@pytest.mark.parametrize("in_whole_numbers", [True, False])
+def test_bfloat16_without_tiles_is_multiplied_in_whole_numbers_if_the_processor_can(
+    processor: None, in_whole_numbers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_has_tiles", lambda: False)
+    monkeypatch.setattr(layers, "multiplies_whole_numbers", lambda: in_whole_numbers)
+    linear = linear_for(torch.bfloat16, CPU)
+    assert (linear == Linear(linear_dense_quick, quick=True)) == in_whole_numbers
+    assert linear.packs == (not in_whole_numbers)
+    assert linear_for(torch.float32, CPU).dense is F.linear
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -45,6 +45,7 @@ def small_matrices_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def fast_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a processor with AMX would be found to be."""
     monkeypatch.setattr(layers_module, "cpu_multiplies_in", lambda dtype: True)
+    monkeypatch.setattr(layers_module, "_has_tiles", lambda: True)
 
 
 def matrices(model: Any) -> list[Any]:
