@@ -1,11 +1,15 @@
-"""A quantised linear layer for many rows, on CPUs that multiply 16-bit floats by instructions of their own.
+"""A quantised linear layer for many rows, on CPUs that multiply 16-bit floats quicker than quantised weights.
 
-There a product of floats is some six times as quick as one in float32, which is what `linear_quantized` computes: on a
-2-core machine with AMX 1.58 and 0.26 TFLOP/s at 512 rows. So weights are widened to 16 bits, some rows at a time, which
-then are multiplied by all rows of `x`; that pays from as many rows on as make up for widening.
+With AMX a product of 16-bit floats is some six times as quick as one in float32, which is what `linear_quantized`
+computes: 1.58 and 0.26 TFLOP/s at 512 rows on a 2-core machine. In whole numbers, with AVX-512 and VNNI, it takes 0.5 to
+0.6 of the time of int8 and int4, and 0.6 to 0.8 with widening (`python -m octavo.kernels.bench_cpu --weights --rows 128
+512`). So weights are widened to 16 bits, some rows at a time, which then are multiplied by all rows of `x`; that pays
+from as many rows on as make up for widening.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +22,10 @@ from .quantized_weight import QuantizedWeight
 _WIDENED_AT_ONCE = 1024  # weight rows: what bounds the scratch memory, to some megabytes
 
 
-def linear_widened(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
-    """`x @ weight.T`, of weights rounded to the dtype of `x`; products and sums are those of `F.linear`.
+def linear_widened(
+    x: torch.Tensor, weight: QuantizedWeight, multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.linear
+) -> torch.Tensor:
+    """`x @ weight.T`, of weights rounded to the dtype of `x`; products and sums are those of `multiply`.
 
     Rounding moves a weight by at most 2^-9 of itself in bfloat16, where 8 bits in groups have moved it by up to 2^-8 of
     its group's largest; in float16, by 2^-12, and what is below its range becomes zero. Without the C library it is
@@ -27,6 +33,7 @@ def linear_widened(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
 
     Args:
         x: `[num_tokens, in_features]`, bfloat16 or float16, on the CPU.
+        multiply: as `F.linear`.
 
     Returns:
         `[num_tokens, out_features]`, the same. The last bits of a row may depend on how many there are.
@@ -52,7 +59,7 @@ def linear_widened(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
             *(weight.described, first, part.shape[0], part.data_ptr()),
             *(cpu_build.DTYPE_CODES[x.dtype], torch.get_num_threads()),
         )
-        out[:, first : first + part.shape[0]] = F.linear(x, part)
+        out[:, first : first + part.shape[0]] = multiply(x, part)
     return out
 
 

@@ -26,6 +26,7 @@ _ROWS_BOUND_BY_MEMORY = 4
 # those of Qwen3-0.6B) and then multiplied by AMX (0.6 TFLOP/s): an estimate, from rates of 2 cores that have AMX.
 # `python -m octavo.kernels.bench_packed` compares the two.
 _ROWS_WORTH_WIDENING = 32
+_ROWS_TO_WIDEN_IN_WHOLE = 96  # the same, where bfloat16 is multiplied in whole numbers with AVX-512
 
 DenseLinear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -85,7 +86,7 @@ class Linear:
             case RoundedWeight():
                 out = linear_rounded(x, weight)
             case _ if self._widens(x.shape[0]):
-                out = linear_widened(x, weight)
+                out = linear_widened(x, weight, lambda x, part: self.dense(x, part, None))
             case _:
                 out = linear_quantized(x, weight, quick=self.quick)
         return out if bias is None else out.add_(bias)
@@ -162,9 +163,9 @@ def linear_for(dtype: torch.dtype, device: torch.device) -> Linear:
         return Linear(F.linear, quick=True)
     if device.type == "cuda":
         return Linear(linear_dense, quick=True)
-    if not cpu_multiplies_in(dtype) or (dtype is torch.float32 and not _torch_has_avx512()):
-        return Linear(linear_dense_quick, quick=True)
     if dtype is torch.bfloat16 and multiplies_whole_numbers() and not _has_tiles():
+        return Linear(linear_dense_quick, quick=True, widens_from=_ROWS_TO_WIDEN_IN_WHOLE if _torch_has_avx512() else 0)
+    if not cpu_multiplies_in(dtype) or (dtype is torch.float32 and not _torch_has_avx512()):
         return Linear(linear_dense_quick, quick=True)
     # Few rows wait for memory alone, and ours reads it faster; for more torch has better instructions.
     return Linear(

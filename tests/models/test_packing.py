@@ -184,7 +184,12 @@ def test_quantised_weights_are_widened_for_many_rows_and_stay_one_call_for_fewer
     rows = watched_stack(model, monkeypatch)
     widened: list[int] = []
     widen = layers_module.linear_widened
-    monkeypatch.setattr(layers_module, "linear_widened", lambda x, w: widened.append(len(x)) or widen(x, w))
+
+    def watched(x: torch.Tensor, weight: Any, multiply: Any) -> torch.Tensor:
+        widened.append(len(x))
+        return widen(x, weight, multiply)
+
+    monkeypatch.setattr(layers_module, "linear_widened", watched)
     ours = run_paged(model, PROMPT, [32, 8])
     assert rows == [8]
     assert widened == [32] * 9  # four in each of two layers, and the head
