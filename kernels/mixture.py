@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .expert_stack import ExpertStack
+from .expert_stack import AnyExpertStack
 
 
 def route(
@@ -48,7 +48,7 @@ def mixture(
     x: torch.Tensor,
     weights: torch.Tensor,
     chosen: torch.Tensor,
-    stack: ExpertStack,
+    stack: AnyExpertStack,
     *,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
@@ -57,7 +57,7 @@ def mixture(
     On a GPU nothing waits for the host: what has to be launched follows from the number of tokens alone.
 
     Args:
-        x: `[num_tokens, hidden_size]`, the dtype of the stack.
+        x: `[num_tokens, hidden_size]`, the dtype of the stack; float32, bfloat16 or float16 where that is codes.
         weights: `[num_tokens, num_chosen]`, float32 or the dtype of `x`.
         chosen: int, the same shape; a number that is none of the stack's is passed over, as -1 is.
         batch_invariant: each token's bits are the same, whatever else is in the batch; slower for few tokens.
@@ -73,16 +73,17 @@ def mixture(
     return mixture_ref(x, weights, chosen, stack)
 
 
-def mixture_ref(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, stack: ExpertStack) -> torch.Tensor:
+def mixture_ref(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, stack: AnyExpertStack) -> torch.Tensor:
     """What `mixture` means, but for sums in float32 that torch may do in another order; float64 for float64."""
     num_tokens, num_chosen = chosen.shape
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     said = x.new_zeros((num_tokens, num_chosen, x.shape[1]))
-    for expert in range(stack.w13.shape[0]):
+    for expert in range(stack.w2.shape[0]):
         token, place = torch.where(chosen == stack.first + expert)
         if len(token):
             b13 = None if stack.b13 is None else stack.b13[expert].to(wide)
             b2 = None if stack.b2 is None else stack.b2[expert].to(wide)
-            inner = stack.act(F.linear(x[token].to(wide), stack.w13[expert].to(wide), b13)).to(x.dtype)
-            said[token, place] = F.linear(inner.to(wide), stack.w2[expert].to(wide), b2).to(x.dtype)
+            w13, w2 = stack.matrices(expert, wide)
+            inner = stack.act(F.linear(x[token].to(wide), w13, b13)).to(x.dtype)
+            said[token, place] = F.linear(inner.to(wide), w2, b2).to(x.dtype)
     return torch.einsum("tkh,tk->th", said.to(wide), weights.to(wide)).to(x.dtype)

@@ -51,16 +51,6 @@ def release_team() -> None:
         pause(_PAUSE_SOFT)
 
 
-def team_cpus(num_threads: int) -> list[int]:
-    """The core that each thread of the calling thread's team is on now; -1 where that is not known."""
-    kernels = _kernels()
-    found = (ctypes.c_int32 * num_threads)(*[-1] * num_threads)
-    if kernels is not None:
-        kernels.octavo_team_cpus(found, num_threads)
-    return list(found)
-
-
 _kernels = cpu_build.declared(
     octavo_bind_team=(CODE, ctypes.POINTER(ctypes.c_int32), CODE),
-    octavo_team_cpus=(None, ctypes.POINTER(ctypes.c_int32), CODE),
 )

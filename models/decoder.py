@@ -133,9 +133,7 @@ class Decoder(ABC):
             reader.leave(*(f"model.layers.{index}." for index in range(num_layers) if index not in layers))
             self._norm = self.take_gain(reader, "model.norm.weight", s.hidden_size)
             reader.finish()
-            to = quantization.quantized_to if isinstance(quantization, RandomWeights) else quantization
-            is_quantized_here = isinstance(to, str)  # and not as the checkpoint has it
-            stack_on_device([layer.mlp for layer in self.layers], device, widens=not is_quantized_here)
+            stack_on_device([layer.mlp for layer in self.layers], device)
 
     # ---- a family's own ----
 

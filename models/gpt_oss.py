@@ -79,7 +79,7 @@ def read_settings(config: Any) -> GptOssSettings:
 
 
 class GptOssForCausalLM(Decoder):
-    """A `CausalLM` of GPT-OSS, whose experts are floating or in MXFP4 and become floats as they are read.
+    """A `CausalLM` of GPT-OSS, whose experts are floating or in MXFP4; on a CPU those become floats as they are read.
 
     See `Decoder`.
     """

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels import mixture as kernels
-from ..kernels.expert_stack import ExpertStack, is_fusable
+from ..kernels.expert_codes import coded
+from ..kernels.expert_stack import AnyExpertStack, CodedExpertStack, ExpertStack, is_fusable
 from ..kernels.gated_activation import GatedActivation
 from ..kernels.quantized_weight import LinearWeight
 from .errors import UnsupportedModelError
@@ -79,40 +80,46 @@ class MixtureOfExperts:
         router = f"{prefix}.{s.block}.{s.router}"
         self._router = reader.take(f"{router}.weight", s.num_experts, hidden)
         self._router_bias = reader.take(f"{router}.bias", s.num_experts) if s.router_bias else None
-        read = read_stacked_experts if s.names == STACKED_NAMES else read_experts
-        self.experts: dict[int, Expert] = read(reader, f"{prefix}.{s.block}.experts", hidden, s, act, group)
         self.batch_invariant = False
-        self._stack: ExpertStack | None = None
+        self._stack: AnyExpertStack | None = None
+        self.experts: dict[int, Expert] = {}
+        given = (reader, f"{prefix}.{s.block}.experts", hidden, s, act, group)
+        if s.names == STACKED_NAMES:
+            self._stack = read_coded_experts(*given)
+            if self._stack is None:
+                self.experts = read_stacked_experts(*given)
+        else:
+            self.experts = read_experts(*given)
 
-    def stack_experts(self, *, widens: bool = True) -> None:
+    def stack_experts(self) -> None:
         """Compute by products over all experts at once, as a GPU does, which must not wait for the router's choice.
 
-        Call it when the experts' contents are there. Those of a quantised checkpoint become floating numbers, as the
-        products know no others: they are right, and take 16 or 32 bits each.
-
-        Args:
-            widens: they may; where they were quantised to save memory, that would be in vain.
+        Call it when the experts' contents are there. Quantised ones stay codes, in the layout of those products; only
+        what cannot lie so (see `coded`) becomes floating numbers: they are right, and take 16 or 32 bits each.
 
         Raises:
-            UnsupportedModelError: the experts are activated in a way that cannot be fused, or must not be widened.
+            UnsupportedModelError: the experts are activated in a way that cannot be fused.
         """
+        if self._stack is not None:  # they were read as codes
+            return
         experts = list(self.experts.values())
         act = experts[0].act
         if not is_fusable(act):
             raise UnsupportedModelError("this activation is not supported in a mixture of experts on a GPU")
-        w13 = _stacked([expert.gate_up for expert in experts], self._dtype, widens=widens)
-        w2 = _stacked([expert.down for expert in experts], self._dtype, widens=widens)
         b13 = [expert.gate_up_bias for expert in experts if expert.gate_up_bias is not None]
         b2 = [expert.down_bias for expert in experts if expert.down_bias is not None]
-        self._stack = ExpertStack(
-            w13=w13,
-            w2=w2,
-            b13=torch.stack(b13) if b13 else None,
-            b2=torch.stack(b2) if b2 else None,
-            first=next(iter(self.experts)),
-            act=act,
-        )
-        for index, expert in enumerate(experts):  # the memory that each had is given back
+        biases = (torch.stack(b13) if b13 else None, torch.stack(b2) if b2 else None)
+        first = next(iter(self.experts))
+        of_w13, of_w2 = [expert.gate_up for expert in experts], [expert.down for expert in experts]
+        coded_w13 = coded(of_w13)
+        coded_w2 = None if coded_w13 is None else coded(of_w2)
+        if coded_w13 is not None and coded_w2 is not None:
+            self._stack = CodedExpertStack(coded_w13, coded_w2, *biases, first, act)
+            self.experts.clear()  # the memory that each had is given back
+            return
+        w13, w2 = _stacked(of_w13, self._dtype), _stacked(of_w2, self._dtype)
+        self._stack = ExpertStack(w13, w2, *biases, first, act)
+        for index, expert in enumerate(experts):  # likewise
             expert.gate_up, expert.down = w13[index], w2[index]
 
     def use(self, linear: Linear, acts: Mapping[GatedActivation, GatedActivation]) -> None:
@@ -151,7 +158,7 @@ class MixtureOfExperts:
         return out
 
 
-def stack_on_device(blocks: Sequence[Expert | MixtureOfExperts], device: torch.device, *, widens: bool = True) -> None:
+def stack_on_device(blocks: Sequence[Expert | MixtureOfExperts], device: torch.device) -> None:
     """`stack_experts` of every mixture among a model's feed-forward blocks that has been read, on anything but a CPU.
 
     One layer after the other: what it takes for a moment is one layer's experts.
@@ -159,7 +166,7 @@ def stack_on_device(blocks: Sequence[Expert | MixtureOfExperts], device: torch.d
     if device.type != "cpu":
         for block in blocks:
             if isinstance(block, MixtureOfExperts):
-                block.stack_experts(widens=widens)
+                block.stack_experts()
 
 
 def read_experts(  # noqa: PLR0917 - as `MixtureOfExperts`
@@ -215,6 +222,29 @@ def read_stacked_experts(  # noqa: PLR0917 - as `MixtureOfExperts`
     return {index: expert(index) for index in held_experts(s, group)}
 
 
+def read_coded_experts(  # noqa: PLR0917 - as `MixtureOfExperts`
+    reader: WeightReader,
+    prefix: str,
+    hidden: int,
+    settings: MixtureSettings,
+    act: GatedActivation,
+    group: ParallelGroup,
+) -> CodedExpertStack | None:
+    """As `read_stacked_experts`, the codes that the checkpoint holds; None where the reader does not keep them so."""
+    s, held = settings, held_experts(settings, group)
+    gate_up, down = (f"{prefix}.{name}" for name in s.names)
+    part = ALL if group.expert_parallel else share_evenly(group, s.inner)
+    w13 = reader.take_expert_codes(gate_up, (s.num_experts, hidden, 2 * s.inner), held, takes_turns=True, rows=part)
+    w2 = None if w13 is None else reader.take_expert_codes(down, (s.num_experts, s.inner, hidden), held, columns=part)
+    if w13 is None or w2 is None:
+        return None
+    b13 = reader.take(f"{gate_up}_bias", s.num_experts, 2 * s.inner)[held.start : held.stop]
+    b2 = reader.take(f"{down}_bias", s.num_experts, hidden)[held.start : held.stop]
+    b13 = torch.cat((b13[:, 0::2][:, part], b13[:, 1::2][:, part]), dim=1)
+    adds_bias = group.expert_parallel or group.tp_rank == 0  # of the sum, it is part once
+    return CodedExpertStack(w13, w2, b13, b2.contiguous() if adds_bias else None, held.start, act)
+
+
 def held_experts(settings: MixtureSettings, group: ParallelGroup) -> range:
     """The experts that a rank has, of each all or a part."""
     if group.expert_parallel:
@@ -222,11 +252,7 @@ def held_experts(settings: MixtureSettings, group: ParallelGroup) -> range:
     return range(settings.num_experts)
 
 
-def _stacked(weights: Sequence[LinearWeight], dtype: torch.dtype, *, widens: bool) -> torch.Tensor:
-    if not widens and not all(isinstance(weight, torch.Tensor) for weight in weights):
-        raise UnsupportedModelError(
-            "experts are not quantised at load on a GPU, which would widen them again: leave --quantization at auto"
-        )
+def _stacked(weights: Sequence[LinearWeight], dtype: torch.dtype) -> torch.Tensor:
     return torch.stack([_widened(weight, dtype) for weight in weights])
 
 

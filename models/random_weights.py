@@ -25,11 +25,12 @@ class RandomWeights:
     """Asks `open_weights` for random weights, where a quantisation would stand.
 
     Attributes:
-        quantized_to: what linear layers' weights are quantised to, as floating ones of a checkpoint would be.
+        quantized_to: what linear layers' weights are quantised to, as floating ones of a checkpoint would be; or
+            "mxfp4", in which a mixture's experts alone are stored.
     """
 
     seed: int = 0
-    quantized_to: Literal["int8", "int4"] | None = None
+    quantized_to: Literal["int8", "int4", "mxfp4"] | None = None
 
 
 class RandomReader(WeightReader):

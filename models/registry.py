@@ -124,9 +124,7 @@ def weight_quantization(
         QuantizedModelError: by a method that is not read, or the model is not served natively.
         UnsupportedModelError: `int8` or `int4` was asked for where it cannot be had.
     """
-    stated = getattr(config, "quantization_config", None)
-    method = stated.get("quant_method") if isinstance(stated, dict) else getattr(stated, "quant_method", None)
-    method = getattr(method, "value", method)
+    stated, method = getattr(config, "quantization_config", None), _stated_method(config)
     if stated and not native:
         raise QuantizedModelError(
             f"the weights of {path} are quantised ({method}), which is supported only by native implementations "
@@ -147,6 +145,13 @@ def weight_quantization(
     return quantization
 
 
+def _stated_method(config: Any) -> Any:
+    """How a configuration says that the weights are quantised; None where it does not."""
+    stated = getattr(config, "quantization_config", None)
+    method = stated.get("quant_method") if isinstance(stated, dict) else getattr(stated, "quant_method", None)
+    return getattr(method, "value", method)
+
+
 def dummy_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
     """The dtype of random weights; `auto` takes the configuration's, bfloat16 without one, float32 on a slow CPU."""
     if dtype != "auto":
@@ -160,8 +165,8 @@ def dummy_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
     return found if device.type != "cpu" or cpu_multiplies_in(found) else torch.float32
 
 
-def _random_weights(folder: Path, quantization: Quantization, *, native: bool) -> RandomWeights:
-    """Asks for random weights where they can be had; a checkpoint's own quantisation is left aside.
+def _random_weights(config: Any, folder: Path, quantization: Quantization, *, native: bool) -> RandomWeights:
+    """Asks for random weights where they can be had; a checkpoint's own quantisation is left aside, but for MXFP4.
 
     Raises:
         UnsupportedModelError: they cannot.
@@ -169,7 +174,10 @@ def _random_weights(folder: Path, quantization: Quantization, *, native: bool) -
     why_not = _why_none_random(folder, native=native)
     if why_not:
         raise UnsupportedModelError(f"--load-format dummy: {why_not}")
-    return RandomWeights(quantized_to=None if quantization == "auto" else quantization)
+    if quantization != "auto":
+        return RandomWeights(quantized_to=quantization)
+    is_mxfp4 = config.model_type == "gpt_oss" and _stated_method(config) == "mxfp4"
+    return RandomWeights(quantized_to="mxfp4" if is_mxfp4 else None)
 
 
 def _why_none_random(folder: Path, *, native: bool) -> str:
@@ -242,7 +250,7 @@ def load_model(
     implementation = None if model_impl == "transformers" else native_class(config)
     weights_are: WeightsAre
     if load_format == "dummy":
-        weights_are = _random_weights(folder, quantization, native=implementation is not None)
+        weights_are = _random_weights(config, folder, quantization, native=implementation is not None)
     else:
         weights_are = weight_quantization(config, folder, quantization, native=implementation is not None)
     if implementation is None:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..kernels import cpu_build
+from ..kernels.expert_codes import ExpertCodes
 from ..kernels.huge_pages import place, release_file_pages
 from ..kernels.quantized_weight import LinearWeight, QuantizedWeight, concatenate
 from .device_loading import CudaStagingMaker, DeviceLoader
@@ -208,6 +209,23 @@ class WeightReader:
         matrix = self._read_expert(name, shape, index)
         parts = [matrix[0::2][rows], matrix[1::2][rows]] if takes_turns else [matrix[rows]]
         return self._made_linear(name, [part[:, columns] for part in parts])
+
+    def take_expert_codes(
+        self,
+        name: str,
+        shape: tuple[int, int, int],
+        experts: range,
+        *,
+        takes_turns: bool = False,
+        rows: slice = ALL,
+        columns: slice = ALL,
+    ) -> ExpertCodes | None:
+        """As `take_expert`, of several experts at once and as the codes that the checkpoint holds.
+
+        Returns:
+            None where it holds none that are multiplied as such on this device: then `take_expert` has the weights.
+        """
+        return None
 
     def tied_head(self, embedding: torch.Tensor, rows: slice = ALL) -> torch.Tensor | QuantizedWeight:
         """The output projection that shares its weights with the token embedding, of which `rows` were taken."""

@@ -1,4 +1,4 @@
-/* Which core each thread of an OpenMP team runs on: see thread_binding.py. */
+/* Binds the threads of an OpenMP team to cores: see thread_binding.py. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdint.h>
@@ -52,20 +52,5 @@ int octavo_bind_team(const int32_t *cpus, int num_threads) {
     (void)cpus;
     (void)num_threads;
     return ENOSYS;
-#endif
-}
-
-/* cpus[i] = the core that thread i of the caller's team runs on. */
-void octavo_team_cpus(int32_t *cpus, int num_threads) {
-    for (int i = 0; i < num_threads; i++) cpus[i] = -1;
-#ifdef __linux__
-#pragma omp parallel num_threads(num_threads)
-    {
-#ifdef _OPENMP
-        cpus[omp_get_thread_num()] = sched_getcpu();
-#else
-        cpus[0] = sched_getcpu();
-#endif
-    }
 #endif
 }

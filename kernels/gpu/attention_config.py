@@ -36,6 +36,16 @@ class Schedule:
     chunk: int = 0
     split: bool = False
 
+    @property
+    def fuses(self) -> bool:
+        """Whether the compiler may fuse products with sums.
+
+        Not where bits are promised: keys that some of a tile's queries may not see go through code with a mask in it,
+        which keeps a logit's scaling and what is subtracted from it apart, where code without one fuses them. Which of
+        the two a query's keys go through is up to its neighbours.
+        """
+        return not self.chunk
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -63,6 +73,11 @@ class Problem:
     cache_bytes: int
     block_size: int
     num_processors: int
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the cache holds codes, which are widened before they are multiplied."""
+        return self.cache_bytes == 1
 
 
 def _power_of_two(n: int) -> int:
@@ -98,11 +113,20 @@ def _by_share(problem: Problem, block_m: int) -> Schedule:
     if problem.element_bytes == 4:  # products by fused multiply-add: registers, not memory, bound the tile
         return Schedule(True, 16, 16, 4, 3, programs_per_processor=2)
     block_n = min(128, max(16, 8192 // problem.head_dim))
-    if block_m > 32 and problem.head_dim > 128:  # a thread holds 128 registers of output: with more logits it spills
+    if block_m <= 16:
+        return Schedule(True, block_m, block_n, 4, 4, programs_per_processor=2)
+    # More queries than most decodes have: their logits and outputs take the registers of a stage, or of some keys.
+    if problem.head_dim > 128:
+        if block_m <= 32:
+            return Schedule(True, block_m, block_n, 4, 3, programs_per_processor=2)
+        if problem.is_quantized:  # whose codes are widened in registers: one program, of twice as many threads
+            return Schedule(True, block_m, block_n, 8, 3, programs_per_processor=1)
         return Schedule(True, block_m, 16, 4, 4, programs_per_processor=2)
-    if block_m > 32:  # more queries than a decode has, by wgmma: their logits take the registers of a stage
-        return Schedule(True, block_m, block_n, 4, 3, programs_per_processor=2)
-    return Schedule(True, block_m, block_n, 4, 4, programs_per_processor=2)
+    if block_m <= 32:
+        return Schedule(True, block_m, block_n // 2, 4, 4, programs_per_processor=2)
+    if problem.is_quantized:
+        return Schedule(True, block_m, min(64, block_n), 4, 3, programs_per_processor=2)
+    return Schedule(True, block_m, block_n, 4, 3, programs_per_processor=2)
 
 
 def _by_tile(problem: Problem) -> Schedule:
@@ -110,15 +134,16 @@ def _by_tile(problem: Problem) -> Schedule:
 
     Two warp groups of 64 rows each (wgmma's height). With 128 wide heads a thread holds 64 registers of output, and 32
     or 64 of logits. The longer KV tile has fewer barriers and rescalings an operation, but fits without spilling only
-    where a whole tile lies in one block, so that addresses are the same for all of its rows.
+    where a whole tile lies in one block, so that addresses are the same for all of its rows. Codes take registers of
+    their own while they are widened.
     """
     if problem.element_bytes == 4:
         return Schedule(False, 16, 16, 4, 3)
     if problem.head_dim > 128:
-        return Schedule(False, 128, 32, 8, 3)
+        return Schedule(False, 128, 16 if problem.is_quantized else 32, 8, 3)
     if problem.head_dim <= 64:
-        return Schedule(False, 128, 128, 8, 3)
-    if problem.cache_bytes > 1 and problem.block_size % 128 == 0:
+        return Schedule(False, 128, 64 if problem.is_quantized else 128, 8, 3)
+    if not problem.is_quantized and problem.block_size % 128 == 0:
         return Schedule(False, 128, 128, 8, 2)
     return Schedule(False, 128, 64, 8, 3)
 
@@ -127,12 +152,14 @@ def _invariant(problem: Problem) -> Schedule:
     """Tiles by the model's shape alone, so that a query's bits depend on nothing but it and its keys.
 
     Whether chunks are split depends on the batch, but changes no bit: they are merged in the same order and by the same
-    operations. Where they are not split, a thread holds two states, so tiles are half as high as else or lower.
+    operations. Where they are not split, a thread holds two states, so tiles are half as high as else or lower, and
+    narrower where codes are widened.
     """
     if problem.element_bytes == 4:
         schedule = Schedule(False, 16, 16, 4, 3, chunk=CHUNK_TOKENS)
     elif problem.head_dim <= 128:
-        schedule = Schedule(False, 64, 64, 8, 3, chunk=CHUNK_TOKENS)
+        block_n = 32 if problem.is_quantized and problem.head_dim > 64 else 64
+        schedule = Schedule(False, 64, block_n, 8, 3, chunk=CHUNK_TOKENS)
     else:
         schedule = Schedule(False, 32, 32, 8, 3, chunk=CHUNK_TOKENS)
     tokens_of_tile = max(1, schedule.block_m // problem.group)

@@ -2,14 +2,15 @@
 
 Decode reads a paged cache where a peer can; torch's own functions cannot, and get each sequence's keys and values
 behind each other, which is easier. What is timed is the device alone (`device_time`): a step's launches lie in a graph.
-Where a peer's call cannot be captured, its row says so. `octavo bench gpu` starts one process for each of `PEERS`.
+Where one cache is not several times the L2, several take turns. What is wrong has no time, and where a peer's call
+cannot be captured, its row says so. `octavo bench gpu` starts one process for each of `PEERS`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,14 +18,18 @@ import torch.nn.functional as F
 
 from ..attention_batch import AttentionBatch
 from ..attention_kind import AttentionKind
+from .cases import Case, OnCase, Row, rows_of, worded
 from .device_time import device_time
 
-PEERS = ("octavo", "torch_attention", "flex_attention", "flashinfer", "fa3")
+PEERS = ("octavo", "torch_attention", "cudnn", "flex_attention", "flashinfer", "fa3")
 FA3_LIBRARY = "OCTAVO_FA3_LIBRARY"
 """Path of FlashAttention-3's library as vLLM's wheel has it (`_vllm_fa3_C.abi3.so`)."""
 
 _PAGE = 16
 _WORKSPACE = 512 * 1024**2
+_BEYOND_L2 = 256 * 1024**2  # bytes that take turns: several times an H200's 60 MB
+_MOST_ERROR = 2e-2
+_CHECKED_ROWS, _CHECKED_QUERIES = 4, 256  # the first rows, the last queries of each: float64 takes room
 
 Run = Callable[[], torch.Tensor]
 
@@ -60,6 +65,12 @@ class Shape:
         """Of bfloat16 keys and values read, queries read and outputs written."""
         kv = 2 * self.rows * self.context * self.num_kv_heads * self.head_dim
         return 2 * (kv + 2 * self.rows * self.num_new * self.num_heads * self.head_dim)
+
+    @property
+    def turns(self) -> int:
+        """Caches that are read in turn."""
+        kv_bytes = 4 * self.rows * self.context * self.num_kv_heads * self.head_dim
+        return max(1, -(-_BEYOND_L2 // kv_bytes)) if self.num_new == 1 else 1
 
     @property
     def flops(self) -> int:
@@ -134,15 +145,26 @@ def dense(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def reference(inputs: Inputs) -> torch.Tensor:
-    """In float64, `[rows * num_new, num_heads, head_dim]`."""
+    """In float64, of what `checked` takes: `[rows * queries, num_heads, head_dim]`."""
     s = inputs.shape
+    num_rows, num_queries = min(s.rows, _CHECKED_ROWS), min(s.num_new, _CHECKED_QUERIES)
+    few = replace(s, rows=num_rows)
+    inputs = replace(inputs, shape=few, q=inputs.q[: num_rows * s.num_new], table=inputs.table[:num_rows])
     q, k, v = (tensor.double() for tensor in dense(inputs))
-    q = q.view(s.rows, s.num_kv_heads, -1, s.num_new, s.head_dim)
-    scores = q @ k.unsqueeze(2).transpose(-1, -2) * s.head_dim**-0.5
-    positions = torch.arange(s.num_new, device=q.device).unsqueeze(1) + s.num_cached
+    q = q[:, :, -num_queries:].reshape(num_rows, s.num_kv_heads, -1, s.head_dim)  # a group's heads behind each other
+    scores = q @ k.transpose(-1, -2) * s.head_dim**-0.5
+    scores = scores.view(num_rows, s.num_kv_heads, -1, num_queries, s.context)
+    positions = torch.arange(s.context - num_queries, s.context, device=q.device).unsqueeze(1)
     scores.masked_fill_(torch.arange(s.context, device=q.device) > positions, -torch.inf)
-    out = (torch.softmax(scores, -1) @ v.unsqueeze(2)).flatten(1, 2)
-    return out.transpose(1, 2).reshape(-1, s.num_heads, s.head_dim)
+    out = torch.softmax(scores, -1).flatten(2, 3) @ v
+    return out.view(num_rows, s.num_heads, num_queries, s.head_dim).transpose(1, 2).flatten(0, 1)
+
+
+def checked(out: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """The rows and queries of an engine's output that `reference` computes."""
+    num_rows, num_queries = min(shape.rows, _CHECKED_ROWS), min(shape.num_new, _CHECKED_QUERIES)
+    out = out.view(shape.rows, shape.num_new, shape.num_heads, shape.head_dim)
+    return out[:num_rows, shape.num_new - num_queries :].flatten(0, 1)
 
 
 def _ours(inputs: Inputs) -> Run:
@@ -178,11 +200,25 @@ def _torch_attention(inputs: Inputs) -> Run:
     return lambda: _back(F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True), s)
 
 
+def _cudnn(inputs: Inputs) -> Run:
+    """Torch's attention by cuDNN's kernel alone; by itself torch takes another one."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    run = _torch_attention(inputs)
+
+    def by_cudnn() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return run()
+
+    return by_cudnn
+
+
 def _flex_attention(inputs: Inputs) -> Run:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     s = inputs.shape
     q, k, v = dense(inputs)
+    torch._dynamo.reset()  # type: ignore[no-untyped-call]  # after some shapes it would compile no further one
     compiled: Any = torch.compile(flex_attention, dynamic=False)
     mask = None
     if s.num_new > 1:
@@ -194,8 +230,12 @@ def _flex_attention(inputs: Inputs) -> Run:
     return lambda: _back(compiled(q, k, v, block_mask=mask, enable_gqa=True), s)
 
 
+def _import_flashinfer() -> None:
+    import flashinfer  # type: ignore[import-not-found]  # noqa: F401 - a peer, no dependency
+
+
 def _flashinfer(inputs: Inputs) -> Run:
-    import flashinfer  # type: ignore[import-not-found]  # a peer, no dependency
+    import flashinfer
 
     s, device = inputs.shape, inputs.q.device
     workspace = torch.zeros(_WORKSPACE, dtype=torch.uint8, device=device)
@@ -216,12 +256,15 @@ def _flashinfer(inputs: Inputs) -> Run:
     return lambda: prefill.run(inputs.q, (inputs.k, inputs.v))
 
 
-def _fa3(inputs: Inputs) -> Run:
+def _load_fa3() -> None:
     path = os.environ.get(FA3_LIBRARY, "")
     if not path:
         raise ImportError(f"no library: set {FA3_LIBRARY} to the path of vLLM's _vllm_fa3_C.abi3.so")
     torch.ops.load_library(path)  # type: ignore[no-untyped-call]  # torch has no type for it
-    s, device = inputs.shape, inputs.q.device
+
+
+def _fa3(inputs: Inputs) -> Run:
+    s = inputs.shape
     k, v = (cache.transpose(1, 2).contiguous() for cache in (inputs.k, inputs.v))  # token-major pages
     out = torch.empty_like(inputs.q)
     operation = torch.ops._vllm_fa3_C.fwd
@@ -233,7 +276,6 @@ def _fa3(inputs: Inputs) -> Run:
     ]
     num_arguments = len(operation.default._schema.arguments)
     arguments += [1, 0, None][: max(0, num_arguments - len(arguments))]  # of context parallelism, in later versions
-    del device
 
     def run() -> torch.Tensor:
         operation(*arguments)
@@ -245,10 +287,13 @@ def _fa3(inputs: Inputs) -> Run:
 _MAKERS: dict[str, Callable[[Inputs], Run]] = {
     "octavo": _ours,
     "torch_attention": _torch_attention,
+    "cudnn": _cudnn,
     "flex_attention": _flex_attention,
     "flashinfer": _flashinfer,
     "fa3": _fa3,
 }
+_PROBES: dict[str, Callable[[], None]] = {"flashinfer": _import_flashinfer, "fa3": _load_fa3}
+"""What raises where a peer is absent."""
 
 
 def make_run(peer: str, inputs: Inputs) -> Run:
@@ -257,29 +302,41 @@ def make_run(peer: str, inputs: Inputs) -> Run:
 
 
 def rows(
-    device: torch.device, *, peer: str = "octavo", shapes: tuple[Shape, ...] = SHAPES, check: bool = True
-) -> Iterator[dict[str, Any]]:
+    device: torch.device,
+    *,
+    peer: str = "octavo",
+    shapes: tuple[Shape, ...] = SHAPES,
+    first_case: int = 0,
+    on_case: OnCase = lambda _number, _of, _what: None,
+) -> Iterator[Row]:
     """Figures of one engine's attention; a shape that fails is a row that says why, a peer that is absent one row."""
-    for shape in shapes:
-        row: dict[str, Any] = {"kernel": shape.name, "shape": str(shape), "engine": peer}
-        try:
-            inputs = make_inputs(shape, device)
-            run = make_run(peer, inputs)
-            # Too large in float64 for the longest shapes, which have the same code as the others.
-            if check and shape.rows * shape.num_new * shape.context * shape.num_heads <= 1 << 28:
-                error = relative_error(run(), reference(inputs))
-                row["note"] = f"error {error:.1e}"
-                if not error < 2e-2:
-                    row["note"] += ": WRONG"
-            timed = device_time(run)
-            row["note"] = "; ".join(filter(None, (row.get("note"), timed.how)))
-            row |= {"us": timed.us, "bytes": shape.num_bytes, "flops": shape.flops}
-        except ImportError as error:
-            yield {"kernel": "attention", "shape": "", "engine": peer, "note": f"left out: {error}"}
-            return
-        except Exception as error:  # noqa: BLE001,RUF100 - of a peer: its own to word, and one shape's only
-            row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
-        yield row
+    try:
+        _PROBES.get(peer, lambda: None)()
+    except Exception as error:  # noqa: BLE001,RUF100 - a peer that cannot be imported is absent, whatever the reason
+        yield {"kernel": "attention", "shape": "", "engine": peer, "note": f"left out: {worded(error)}"}
+        return
+    cases = [
+        Case(
+            {"kernel": shape.name, "shape": str(shape), "engine": peer},
+            lambda shape=shape: [_measured(peer, shape, device)],  # type: ignore[misc]
+        )
+        for shape in shapes
+    ]
+    yield from rows_of(cases, device, first=first_case, on_case=on_case)
+
+
+def _measured(peer: str, shape: Shape, device: torch.device) -> Row:
+    runs = []
+    for turn in range(shape.turns):
+        inputs = make_inputs(shape, device, seed=turn)
+        runs.append(make_run(peer, inputs))
+        if not turn:
+            error = relative_error(checked(runs[0](), shape), reference(inputs))
+    if not error < _MOST_ERROR:  # NaN is wrong too
+        return {"note": f"WRONG: off by {error:.1e} of the norm"}
+    timed = device_time(*runs)
+    note = "; ".join(filter(None, (f"error {error:.1e}", timed.how)))
+    return {**timed.figures, "bytes": shape.num_bytes, "flops": shape.flops, "error": error, "note": note}
 
 
 def relative_error(out: torch.Tensor, exact: torch.Tensor) -> float:

@@ -3,7 +3,8 @@
     python -m octavo.kernels.gpu.bench_paged_attention            # the shapes that serving is made of
     python -m octavo.kernels.gpu.bench_paged_attention --sweep    # other tile sizes than `choose_schedule`'s
 
-A time is a median over replays of a CUDA graph that goes round several layers' caches, more than the L2 cache holds.
+A time is a median over replays of a CUDA graph that goes round several layers' caches, more than the L2 cache holds
+(`device_time`).
 Bytes are those of keys, values and their scales, each once; operations of a causal prefill are those of visible pairs.
 """
 
@@ -12,8 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import random
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,14 +24,14 @@ from ..attention_kind import AttentionKind
 from ..kv_quantization import is_quantized, row_width
 from ..paged_attention import gather_kv, paged_attention_ref
 from .attention_config import Schedule
+from .cases import Case, OnCase, Row, rows_of, worded
+from .device_time import Timed, device_time
 from .kv_write import write_kv
 from .paged_attention import paged_attention
 
-_NUM_REPLAYS = 15
 _L2_BYTES = 256 << 20  # what a round of layers must read at least, several times the L2 of any GPU of today
 _CHECKED_ROWS = 3  # of a batch, against the meaning in float32
-
-Row = dict[str, Any]  # plain values, for JSON and tables
+_MOST_ERROR = 2e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +90,11 @@ def decode(name: str, num_rows: int, context_len: int, **options: Any) -> Shape:
 def offline_mix(name: str, **options: Any) -> Shape:
     """The 256-request offline workload in its middle: rows that still run after 512 decode steps.
 
-    Lengths of prompts and outputs are uniform in 100-1024 with seed 0, all requests start at once.
+    Lengths of prompts and outputs are uniform in 100-1024 with seed 0, all requests start at once. Each prompt's length
+    is drawn, then its ids, and after all of them the outputs.
     """
     chance = random.Random(0)  # noqa: S311 - the workload's own definition
-    prompts = [chance.randint(100, 1024) for _ in range(256)]
+    prompts = [len([chance.randint(0, 10_000) for _ in range(chance.randint(100, 1024))]) for _ in range(256)]
     outputs = [chance.randint(100, 1024) for _ in range(256)]
     lens = tuple(prompt + 512 for prompt, output in zip(prompts, outputs, strict=True) if output > 512)
     return Shape(name, (1,) * len(lens), lens, **options)
@@ -187,27 +188,6 @@ def relative_error(layers: Layers, out: torch.Tensor) -> float:
     return float((out[:end].float() - exact).norm() / exact.norm())
 
 
-def time_us(calls: Sequence[Callable[[], object]]) -> float:
-    """Microseconds of one of `calls` on the device, in a graph of all of them; the median of several replays."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times: list[float] = []
-    for replay in range(_NUM_REPLAYS + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay >= 2:  # the first ones warm up
-            times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
-
-
 def _peer_calls(layers: Layers, name: str) -> list[Callable[[], object]]:
     """Torch's attention on the same numbers, each row's tokens behind each other: less work than with block tables."""
     shape = layers.shape
@@ -243,18 +223,21 @@ def _peer_calls(layers: Layers, name: str) -> list[Callable[[], object]]:
     ]
 
 
-def _row(shape: Shape, implementation: str, us: float) -> Row:
-    row: Row = {"name": shape.name, "shape": shape.describe(), "implementation": implementation, "us": us}
+def _row(shape: Shape, implementation: str, timed: Timed) -> Row:
+    row: Row = {**_name_of(shape, implementation), **timed.figures}
+    if timed.how:
+        row["note"] = timed.how
     if shape.is_decode:
-        row |= {"gbytes": shape.num_bytes / 1e9, "gbytes_per_s": shape.num_bytes / us / 1e3}
-    else:
-        row |= {"tflop": shape.num_operations / 1e12, "tflop_per_s": shape.num_operations / us / 1e6}
-    return row
+        return row | {"gbytes": shape.num_bytes / 1e9, "gbytes_per_s": shape.num_bytes / timed.us / 1e3}
+    return row | {"tflop": shape.num_operations / 1e12, "tflop_per_s": shape.num_operations / timed.us / 1e6}
+
+
+def _name_of(shape: Shape, implementation: str) -> Row:
+    return {"name": shape.name, "shape": shape.describe(), "implementation": implementation}
 
 
 def _failed(shape: Shape, implementation: str, failure: Exception) -> Row:
-    reason = str(failure)[:200]
-    return {"name": shape.name, "shape": shape.describe(), "implementation": implementation, "failed": reason}
+    return {**_name_of(shape, implementation), "failed": worded(failure)}
 
 
 def our_calls(layers: Layers) -> list[Callable[[], object]]:
@@ -269,28 +252,40 @@ def _calls(layers: Layers, **options: Any) -> list[Callable[[], object]]:
     ]
 
 
-def rows(device: torch.device, *, peers: Sequence[str] = ("sdpa", "flex")) -> list[Row]:
+def rows(
+    device: torch.device,
+    *,
+    peers: Sequence[str] = ("sdpa", "flex"),
+    first_case: int = 0,
+    on_case: OnCase = lambda _number, _of, _what: None,
+) -> Iterator[Row]:
     """Time every shape on a CUDA device, ours and the peers'.
 
-    Returns:
+    Yields:
         For each shape and implementation: `name` (K1 ... K5), `shape`, `implementation`, `us`; for decodes `gbytes`
         (counted, 10^9) and `gbytes_per_s`, for prefills `tflop` and `tflop_per_s`; for ours `error`, relative to
         float32. A peer that cannot run has `failed`, its reason, instead of times.
     """
-    table = []
-    for shape in shapes():
-        layers = make_layers(shape, device)
-        error = relative_error(layers, paged_attention(layers.q, *layers.caches[0], layers.batch, layers.kind))
-        table.append(_row(shape, "octavo", time_us(_calls(layers))) | {"error": error})
-        table.append(_row(shape, "octavo, batch-invariant", time_us(_calls(layers, batch_invariant=True))))
-        for peer in peers if shape.is_uniform and not is_quantized(shape.cache_dtype) else ():
-            try:
-                table.append(_row(shape, peer, time_us(_peer_calls(layers, peer))))
-            except Exception as failure:  # whatever keeps a peer from running is no failure of ours
-                table.append(_failed(shape, peer, failure))
-        del layers
-        torch.cuda.empty_cache()
-    return table
+    cases = [
+        Case(_name_of(shape, "octavo"), lambda shape=shape: _shape_rows(shape, device, peers))  # type: ignore[misc]
+        for shape in shapes()
+    ]
+    return rows_of(cases, device, first=first_case, on_case=on_case)
+
+
+def _shape_rows(shape: Shape, device: torch.device, peers: Sequence[str]) -> Iterator[Row]:
+    layers = make_layers(shape, device)
+    error = relative_error(layers, paged_attention(layers.q, *layers.caches[0], layers.batch, layers.kind))
+    if error < _MOST_ERROR:
+        yield _row(shape, "octavo", device_time(*_calls(layers))) | {"error": error}
+        yield _row(shape, "octavo, batch-invariant", device_time(*_calls(layers, batch_invariant=True)))
+    else:  # NaN is wrong too
+        yield {**_name_of(shape, "octavo"), "failed": f"WRONG: off by {error:.1e} of the norm"}
+    for peer in peers if shape.is_uniform and not is_quantized(shape.cache_dtype) else ():
+        try:
+            yield _row(shape, peer, device_time(*_peer_calls(layers, peer)))
+        except Exception as failure:  # noqa: BLE001,RUF100 - whatever keeps a peer from running is no failure of ours
+            yield _failed(shape, peer, failure)
 
 
 def sweep_rows(device: torch.device) -> list[Row]:
@@ -322,7 +317,7 @@ def sweep_rows(device: torch.device) -> list[Row]:
         for schedule in schedules:
             label = " ".join(f"{field}={value}" for field, value in dataclasses.asdict(schedule).items())
             try:
-                table.append(_row(shape, label, time_us(_calls(layers, schedule=schedule))))
+                table.append(_row(shape, label, device_time(*_calls(layers, schedule=schedule))))
             except Exception as failure:  # a schedule that does not fit is a result, too
                 table.append(_failed(shape, label, failure))
         del layers
@@ -342,7 +337,8 @@ def main() -> None:
         rate = (
             f"{row['gbytes_per_s']:8.0f} GB/s" if "gbytes_per_s" in row else f"{row.get('tflop_per_s', 0):8.0f} TFLOP/s"
         )
-        rest = row.get("failed") or f"{row['us']:9.1f} us {rate} {row.get('error', '')}"
+        timed = f"{row.get('us', 0.0):9.1f} us {rate} {row.get('error', '')}"
+        rest = row.get("failed") or (timed if "us" in row else row["note"])
         print(f"{row['name']:6} {row['shape']:70} {row['implementation']:28} {rest}")
 
 

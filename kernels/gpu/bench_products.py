@@ -1,11 +1,13 @@
 """What the products reach on a GPU: few rows, weights of 4 and 8 bits, mixtures of experts; checked, then timed.
 
 Weights and routes take turns, so that no call finds in the L2 cache what the one before it read, and calls are
-replayed from a graph, so that launching them does not count.
+replayed from a graph, so that launching them does not count (`device_time`).
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..expert_stack import ExpertStack
+from ..expert_stack import AnyExpertStack, CodedExpertStack, ExpertStack
 from ..gated_activation import silu_and_mul
 from ..mixture import mixture_ref, route_ref
 from ..quantized_weight import QuantizedWeight
+from .cases import Case, OnCase, Row, recover, rows_of, worded
+from .check_mixture_codes import random_codes
+from .check_setting import Random, Setting
+from .device_time import Timed, device_time
 from .linear import linear_skinny
 from .linear_quantized import linear_codes
 from .mixture import mixture
@@ -35,50 +41,26 @@ MATRICES = {
 }
 QUANTIZED = ("8B qkv", "8B o", "8B gate_up", "8B down")
 
-Timer = Callable[[Sequence[Callable[[], object]]], float]
-"""Microseconds of one call, of several that do the same on other data."""
+Timer = Callable[..., Timed]
+"""Of several calls that do the same on other data; see `device_time`."""
 
 
 @dataclass(frozen=True, slots=True)
 class MixtureShape:
-    """Sizes of a mixture, and the numbers of tokens to time it with."""
+    """Sizes of a mixture, the numbers of tokens to time it with, and whether its experts are timed as MXFP4 too."""
 
     num_experts: int
     num_chosen: int
     hidden_size: int
     inner: int
     num_tokens: tuple[int, ...]
+    in_mxfp4: bool = False
 
 
 MIXTURES = {
     "Qwen3-30B-A3B": MixtureShape(128, 8, 2048, 768, (1, 8, 16, 32, 64, 256, 8192)),
-    "gpt-oss-20b": MixtureShape(32, 4, 2880, 2880, (1, 8, 64, 2048)),
+    "gpt-oss-20b": MixtureShape(32, 4, 2880, 2880, (1, 8, 64, 2048), in_mxfp4=True),
 }
-
-
-def graph_us(calls: Sequence[Callable[[], object]], *, repeats: int = 15) -> float:
-    """See `Timer`: all calls in one graph, replayed; the median replay."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:3]:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # so too
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times) * 1e3 / len(calls)
 
 
 def rows(
@@ -90,26 +72,46 @@ def rows(
     skinny_rows: Sequence[int] = (1, 4, 16),
     quantized_rows: Sequence[int] = (16, 32, 64),
     beyond_l2: int = BEYOND_L2,
-    timer: Timer = graph_us,
-) -> Iterator[dict[str, Any]]:
+    timer: Timer = device_time,
+    first_case: int = 0,
+    on_case: OnCase = lambda _number, _of, _what: None,
+) -> Iterator[Row]:
     """Every figure as soon as it is there.
 
     Yields:
         `kernel`, `shape`, `engine`, `us`, `bytes` (each operand once), `flops`; where a result is wrong, no time but a
         `note` that says by how much.
     """
-    matrices = MATRICES if matrices is None else matrices
+    quantized = {name: shape for name, shape in (matrices or MATRICES).items() if matrices or name in QUANTIZED}
     bench = _Bench(device, dtype, beyond_l2, timer)
+    cases = [
+        Case(
+            {"kernel": "skinny linear", "shape": f"{name} M={num_rows}"},
+            partial(bench.skinny, name, *shape, num_rows),
+        )
+        for name, shape in (matrices or MATRICES).items()
+        for num_rows in skinny_rows
+    ]
+    cases += [
+        Case({"kernel": "W4A16 linear", "shape": f"{name} M={count}"}, partial(bench.quantized, name, *shape, count))
+        for name, shape in quantized.items()
+        for count in quantized_rows
+    ]
+    for name, sizes in (MIXTURES if mixtures is None else mixtures).items():
+        kinds: list[tuple[str, float, Callable[[], AnyExpertStack]]] = [("mixture", 16, partial(bench.stack, sizes))]
+        if sizes.in_mxfp4:
+            kinds.append(("MXFP4 mixture", 4.25, partial(bench.coded_stack, sizes)))
+        for kernel, bits, make_stack in kinds:
+            stack = functools.cache(make_stack)  # of all its cases, and made for the first that is run
+            cases += [
+                Case(
+                    {"kernel": kernel, "shape": f"{name} B={count}"},
+                    partial(bench.mixture, kernel, name, sizes, count, stack, bits),
+                )
+                for count in sizes.num_tokens
+            ]
     with torch.inference_mode():
-        for name, shape in matrices.items():
-            for num_rows in skinny_rows:
-                yield from bench.skinny(name, *shape, num_rows)
-        for name, shape in matrices.items():
-            if name in QUANTIZED or matrices is not MATRICES:
-                for num_rows in quantized_rows:
-                    yield from bench.quantized(name, *shape, num_rows)
-        for name, mixture_shape in (MIXTURES if mixtures is None else mixtures).items():
-            yield from bench.mixture(name, mixture_shape)
+        yield from rows_of(cases, device, first=first_case, on_case=on_case)
 
 
 def experts_met(routes: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -154,38 +156,49 @@ class _Bench:
         for bits in (4, 8):  # beside which the quantised ones stand
             yield self._row(f"W{bits}A16 linear", f"{name} M={num_rows}", "torch, 16 bits", plain, exact, work)
 
-    def mixture(self, name: str, shape: MixtureShape) -> Iterator[dict[str, Any]]:
-        """Grouping, both products and the sum, at each number of tokens; and torch's grouped products alone."""
-        s = shape
-        stack = ExpertStack(
-            w13=self._randn(s.num_experts, 2 * s.inner, s.hidden_size),
-            w2=self._randn(s.num_experts, s.hidden_size, s.inner),
-            b13=None,
-            b2=None,
-            first=0,
-            act=silu_and_mul,
-        )
+    def stack(self, s: MixtureShape) -> ExpertStack:
+        """Random experts."""
+        w13 = self._randn(s.num_experts, 2 * s.inner, s.hidden_size)
+        return ExpertStack(w13, self._randn(s.num_experts, s.hidden_size, s.inner), None, None, 0, silu_and_mul)
+
+    def coded_stack(self, s: MixtureShape) -> CodedExpertStack:
+        """The same as MXFP4."""
+        random = Random(Setting(self._device, self._dtype, 0, small=False))
+        w13 = random_codes(random, "mxfp4", s.num_experts, 2 * s.inner, s.hidden_size)
+        w2 = random_codes(random, "mxfp4", s.num_experts, s.hidden_size, s.inner)
+        return CodedExpertStack(w13, w2, None, None, 0, silu_and_mul)
+
+    def mixture(  # noqa: PLR0917,RUF100 - what a row says, and of what
+        self,
+        kernel: str,
+        name: str,
+        s: MixtureShape,
+        num_tokens: int,
+        make_stack: Callable[[], AnyExpertStack],
+        bits: float,
+    ) -> Iterator[dict[str, Any]]:
+        """Grouping, both products and the sum, of weights of so many bits; and torch's grouped products alone."""
+        stack = make_stack()
         per_expert = 3 * s.hidden_size * s.inner
-        for num_tokens in s.num_tokens:
-            x = self._randn(num_tokens, s.hidden_size)
-            of_experts = min(num_tokens * s.num_chosen, s.num_experts) * per_expert * 2
-            turns = max(1, min(_MOST_TURNS, -(-self._beyond_l2 // of_experts)))
-            routes: list[tuple[torch.Tensor, torch.Tensor]] = []
-            for _ in range(turns):
-                logits = torch.randn(num_tokens, s.num_experts, device=self._device, generator=self._generator)
-                weights, chosen = route_ref(logits, s.num_chosen)
-                routes.append((weights, chosen.to(torch.int32)))
-            met = experts_met(routes)
-            work = {
-                "bytes": int(2 * (met * per_expert + 2 * num_tokens * s.hidden_size)),
-                "flops": 2 * num_tokens * s.num_chosen * per_expert,
-            }
-            exact = mixture_ref(x, *routes[0], stack).float()
-            calls = [partial(mixture, x, weights, chosen, stack) for weights, chosen in routes]
-            yield self._row("mixture", f"{name} B={num_tokens}", "octavo", calls, exact, work)
-            if hasattr(F, "grouped_mm") and self._device.type == "cuda":
-                sorted_calls = [self._grouped_mm(x, route[1], stack) for route in routes]
-                yield self._row("mixture", f"{name} B={num_tokens}", "torch grouped_mm", sorted_calls, None, work)
+        x = self._randn(num_tokens, s.hidden_size)
+        of_experts = min(num_tokens * s.num_chosen, s.num_experts) * per_expert * bits / 8
+        turns = max(1, min(_MOST_TURNS, math.ceil(self._beyond_l2 / of_experts)))
+        routes: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for _ in range(turns):
+            logits = torch.randn(num_tokens, s.num_experts, device=self._device, generator=self._generator)
+            weights, chosen = route_ref(logits, s.num_chosen)
+            routes.append((weights, chosen.to(torch.int32)))
+        met = experts_met(routes)
+        work = {
+            "bytes": int(met * per_expert * bits / 8 + 4 * num_tokens * s.hidden_size),
+            "flops": 2 * num_tokens * s.num_chosen * per_expert,
+        }
+        exact = mixture_ref(x, *routes[0], stack).float()
+        calls = [partial(mixture, x, weights, chosen, stack) for weights, chosen in routes]
+        yield self._row(kernel, f"{name} B={num_tokens}", "octavo", calls, exact, work)
+        if hasattr(F, "grouped_mm") and self._device.type == "cuda" and isinstance(stack, ExpertStack):
+            sorted_calls = [self._grouped_mm(x, route[1], stack) for route in routes]
+            yield self._row(kernel, f"{name} B={num_tokens}", "torch grouped_mm", sorted_calls, None, work)
 
     def _grouped_mm(self, x: torch.Tensor, chosen: torch.Tensor, stack: ExpertStack) -> Callable[[], object]:
         """torch's grouped products, of tokens that have been sorted before."""
@@ -210,10 +223,13 @@ class _Bench:
             if exact is not None:
                 error = float((out.float() - exact).norm() / exact.norm())
                 if not error < _MOST_ERROR:  # NaN is wrong too
-                    return {**row, "us": 0.0, "note": f"wrong: off by {error:.2e} of the norm"}
-            return {**row, "us": self._timer(calls)}
-        except Exception as failure:  # noqa: BLE001,RUF100 - one that does not run does not end the others
-            return {**row, "us": 0.0, "note": f"{type(failure).__name__}: {str(failure)[:200]}"}
+                    return {**row, "us": 0.0, "note": f"WRONG: off by {error:.2e} of the norm"}
+            timed = self._timer(*calls)
+            return {**row, **timed.figures, **({"note": timed.how} if timed.how else {})}
+        except Exception as error:  # noqa: BLE001,RUF100 - one that does not run does not end the others
+            failure = worded(error)
+        recover(self._device, failure)
+        return {**row, "us": 0.0, "note": f"failed: {failure}"}
 
     def _in_turn(self, make: Callable[[], Any], num_bytes: int) -> list[Any]:
         return [make() for _ in range(max(1, min(_MOST_TURNS, -(-self._beyond_l2 // num_bytes))))]

@@ -1,19 +1,21 @@
 """What the small kernels take on a GPU: norms, rotary embedding, activations, embedding, sampling, log-probabilities.
 
-Inputs take turns, so that no call finds in the L2 cache what the one before it read. A row says how many bytes a call
-must move at least, so that whoever knows the bandwidth can say what share of it was reached.
+Inputs take turns, and the L2 cache is overwritten before each round of them, so that no call finds there what an
+earlier one read. A row says how many bytes a call must move at least, so that whoever knows the bandwidth can say what
+share of it was reached.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import triton
 
 from ..kv_quantization import row_width
 from . import embedding, gated_activation, logprobs, rms_norm, rotary, sampling
+from .cases import Case, OnCase, Row, rows_of
+from .device_time import Timed
 
 BEYOND_L2 = 256 * 1024**2  # bytes that take turns: several times an H200's 60 MB
 _MOST_TURNS = 32
@@ -24,11 +26,10 @@ _VOCAB_SIZE = 151_936
 _NUM_TOKENS = (1, 256, 8192)
 
 Call = Callable[[], object]
-Row = dict[str, Any]
 
 
-def median_us(calls: list[Call]) -> float:
-    """Microseconds of a call, the median; `calls` do the same on other data and take turns.
+def cold_time(calls: list[Call]) -> Timed:
+    """Time of a call that finds nothing in the cache; `calls` do the same on other data and take turns.
 
     All of them in one CUDA graph, whose replays are timed: else what starting a short kernel costs would be measured.
     """
@@ -42,16 +43,22 @@ def median_us(calls: list[Call]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return float(triton.testing.do_bench(graph.replay, warmup=10, rep=50, return_mode="median")) * 1e3 / len(calls)
+    tenths = triton.testing.do_bench(graph.replay, warmup=10, rep=50, quantiles=[0.5, 0.1, 0.9])
+    us, low_us, high_us = (float(ms) * 1e3 / len(calls) for ms in tenths)
+    return Timed(us, low_us=low_us, high_us=high_us)
 
 
-def _row(name: str, shape: str, num_bytes: int, make: Callable[[], Call]) -> Row:
+def _case(name: str, shape: str, num_bytes: int, make: Callable[[], Call]) -> Case:
     """Time `make()()`, with as many inputs as do not fit the cache."""
     turns = min(_MOST_TURNS, max(2, -(-BEYOND_L2 // num_bytes)))
-    return {"name": name, "shape": shape, "us": median_us([make() for _ in range(turns)]), "bytes": num_bytes}
+
+    def run() -> list[Row]:
+        return [{**cold_time([make() for _ in range(turns)]).figures, "bytes": num_bytes}]
+
+    return Case({"kernel": name, "shape": shape}, run)
 
 
-def _norms(device: torch.device) -> Iterator[Row]:
+def _norms(device: torch.device) -> Iterator[Case]:
     for model, hidden_size in _HIDDEN_SIZES.items():
         for num_tokens in _NUM_TOKENS:
 
@@ -60,10 +67,10 @@ def _norms(device: torch.device) -> Iterator[Row]:
                 weight = torch.ones(hidden_size, device=device, dtype=torch.bfloat16)
                 return lambda: rms_norm.add_rms_norm(x, residual, weight, 1e-6)
 
-            yield _row("add_rms_norm", f"{model} {num_tokens}x{hidden_size}", 8 * num_tokens * hidden_size, make)
+            yield _case("add_rms_norm", f"{model} {num_tokens}x{hidden_size}", 8 * num_tokens * hidden_size, make)
 
 
-def _activations(device: torch.device) -> Iterator[Row]:
+def _activations(device: torch.device) -> Iterator[Case]:
     for model, size in _INTERMEDIATE_SIZES.items():
         for num_tokens in _NUM_TOKENS:
 
@@ -71,10 +78,10 @@ def _activations(device: torch.device) -> Iterator[Row]:
                 gate_up = torch.randn(num_tokens, 2 * size, device=device).bfloat16()
                 return lambda: gated_activation.silu_and_mul(gate_up)
 
-            yield _row("silu_and_mul", f"{model} {num_tokens}x{size}", 6 * num_tokens * size, make)
+            yield _case("silu_and_mul", f"{model} {num_tokens}x{size}", 6 * num_tokens * size, make)
 
 
-def _embeddings(device: torch.device) -> Iterator[Row]:
+def _embeddings(device: torch.device) -> Iterator[Case]:
     weight = torch.randn(_VOCAB_SIZE, _HIDDEN_SIZES["8B"], device=device, dtype=torch.bfloat16)
     for num_tokens in _NUM_TOKENS:
 
@@ -82,10 +89,10 @@ def _embeddings(device: torch.device) -> Iterator[Row]:
             ids = torch.randint(_VOCAB_SIZE, (num_tokens,), device=device)
             return lambda: embedding.embed(ids, weight)
 
-        yield _row("embed", f"8B {num_tokens}x{weight.shape[1]}", 4 * num_tokens * weight.shape[1], make)
+        yield _case("embed", f"8B {num_tokens}x{weight.shape[1]}", 4 * num_tokens * weight.shape[1], make)
 
 
-def _rotaries(device: torch.device) -> Iterator[Row]:
+def _rotaries(device: torch.device) -> Iterator[Case]:
     head_dim, block_size = 128, 16
     table = torch.randn(40960, head_dim, device=device)
     weight = torch.ones(head_dim, device=device, dtype=torch.bfloat16)
@@ -118,7 +125,7 @@ def _rotaries(device: torch.device) -> Iterator[Row]:
                 moved = 4 * (num_heads + num_kv_heads) * head_dim + 2 * num_kv_heads * head_dim
                 moved += 2 * num_kv_heads * width * cache_dtype.itemsize + 4 * head_dim
                 name = "rotary_and_write" if cache_dtype is torch.bfloat16 else "rotary_and_write fp8"
-                yield _row(name, f"{model} {num_tokens}x({num_heads}+{num_kv_heads})x128", num_tokens * moved, make)
+                yield _case(name, f"{model} {num_tokens}x({num_heads}+{num_kv_heads})x128", num_tokens * moved, make)
 
 
 SAMPLING_MIXES: dict[str, dict[str, float]] = {
@@ -145,7 +152,7 @@ def _sampling_call(device: torch.device, num_rows: int, scale: float, mix: dict[
     )
 
 
-def _samplings(device: torch.device) -> Iterator[Row]:
+def _samplings(device: torch.device) -> Iterator[Case]:
     for num_rows in (1, 256):
         for name, mix in SAMPLING_MIXES.items():
             # Flat, as random logits are, where a top-p keeps tens of thousands; and peaked, as a model's are.
@@ -157,10 +164,10 @@ def _samplings(device: torch.device) -> Iterator[Row]:
                 # Read once where nothing is filtered, else twice.
                 reads = 2 if {"top_k", "top_p", "min_p"} & mix.keys() else 1
                 num_bytes = 4 * num_rows * _VOCAB_SIZE * reads
-                yield _row(f"sample {name}", f"{num_rows}x{_VOCAB_SIZE} {kind}", num_bytes, make)
+                yield _case(f"sample {name}", f"{num_rows}x{_VOCAB_SIZE} {kind}", num_bytes, make)
 
 
-def _logprobs(device: torch.device) -> Iterator[Row]:
+def _logprobs(device: torch.device) -> Iterator[Case]:
     for num_rows in (1, 256):
         for num_top in (0, 20):
 
@@ -169,15 +176,18 @@ def _logprobs(device: torch.device) -> Iterator[Row]:
                 token_ids = torch.randint(_VOCAB_SIZE, (num_rows,), device=device)
                 return lambda: logprobs.logprobs_on_device(logits, token_ids, num_top)
 
-            yield _row(f"logprobs top {num_top}", f"{num_rows}x{_VOCAB_SIZE}", 4 * num_rows * _VOCAB_SIZE, make)
+            yield _case(f"logprobs top {num_top}", f"{num_rows}x{_VOCAB_SIZE}", 4 * num_rows * _VOCAB_SIZE, make)
 
 
-def rows(device: torch.device) -> list[Row]:
+def rows(
+    device: torch.device, *, first_case: int = 0, on_case: OnCase = lambda _number, _of, _what: None
+) -> Iterator[Row]:
     """Time everything on a CUDA device.
 
-    Returns:
-        Of each case its `name`, `shape`, median `us`, and `bytes`, the fewest that it must move.
+    Yields:
+        Of each case its `kernel`, `shape`, `us`, the median, and `bytes`, the fewest that it must move.
     """
-    parts = (_norms, _activations, _embeddings, _rotaries, _samplings, _logprobs)
+    parts = (_samplings, _logprobs, _rotaries, _norms, _activations, _embeddings)
+    cases = [case for part in parts for case in part(device)]
     with torch.cuda.device(device):
-        return [row for part in parts for row in part(device)]
+        yield from rows_of(cases, device, first=first_case, on_case=on_case)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import clamped_swiglu, gated_activation, mixture, weight_quantization
-from ..expert_stack import ExpertStack
+from ..expert_stack import AnyExpertStack, ExpertStack
 from ..gated_activation import GatedActivation
 from . import expert_groups as gpu_groups
 from . import linear as gpu_linear
@@ -72,7 +72,7 @@ def check_mixture(s: Setting) -> Found:
         for tokens in (3,) if s.small else (1, 30, 300, 3000):
             x = random.randn(tokens, hidden)
             weights, chosen = gpu_groups.route(random.randn(tokens, experts), chosen_each, normalizes=True)
-            exact = _mixture_exactly(x, weights, chosen, stack, exact_act) if s.computes else x
+            exact = mixture_exactly(x, weights, chosen, stack, exact_act) if s.computes else x
             name = f"{kind}, {tokens} tokens"
             yield name, error_of(gpu_mixture.mixture(x, weights, chosen, stack), exact), 2 * s.bound
             same = gpu_mixture.mixture(x, weights, chosen, stack, batch_invariant=True)
@@ -81,21 +81,22 @@ def check_mixture(s: Setting) -> Found:
             yield f"{name}, a token alone", differs(alone, same[-1:]), 0.5
 
 
-def _mixture_exactly(
+def mixture_exactly(
     x: torch.Tensor,
     weights: torch.Tensor,
     chosen: torch.Tensor,
-    stack: ExpertStack,
+    stack: AnyExpertStack,
     act: GatedActivation,
 ) -> torch.Tensor:
     """In float64, one expert after the other."""
     wide, out = x.double(), torch.zeros_like(x, dtype=torch.float64)
-    for expert in range(len(stack.w13)):
+    for expert in range(stack.w2.shape[0]):
         token, place = torch.where(chosen == expert)
         b13 = None if stack.b13 is None else stack.b13[expert].double()
         b2 = None if stack.b2 is None else stack.b2[expert].double()
-        inner = act(torch.nn.functional.linear(wide[token], stack.w13[expert].double(), b13))
-        said = torch.nn.functional.linear(inner, stack.w2[expert].double(), b2)
+        w13, w2 = stack.matrices(expert, torch.float64)
+        inner = act(torch.nn.functional.linear(wide[token], w13, b13))
+        said = torch.nn.functional.linear(inner, w2, b2)
         out.index_add_(0, token, said * weights[token, place].double().unsqueeze(1))
     return out
 

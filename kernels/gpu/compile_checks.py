@@ -9,15 +9,18 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
+from .. import cpu_build
 from ..cores import usable_cores
 from . import bench_attention_peers, bench_ceilings, bench_paged_attention, bench_products, bench_small_ops
 from .check_setting import Setting
 from .compile_variants import compile_variants
 from .device_checks import CHECKS
+from .device_time import Timed
 from .fake_cuda import DEVICE, GpuFacts, KernelVariant, fake_cuda
 
 DTYPES = ("bfloat16", "float16")
@@ -43,10 +46,10 @@ def _launch_attention() -> None:
             call()
 
 
-def _once(calls: Sequence[Callable[[], object]]) -> float:
+def _once(*calls: Callable[[], object]) -> Timed:
     """In the place of a timer."""
     calls[0]()
-    return 0.0
+    return Timed(0.0)
 
 
 def _launch_products() -> None:
@@ -54,13 +57,16 @@ def _launch_products() -> None:
     bench_products.experts_met = lambda routes: 1.0
     bench_products.mixture_ref = lambda x, *_: x  # type: ignore[attr-defined]  # whence it is called
     bench_products._Bench._grouped_mm = lambda *_: lambda: None  # type: ignore[method-assign]  # torch's, of no concern
-    for _ in bench_products.rows(DEVICE, timer=_once):
-        pass
+    for row in bench_products.rows(DEVICE, timer=_once):
+        if "engine" not in row:  # of its own preparations; an engine's error is no number, as there are none
+            raise RuntimeError(row["note"])
 
 
 def _launch_small_ops() -> None:
-    bench_small_ops.median_us = _once  # type: ignore[assignment]  # that takes any sequence
-    bench_small_ops.rows(DEVICE)
+    bench_small_ops.cold_time = lambda calls: _once(*calls)
+    for row in bench_small_ops.rows(DEVICE):
+        if "us" not in row:
+            raise RuntimeError(row["note"])
 
 
 def _launch_ceilings() -> None:
@@ -111,6 +117,13 @@ def find_launches(
     return variants, failures
 
 
+def _build_c_kernels() -> tuple[str, float]:
+    """What came of it, and seconds."""
+    started = time.perf_counter()
+    built = cpu_build.library()
+    return "there" if built is not None else "none; see the log", time.perf_counter() - started
+
+
 def rows(
     device: torch.device,
     *,
@@ -127,8 +140,13 @@ def rows(
     """
     facts = GpuFacts.of(device) if device.type == "cuda" and torch.cuda.is_available() else GpuFacts()
     started = time.perf_counter()
-    variants, failures = find_launches(facts, launches(dtypes, only))
-    seconds = time.perf_counter() - started
+    # Beside it a C compiler builds what engines compute with on the host, or their first start would wait for it.
+    with ThreadPoolExecutor(1) as beside:
+        built = beside.submit(_build_c_kernels)
+        variants, failures = find_launches(facts, launches(dtypes, only))
+        seconds = time.perf_counter() - started
+        note, c_seconds = built.result()
+    yield {"kernel": "C kernels", "shape": "", "ms": c_seconds * 1e3, "note": note}
     counts = Counter(part for part, _ in variants)
     told = ", ".join(f"{part} {count}" for part, count in counts.items() if not part.startswith("check "))
     told += f", checks {sum(count for part, count in counts.items() if part.startswith('check '))}"

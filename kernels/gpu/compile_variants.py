@@ -17,6 +17,8 @@ _SLOWEST = (
     "bracket_kernel",
     "_up_kernel",
     "_down_kernel",
+    "_codes_up_kernel",
+    "_codes_down_kernel",
     "reduce_shares_kernel",
 )
 """Are compiled first, so that none of them is left when the other processes are done."""

@@ -7,8 +7,8 @@ interpreter gets wrong), what the compiler made of the code, and races. `small` 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -21,8 +21,10 @@ from . import logprobs as gpu_logprobs
 from . import rms_norm as gpu_rms_norm
 from . import rotary as gpu_rotary
 from . import sampling as gpu_sampling
+from .cases import Case, OnCase, Row, rows_of
 from .check_attention import check_attention
 from .check_logit_processing import check_logit_processing
+from .check_mixture_codes import check_mixture_codes
 from .check_products import check_linear, check_mixture, check_quantized_linear, check_routing
 from .check_setting import Found, Random, Setting, differs, error_of, share_that_differs
 from .kv_write import write_kv
@@ -173,46 +175,58 @@ CHECKS: dict[str, Callable[[Setting], Found]] = {
     "linear_quantized": check_quantized_linear,
     "routing": check_routing,
     "mixture": check_mixture,
+    "mixture_codes": check_mixture_codes,
     "logit_processing": check_logit_processing,
     "sampling": check_sampling,
     "logprobs": check_logprobs,
 }
 
 
+_OF_FLOATS = ("sampling", "logprobs", "logit_processing", "routing")
+"""Read float32 whatever the dtype of a model: once is enough."""
+
+
 def rows(
     device: torch.device,
     *,
-    dtypes: tuple[str, ...] = ("bfloat16", "float16"),
+    dtypes: Sequence[str] = ("bfloat16", "float16"),
     seed: int = 0,
     small: bool = False,
-    only: tuple[str, ...] = tuple(CHECKS),
-) -> Iterator[dict[str, Any]]:
-    """A row for each case as soon as it is known: its error beside its bound, and what went wrong if anything did."""
-    for dtype in dtypes:
-        setting = Setting(device, getattr(torch, dtype), seed, small)
-        for name in only:
-            yield from _rows_of(name, dtype, setting)
+    only: Sequence[str] = tuple(CHECKS),
+    first_case: int = 0,
+    on_case: OnCase = lambda _number, _of, _what: None,
+) -> Iterator[Row]:
+    """A row for each case as soon as it is known: its error beside its bound, and what went wrong if anything did.
+
+    Raises:
+        DeviceLostError: a check took the device with it; the others are for another process, from the case after on.
+    """
+    cases = [
+        Case(
+            {"kernel": name, "dtype": dtype, "shape": dtype, "error": 0.0, "bound": 1.0, "ok": False},
+            partial(_rows_of, name, dtype, Setting(device, getattr(torch, dtype), seed, small)),
+        )
+        for number, dtype in enumerate(dtypes)
+        for name in only
+        if not number or name not in _OF_FLOATS
+    ]
+    for row in rows_of(cases, device, first=first_case, on_case=on_case):
+        yield row if "failures" in row else {**row, "failures": [row["note"]]}
 
 
-def _rows_of(name: str, dtype: str, setting: Setting) -> Iterator[dict[str, Any]]:
-    row: dict[str, Any] = {"kernel": name, "dtype": dtype, "shape": "", "error": 0.0, "bound": 1.0}
+def _rows_of(name: str, dtype: str, setting: Setting) -> Iterator[Row]:
     num_cases, started = 0, time.perf_counter()
-    try:
-        for case, error, bound in CHECKS[name](setting):
-            num_cases += 1
-            ok = error <= bound  # NaN is wrong too
-            row = {**row, "shape": f"{case}, {dtype}", "error": error, "bound": bound}
-            yield {
-                **row,
-                "ok": ok,
-                "failures": [] if ok else [f"{case}: {error:.2e}"],
-                "seconds": time.perf_counter() - started,
-            }
-            started = time.perf_counter()
-        failure = "" if num_cases else "no case"
-    except Exception as error:  # noqa: BLE001,RUF100 - one kernel's failure is a row, the others go on
-        failure = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-    if failure:
-        seconds = time.perf_counter() - started
-        shape = f"after {num_cases} cases, {dtype}"
-        yield {**row, "shape": shape, "error": 0.0, "ok": False, "failures": [failure], "seconds": seconds}
+    for case, error, bound in CHECKS[name](setting):
+        num_cases += 1
+        ok = error <= bound  # NaN is wrong too
+        yield {
+            "shape": f"{case}, {dtype}",
+            "error": error,
+            "bound": bound,
+            "ok": ok,
+            "failures": [] if ok else [f"{case}: {error:.2e}"],
+            "seconds": time.perf_counter() - started,
+        }
+        started = time.perf_counter()
+    if not num_cases:
+        yield {"failures": ["no case"]}

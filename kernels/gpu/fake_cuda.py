@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -28,6 +29,7 @@ from triton.runtime.driver import driver
 from .. import weight_quantization
 from ..code_layout import codes_shape, padded_inputs
 from ..quantized_weight import QuantizedWeight
+from .fake_transfers import Transfers
 
 DEVICE = torch.device("cuda", 0)
 _GIB = 1024**3
@@ -98,6 +100,7 @@ def fake_cuda(
     on_variant: Callable[[KernelVariant], None],
     on_launch: Callable[[str, tuple[int, int, int]], None] = lambda _name, _grid: None,
     capture: Callable[..., contextlib.AbstractContextManager[None]] = lambda *_, **__: contextlib.nullcontext(),
+    transfers: Transfers | None = None,
 ) -> Iterator[None]:
     """Be on a machine with such a GPU; not to be undone, so that it is for a process of its own.
 
@@ -107,7 +110,13 @@ def fake_cuda(
         on_variant: hears of each variant when it is first launched.
         on_launch: hears of every launch: the kernel's name and its grid.
         capture: in the place of `torch.cuda.graph`.
+        transfers: watches what is copied and waited for; takes some time for each of torch's operations.
     """
+
+    def synchronize(_device: Any = None) -> None:
+        if transfers is not None:
+            transfers.on_wait("torch.cuda.synchronize")
+            transfers.complete()
 
     def make(
         kernel: Any,
@@ -132,9 +141,9 @@ def fake_cuda(
     for name, value in {
         "CUDAGraph": _Graph,
         "graph": capture,
-        "Event": _Event,
+        "Event": _Event if transfers is None else transfers.event,
         "device": lambda _device: contextlib.nullcontext(),
-        "synchronize": lambda _device=None: None,
+        "synchronize": synchronize,
         "empty_cache": lambda: None,
         "mem_get_info": lambda _device=None: (facts.free_bytes, facts.total_bytes),
         "memory_allocated": lambda _device=None: facts.total_bytes // 7,
@@ -145,14 +154,15 @@ def fake_cuda(
     }.items():
         setattr(torch.cuda, name, value)
     for name in ("empty", "zeros"):
-        setattr(torch, name, _with_real_pinned(getattr(torch, name)))
-    torch.tensor = _without_device(torch.tensor)
+        setattr(torch, name, _with_real_pinned(getattr(torch, name), transfers))
+    torch.tensor = _without_device(torch.tensor, transfers)
+    fake_tensor.CONSTANT_NUMEL_LIMIT = 0  # else operations on a single number of the host's are done, also on the GPU
     torch.Tensor.numpy = _real(torch.Tensor.numpy)  # type: ignore[method-assign]  # a view of pinned memory
     torch.Generator = _Generator  # type: ignore[misc,assignment]  # torch without CUDA has none for it
     weight_quantization.quantize = quantize_without_contents
     QuantizedWeight.from_codes = _from_codes  # type: ignore[method-assign,assignment]
     warnings.filterwarnings("ignore", message=".*data_ptr.*")
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), transfers or contextlib.nullcontext():
         yield
 
 
@@ -242,24 +252,29 @@ def _real(function: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def _with_real_pinned(make: Callable[..., Any]) -> Callable[..., Any]:
+def _with_real_pinned(make: Callable[..., Any], transfers: Transfers | None) -> Callable[..., Any]:
     """The host writes to pinned memory, so it is there; that it is not pinned makes no difference here."""
 
     really = _real(make)
 
     def maker(*args: Any, pin_memory: bool = False, **options: Any) -> Any:
-        return (really if pin_memory else make)(*args, **options)
+        made = (really if pin_memory else make)(*args, **options)
+        if pin_memory and transfers is not None:
+            transfers.pin(made)
+        return made
 
     return maker
 
 
-def _without_device(make: Callable[..., Any]) -> Callable[..., Any]:
+def _without_device(make: Callable[..., Any], transfers: Transfers | None) -> Callable[..., Any]:
     """In the place of `torch.tensor`: on the GPU without contents, where torch would really put a number."""
     really = _real(make)
 
     def maker(data: Any, *, dtype: Any = None, device: Any = None, **options: Any) -> Any:
         if device is None or torch.device(device).type != "cuda":
             return make(data, dtype=dtype, device=device, **options)
+        if transfers is not None:
+            transfers.on_wait("torch.tensor, of what the host has")
         made = really(data, dtype=dtype)
         return torch.empty(made.shape, dtype=made.dtype, device=device)
 

@@ -9,64 +9,19 @@ Source: Gale et al. 2023 (MegaBlocks), section 5, for products over blocks of on
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
-from ..clamped_swiglu import ClampedSwiGLU
-from ..expert_stack import ExpertStack
-from ..gated_activation import GatedActivation, silu_and_mul
+from ..expert_stack import AnyExpertStack, ExpertStack
+from . import mixture_codes
+from .expert_blocks import activate, activation, block_of, load_inputs
 from .expert_groups import Grouping, group
 from .launch import UPCAST
-from .mixture_tiles import tiles_for
-
-_SILU, _GELU_TANH, _CLAMPED = 0, 1, 2  # as in `_activate`
-
-
-@triton.jit
-def _activate(gate, up, alpha, limit, ACT: tl.constexpr):
-    if ACT == 0:
-        return gate * tl.sigmoid(gate) * up
-    elif ACT == 1:  # 0.5 * (1 + tanh(y)) is sigmoid(2 * y)
-        return gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
-    else:
-        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
-        return (up + 1.0) * (gate * tl.sigmoid(alpha * gate))
-
-
-@triton.jit
-def _block_of(
-    block,
-    pairs_ptr,
-    experts_ptr,
-    num_pairs,
-    first,
-    num_experts,
-    IS_ONE_TOKEN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """The expert of a block, none if it is outside `0 <= expert < num_experts`, and its rows' pairs."""
-    rows = tl.arange(0, BLOCK_M)
-    expert = tl.load(experts_ptr + block)
-    if IS_ONE_TOKEN:  # `experts` is what was chosen: no two the same, so that a block's one row is one pair
-        expert -= first
-        pairs = tl.where(rows == 0, block, num_pairs)
-    else:
-        pairs = tl.load(pairs_ptr + block * BLOCK_M + rows)
-    return expert, pairs
-
-
-@triton.jit
-def _load_inputs(row, k, size, EVEN_K: tl.constexpr, UPCAST: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Inputs `k : k + BLOCK_K` of rows of `size`; zeros behind their end."""
-    ks = k + tl.arange(0, BLOCK_K)[None, :]
-    if EVEN_K:
-        x = tl.load(row + ks)
-    else:
-        x = tl.load(row + ks, mask=ks < size, other=0.0)
-    return x.to(tl.float32) if UPCAST else x
+from .mixture_tiles import Tiles, code_tiles_for, tiles_for
 
 
 @triton.jit(do_not_specialize=["num_pairs", "first"])
@@ -97,7 +52,7 @@ def _up_kernel(
 ):
     num_n = tl.cdiv(inner, BLOCK_N)
     block = tl.program_id(0) // num_n
-    expert, pairs = _block_of(block, pairs_ptr, experts_ptr, num_pairs, first, num_experts, IS_ONE_TOKEN, BLOCK_M)
+    expert, pairs = block_of(block, pairs_ptr, experts_ptr, num_pairs, first, num_experts, IS_ONE_TOKEN, BLOCK_M)
     if (expert < 0) | (expert >= num_experts):
         return
     outs = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -109,16 +64,16 @@ def _up_kernel(
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, hidden_size, BLOCK_K):
-        x = _load_inputs(x_row, k, hidden_size, EVEN_K, UPCAST, BLOCK_K)
-        of_gate = _load_inputs(gate_row, k, hidden_size, EVEN_K, UPCAST, BLOCK_K)
-        of_up = _load_inputs(up_row, k, hidden_size, EVEN_K, UPCAST, BLOCK_K)
+        x = load_inputs(x_row, k, hidden_size, EVEN_K, UPCAST, BLOCK_K)
+        of_gate = load_inputs(gate_row, k, hidden_size, EVEN_K, UPCAST, BLOCK_K)
+        of_up = load_inputs(up_row, k, hidden_size, EVEN_K, UPCAST, BLOCK_K)
         gate = tl.dot(x, of_gate.T, gate, input_precision="ieee")
         up = tl.dot(x, of_up.T, up, input_precision="ieee")
     if HAS_BIAS:
         bias = bias_ptr + expert.to(tl.int64) * 2 * inner + outs
         gate += tl.load(bias, mask=outs < inner, other=0.0).to(tl.float32)[None, :]
         up += tl.load(bias + inner, mask=outs < inner, other=0.0).to(tl.float32)[None, :]
-    said = _activate(gate, up, alpha, limit, ACT)
+    said = activate(gate, up, alpha, limit, ACT)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     to = inner_ptr + rows.to(tl.int64)[:, None] * inner + outs[None, :]
     tl.store(to, said.to(inner_ptr.dtype.element_ty), mask=(outs < inner)[None, :])
@@ -147,7 +102,7 @@ def _down_kernel(
 ):
     num_n = tl.cdiv(hidden_size, BLOCK_N)
     block = tl.program_id(0) // num_n
-    expert, pairs = _block_of(block, pairs_ptr, experts_ptr, num_pairs, first, num_experts, IS_ONE_TOKEN, BLOCK_M)
+    expert, pairs = block_of(block, pairs_ptr, experts_ptr, num_pairs, first, num_experts, IS_ONE_TOKEN, BLOCK_M)
     if (expert < 0) | (expert >= num_experts):
         return
     outs = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -156,8 +111,8 @@ def _down_kernel(
     weight_row = weight_ptr + (expert.to(tl.int64) * hidden_size + tl.minimum(outs, hidden_size - 1))[:, None] * inner
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, inner, BLOCK_K):
-        x = _load_inputs(inner_row, k, inner, EVEN_K, UPCAST, BLOCK_K)
-        weight = _load_inputs(weight_row, k, inner, EVEN_K, UPCAST, BLOCK_K)
+        x = load_inputs(inner_row, k, inner, EVEN_K, UPCAST, BLOCK_K)
+        weight = load_inputs(weight_row, k, inner, EVEN_K, UPCAST, BLOCK_K)
         total = tl.dot(x, weight.T, total, input_precision="ieee")
     if HAS_BIAS:
         bias = bias_ptr + expert.to(tl.int64) * hidden_size + outs
@@ -196,7 +151,7 @@ def mixture(
     x: torch.Tensor,
     weights: torch.Tensor,
     chosen: torch.Tensor,
-    stack: ExpertStack,
+    stack: AnyExpertStack,
     *,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
@@ -211,46 +166,16 @@ def mixture(
         x = x.contiguous()
     weights, chosen = weights.contiguous(), chosen.to(torch.int32).contiguous()
     num_pairs = chosen.numel()
-    tiles = tiles_for(num_pairs, num_experts, x.element_size(), batch_invariant=batch_invariant)
-    block_m, is_one_token = tiles.block_m, num_tokens == 1
+    block_m, multiply = _way(stack, num_pairs, x.element_size(), batch_invariant=batch_invariant)
     # A token's experts are all different: each gets a block, and there is nothing to group.
     grouping = (
-        Grouping(chosen, chosen.view(-1), block_m) if is_one_token else group(chosen, num_experts, stack.first, block_m)
+        Grouping(chosen, chosen.view(-1), block_m)
+        if num_tokens == 1
+        else group(chosen, num_experts, stack.first, block_m)
     )
-    max_blocks = grouping.max_blocks
-    between = torch.empty((max_blocks * block_m, inner), dtype=x.dtype, device=x.device)
+    between = torch.empty((grouping.max_blocks * block_m, inner), dtype=x.dtype, device=x.device)
     said = torch.empty((num_pairs, hidden_size), dtype=x.dtype, device=x.device)
-    kind, alpha, limit = _activation(stack.act)
-    block_n, block_k, num_warps, num_stages = tiles.up
-    _up_kernel[(max_blocks * triton.cdiv(inner, block_n),)](
-        *(x, stack.w13, stack.b13, between, grouping.pairs, grouping.experts, num_pairs, stack.first, num_experts),
-        *(hidden_size, inner, x.stride(0), alpha, limit),
-        NUM_CHOSEN=num_chosen,
-        IS_ONE_TOKEN=is_one_token,
-        HAS_BIAS=stack.b13 is not None,
-        ACT=kind,
-        EVEN_K=hidden_size % block_k == 0,
-        UPCAST=UPCAST,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
-    block_n, block_k, num_warps, num_stages = tiles.down
-    _down_kernel[(max_blocks * triton.cdiv(hidden_size, block_n),)](
-        *(between, stack.w2, stack.b2, said, grouping.pairs, grouping.experts, num_pairs, stack.first, num_experts),
-        *(hidden_size, inner),
-        IS_ONE_TOKEN=is_one_token,
-        HAS_BIAS=stack.b2 is not None,
-        EVEN_K=inner % block_k == 0,
-        UPCAST=UPCAST,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+    multiply(x, grouping, between, said, num_chosen=num_chosen)
     block = min(1024, triton.next_power_of_2(hidden_size))
     _combine_kernel[num_tokens, triton.cdiv(hidden_size, block)](
         *(said, weights, chosen, out, stack.first, num_experts, hidden_size),
@@ -261,19 +186,74 @@ def mixture(
     return out
 
 
-def _activation(act: GatedActivation) -> tuple[int, float, float]:
-    if isinstance(act, ClampedSwiGLU):
-        return _CLAMPED, act.alpha, act.limit
-    return (_SILU if act is silu_and_mul else _GELU_TANH), 1.0, 1.0
+def _way(
+    stack: AnyExpertStack, num_pairs: int, itemsize: int, *, batch_invariant: bool
+) -> tuple[int, Callable[..., None]]:
+    """How many rows a block has, and what does both products over such blocks."""
+    sizes = num_pairs, stack.w2.shape[0], itemsize
+    if isinstance(stack, ExpertStack):
+        tiles = tiles_for(*sizes, batch_invariant=batch_invariant)
+        return tiles.block_m, partial(_multiply, stack=stack, tiles=tiles)
+    code_tiles = code_tiles_for(*sizes, batch_invariant=batch_invariant)
+    return code_tiles.block_m, partial(mixture_codes.multiply, stack=stack, tiles=code_tiles)
 
 
-def _check(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, stack: ExpertStack) -> None:
-    if x.shape[1] != stack.w13.shape[2] or x.dtype is not stack.w13.dtype or x.dtype is not stack.w2.dtype:
-        raise ValueError(
-            f"x is {x.dtype} {list(x.shape)}, the experts are {stack.w13.dtype} {list(stack.w13.shape)}: they must be "
-            "of one dtype and fit each other"
-        )
+def _multiply(
+    x: torch.Tensor,
+    grouping: Grouping,
+    between: torch.Tensor,
+    said: torch.Tensor,
+    *,
+    stack: ExpertStack,
+    tiles: Tiles,
+    num_chosen: int,
+) -> None:
+    """As `mixture_codes.multiply`, of floating weights."""
+    (num_tokens, hidden_size), (num_experts, _, inner) = x.shape, stack.w2.shape
+    num_pairs, is_one_token = num_tokens * num_chosen, num_tokens == 1
+    kind, alpha, limit = activation(stack.act)
+    tables = (grouping.pairs, grouping.experts, num_pairs, stack.first, num_experts, hidden_size, inner)
+    block_n, block_k, num_warps, num_stages = tiles.up
+    _up_kernel[(grouping.max_blocks * triton.cdiv(inner, block_n),)](
+        *(x, stack.w13, stack.b13, between, *tables, x.stride(0), alpha, limit),
+        NUM_CHOSEN=num_chosen,
+        IS_ONE_TOKEN=is_one_token,
+        HAS_BIAS=stack.b13 is not None,
+        ACT=kind,
+        EVEN_K=hidden_size % block_k == 0,
+        UPCAST=UPCAST,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    block_n, block_k, num_warps, num_stages = tiles.down
+    _down_kernel[(grouping.max_blocks * triton.cdiv(hidden_size, block_n),)](
+        *(between, stack.w2, stack.b2, said, *tables),
+        IS_ONE_TOKEN=is_one_token,
+        HAS_BIAS=stack.b2 is not None,
+        EVEN_K=inner % block_k == 0,
+        UPCAST=UPCAST,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+
+
+def _check(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, stack: AnyExpertStack) -> None:
     if weights.shape != chosen.shape or chosen.dim() != 2 or chosen.shape[0] != x.shape[0]:
         raise ValueError(f"weights {list(weights.shape)} and chosen {list(chosen.shape)} are for {x.shape[0]} tokens")
-    if not stack.w13.is_contiguous() or not stack.w2.is_contiguous():
-        raise ValueError("the experts must lie behind each other, contiguous")
+    # Codes multiply any.
+    dtypes: tuple[torch.dtype, ...] = (x.dtype,)
+    if isinstance(stack, ExpertStack):
+        dtypes = (stack.w13.dtype, stack.w2.dtype)
+        if not (stack.w13.is_contiguous() and stack.w2.is_contiguous()):
+            raise ValueError("the experts must lie behind each other, contiguous")
+    if x.shape[1] != stack.w13.shape[2] or any(dtype is not x.dtype for dtype in dtypes):
+        raise ValueError(
+            f"x is {x.dtype} {list(x.shape)}, the experts are {dtypes[0]} {list(stack.w13.shape)}: they must be "
+            "of one dtype and fit each other"
+        )

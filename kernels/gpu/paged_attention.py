@@ -25,6 +25,7 @@ from .launch import UPCAST, num_processors
 __all__ = ["paged_attention", "write_kv"]
 
 _LOG2_E = float(LOG2_E.value)
+MAX_HEAD_DIM = 256  # of wider heads a query tile and the keys on their way take more shared memory than there is
 FEWEST_ROWS = 256  # that kernels are compiled for: to search so many costs no more than to search one
 
 
@@ -36,6 +37,9 @@ def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch:
         raise ValueError(
             f"key and value caches differ: {k_cache.shape=} {v_cache.shape=} {k_cache.dtype} {v_cache.dtype}"
         )
+    widest = max(q.shape[2], head_dim_of(v_cache))
+    if widest > MAX_HEAD_DIM:
+        raise ValueError(f"attention on a GPU takes heads of at most {MAX_HEAD_DIM} elements, got {widest}")
     if q.shape[1] % k_cache.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not divide into {k_cache.shape[1]} KV heads")
     if not is_quantized(k_cache.dtype) and q.dtype is not k_cache.dtype:
@@ -223,6 +227,7 @@ class _Launch:
             S=tiling,
             num_warps=schedule.num_warps,
             num_stages=schedule.num_stages,
+            enable_fp_fusion=schedule.fuses,
         )
         if schedule.split:
             reduce_chunks_kernel[(num_tokens, num_heads)](
@@ -231,6 +236,7 @@ class _Launch:
                 CHUNK=schedule.chunk,
                 S=tiling,
                 num_warps=4,
+                enable_fp_fusion=schedule.fuses,
             )
 
 

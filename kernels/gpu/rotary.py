@@ -19,51 +19,100 @@ _MAX_HEAD_DIM = 1024
 
 
 @triton.jit
-def _angles(cos_sin_ptr, position, column, half_mask, max_position, ROTARY_DIM: tl.constexpr):
+def _angles(table, column, is_column, ROTARY_DIM: tl.constexpr):
     """Cosines and sines of a position, `[1, HALF]` each.
 
     There is no one to raise an error to: a position outside the table takes its nearest row.
     """
+    cos_sin_ptr, position, max_position = table
     position = tl.minimum(tl.maximum(position, 0), max_position - 1)
     angles = cos_sin_ptr + position * ROTARY_DIM + column
-    cos = tl.load(angles, mask=half_mask, other=0.0)
-    sin = tl.load(angles + ROTARY_DIM // 2, mask=half_mask, other=0.0)
+    cos = tl.load(angles, mask=is_column, other=0.0)
+    sin = tl.load(angles + ROTARY_DIM // 2, mask=is_column, other=0.0)
     return cos[None, :], sin[None, :]
 
 
 @triton.jit
-def _normed(
-    x1, x2, x3, weight_ptr, column, half_mask, rest_column, rest_mask, eps,
-    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
-    """The RMS norm of heads, in three parts: both halves of what turns, and the rest; without a weight as they are."""
+def _columns_of(HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr):
+    """Columns of the first half of what turns and of what does not turn, each with which of them there are."""
+    column = tl.arange(0, HALF)
+    is_column = column < ROTARY_DIM // 2
+    rest_column, is_rest = column, is_column  # of nothing, if REST is 0
+    if REST > 0:
+        rest_column = ROTARY_DIM + tl.arange(0, REST)
+        is_rest = rest_column < HEAD_DIM
+    return column, is_column, rest_column, is_rest
+
+
+@triton.jit
+def _load_parts(rows, columns, is_head, ROTARY_DIM: tl.constexpr, REST: tl.constexpr):
+    """Heads in three parts, float32: both halves of what turns, `[HEADS, HALF]`, and the rest, `[HEADS, REST]`.
+
+    Args:
+        rows: `[HEADS, 1]`, pointers at each head's first element.
+        columns: of `_columns_of`.
+        is_head: `[HEADS]`, which of them there are.
+    """
+    column, is_column, rest_column, is_rest = columns
+    mask = is_head[:, None] & is_column[None, :]
+    x1 = tl.load(rows + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(rows + ROTARY_DIM // 2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    x3 = x2  # of nothing, if REST is 0
+    if REST > 0:
+        x3 = tl.load(rows + rest_column[None, :], mask=is_head[:, None] & is_rest[None, :], other=0.0).to(tl.float32)
+    return x1, x2, x3
+
+
+@triton.jit
+def _normed(parts, columns, weight_ptr, eps, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST: tl.constexpr):
+    """The RMS norm of heads; without a weight as they are."""
+    x1, x2, x3 = parts
+    column, is_column, rest_column, is_rest = columns
     if weight_ptr is not None:
+        weight1 = tl.load(weight_ptr + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        weight2 = tl.load(weight_ptr + ROTARY_DIM // 2 + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
         squares = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
         if REST > 0:
             squares += tl.sum(x3 * x3, axis=1)
         scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-        x1 = x1 * scale * tl.load(weight_ptr + column, mask=half_mask, other=0.0).to(tl.float32)[None, :]
-        weight2 = tl.load(weight_ptr + ROTARY_DIM // 2 + column, mask=half_mask, other=0.0)
-        x2 = x2 * scale * weight2.to(tl.float32)[None, :]
+        x1 = x1 * scale * weight1
+        x2 = x2 * scale * weight2
         if REST > 0:
-            weight3 = tl.load(weight_ptr + rest_column, mask=rest_mask, other=0.0)
+            weight3 = tl.load(weight_ptr + rest_column, mask=is_rest, other=0.0)
             x3 = x3 * scale * weight3.to(tl.float32)[None, :]
     return x1, x2, x3
 
 
 @triton.jit
-def _store_turned(
-    rows, x1, x2, x3, cos, sin, column, rest_column, mask, rest_mask, ROTARY_DIM: tl.constexpr, REST: tl.constexpr
-):
-    """Turn heads and store them at `rows`, pointers at each head's first element; returns them as they are stored."""
+def _turn_heads(
+    rows, columns, is_head, table, weight_ptr, eps,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Norm and turn heads in place.
+
+    Args:
+        rows, columns, is_head: as for `_load_parts`.
+        table: of cosines and sines: its pointer, the position, how many there are.
+        weight_ptr: of the norm; None: no norm.
+
+    Returns:
+        The heads' parts as they are stored.
+    """
+    column, is_column, rest_column, is_rest = columns
+    parts = _load_parts(rows, columns, is_head, ROTARY_DIM, REST)
+    cos, sin = _angles(table, column, is_column, ROTARY_DIM)
+    x1, x2, x3 = _normed(parts, columns, weight_ptr, eps, HEAD_DIM, ROTARY_DIM, REST)
     dtype = rows.dtype.element_ty
     y1 = (x1 * cos - x2 * sin).to(dtype)
     y2 = (x2 * cos + x1 * sin).to(dtype)
     y3 = x3.to(dtype)
+    # Of fewer numbers than threads, several threads hold the same one: all have loaded it before one stores to it.
+    tl.debug_barrier()
+    mask = is_head[:, None] & is_column[None, :]
     tl.store(rows + column[None, :], y1, mask=mask)
     tl.store(rows + ROTARY_DIM // 2 + column[None, :], y2, mask=mask)
     if REST > 0:
-        tl.store(rows + rest_column[None, :], y3, mask=rest_mask)
+        tl.store(rows + rest_column[None, :], y3, mask=is_head[:, None] & is_rest[None, :])
     return y1, y2, y3
 
 
@@ -76,16 +125,19 @@ def _cache_rows(slot, head, num_kv_heads, block_size):
 
 @triton.jit
 def _store_keys(
-    cache_ptr, cache_rows, y1, y2, y3, column, rest_column, mask, rest_mask, row_mask,
+    cache_ptr, cache_rows, parts, columns, is_head,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST: tl.constexpr, FP8: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the key cache, in the same three parts.
+    """Rows of the key cache, from their parts as the tensor got them.
 
     What the cache gets is what the tensor got, so a key is rounded twice as if it had been read back.
     """
+    y1, y2, y3 = parts
+    column, is_column, rest_column, is_rest = columns
     k1, k2 = y1.to(tl.float32), y2.to(tl.float32)
     WIDTH: tl.constexpr = HEAD_DIM + (4 if QUANTIZED else 0)
     row_ptrs = cache_ptr + cache_rows[:, None] * WIDTH
+    row_mask = is_head[:, None]
     scale = tl.full((y1.shape[0],), 1.0, tl.float32)
     if QUANTIZED:
         largest = tl.maximum(largest_of_rows(k1), largest_of_rows(k2))
@@ -94,22 +146,12 @@ def _store_keys(
         scale = row_scales(largest, FP8)
         store_scales(row_ptrs, HEAD_DIM, scale, row_mask)
     scale = scale[:, None]
+    mask = row_mask & is_column[None, :]
     store_columns(row_ptrs, column[None, :], k1, mask, scale, FP8, QUANTIZED)
     store_columns(row_ptrs, ROTARY_DIM // 2 + column[None, :], k2, mask, scale, FP8, QUANTIZED)
     if REST > 0:
+        rest_mask = row_mask & is_rest[None, :]
         store_columns(row_ptrs, rest_column[None, :], y3.to(tl.float32), rest_mask, scale, FP8, QUANTIZED)
-
-
-@triton.jit
-def _copy_values(
-    v_rows, cache_ptr, cache_rows, row_mask,
-    V_HEAD_DIM: tl.constexpr, V_BLOCK: tl.constexpr, FP8: tl.constexpr, QUANTIZED: tl.constexpr,
-):  # fmt: skip
-    """Rows of the value cache from `v_rows`, pointers at each head's first value."""
-    column = tl.arange(0, V_BLOCK)[None, :]
-    mask = row_mask & (column < V_HEAD_DIM)
-    v = tl.load(v_rows + column, mask=mask, other=0.0).to(tl.float32)
-    store_rows(cache_ptr, cache_rows, column, v, mask, row_mask, V_HEAD_DIM, FP8, QUANTIZED)
 
 
 @triton.jit
@@ -147,54 +189,34 @@ def _rotary_kernel(
     QUANTIZED: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    num_query_parts = tl.cdiv(num_heads, HEADS)
     part = tl.program_id(1)
-    is_query = part < num_query_parts
-    head = tl.where(is_query, part, part - num_query_parts) * HEADS + tl.arange(0, HEADS)
-    head_mask = head < tl.where(is_query, num_heads, num_kv_heads)
-    if is_query:
+    num_query_parts = tl.cdiv(num_heads, HEADS)
+    columns = _columns_of(HEAD_DIM, ROTARY_DIM, HALF, REST)
+    table = (cos_sin_ptr, tl.load(positions_ptr + token), max_position)
+    if part < num_query_parts:
+        head = part * HEADS + tl.arange(0, HEADS)
         rows = q_ptr + token * q_stride_token + head[:, None] * q_stride_head
+        _turn_heads(rows, columns, head < num_heads, table, q_weight_ptr, eps, HEAD_DIM, ROTARY_DIM, REST)
     else:
+        head = (part - num_query_parts) * HEADS + tl.arange(0, HEADS)
+        is_head = head < num_kv_heads
         rows = k_ptr + token * k_stride_token + head[:, None] * k_stride_head
-
-    column = tl.arange(0, HALF)
-    half_mask = column < ROTARY_DIM // 2
-    mask = head_mask[:, None] & half_mask[None, :]
-    x1 = tl.load(rows + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(rows + ROTARY_DIM // 2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    position = tl.load(positions_ptr + token)
-    cos, sin = _angles(cos_sin_ptr, position, column, half_mask, max_position, ROTARY_DIM)
-    x3, rest_column, rest_column_mask, rest_mask = x2, column, half_mask, mask  # of nothing, if REST is 0
-    if REST > 0:
-        rest_column = ROTARY_DIM + tl.arange(0, REST)
-        rest_column_mask = rest_column < HEAD_DIM
-        rest_mask = head_mask[:, None] & rest_column_mask[None, :]
-        x3 = tl.load(rows + rest_column[None, :], mask=rest_mask, other=0.0).to(tl.float32)
-
-    if is_query:
-        x1, x2, x3 = _normed(
-            *(x1, x2, x3, q_weight_ptr, column, half_mask, rest_column, rest_column_mask, eps),
-            *(HEAD_DIM, ROTARY_DIM, REST),
-        )
-    else:
-        x1, x2, x3 = _normed(
-            *(x1, x2, x3, k_weight_ptr, column, half_mask, rest_column, rest_column_mask, eps),
-            *(HEAD_DIM, ROTARY_DIM, REST),
-        )
-    y1, y2, y3 = _store_turned(rows, x1, x2, x3, cos, sin, column, rest_column, mask, rest_mask, ROTARY_DIM, REST)
-
-    if slots_ptr is not None:
-        slot = tl.load(slots_ptr + token)
-        if is_query | (slot < 0) | (slot >= num_slots):
-            return
-        cache_rows = _cache_rows(slot, head, num_kv_heads, block_size)
-        row_mask = head_mask[:, None]
-        _store_keys(
-            *(k_cache_ptr, cache_rows, y1, y2, y3, column, rest_column, mask, rest_mask, row_mask),
-            *(HEAD_DIM, ROTARY_DIM, REST, FP8, QUANTIZED),
-        )
-        v_rows = v_ptr + token * v_stride_token + head[:, None] * v_stride_head
-        _copy_values(v_rows, v_cache_ptr, cache_rows, row_mask, V_HEAD_DIM, V_BLOCK, FP8, QUANTIZED)
+        if slots_ptr is not None:  # before the keys are turned, so that all loads are in flight together
+            slot = tl.load(slots_ptr + token)
+            v_column = tl.arange(0, V_BLOCK)[None, :]
+            v_mask = is_head[:, None] & (v_column < V_HEAD_DIM)
+            v_rows = v_ptr + token * v_stride_token + head[:, None] * v_stride_head
+            v = tl.load(v_rows + v_column, mask=v_mask, other=0.0).to(tl.float32)
+        keys = _turn_heads(rows, columns, is_head, table, k_weight_ptr, eps, HEAD_DIM, ROTARY_DIM, REST)
+        if slots_ptr is not None:
+            if (slot >= 0) & (slot < num_slots):
+                cache_rows = _cache_rows(slot, head, num_kv_heads, block_size)
+                _store_keys(
+                    *(k_cache_ptr, cache_rows, keys, columns, is_head, HEAD_DIM, ROTARY_DIM, REST, FP8, QUANTIZED)
+                )
+                store_rows(
+                    *(v_cache_ptr, cache_rows, v_column, v, v_mask, is_head[:, None], V_HEAD_DIM, FP8, QUANTIZED)
+                )
 
 
 def can(  # noqa: PLR0917,RUF100 - inputs, table, cache: as in write_kv

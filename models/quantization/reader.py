@@ -18,7 +18,7 @@ from ..gguf.weight_reader import GGUFReader
 from ..random_weights import RandomReader, RandomWeights
 from ..weights import ALL, Part, WeightReader
 from .formats import MalformedError, is_quantized, read_layer
-from .mxfp4 import MXFP4Reader
+from .mxfp4 import MXFP4Reader, RandomMXFP4Reader
 from .partition import part_of
 from .scheme import Scheme
 
@@ -147,7 +147,7 @@ def inseparable_inputs(folder: Path, quantization: Scheme | RandomWeights | Lite
     if isinstance(quantization, Scheme):
         return max(1, quantization.group_size)  # -1: all inputs share one, of which each rank has a copy
     to = quantization.quantized_to if isinstance(quantization, RandomWeights) else quantization
-    return 1 if to is None else _BITS_AND_GROUP[to][1]
+    return 1 if to is None or to == "mxfp4" else _BITS_AND_GROUP[to][1]
 
 
 def open_weights(
@@ -161,6 +161,8 @@ def open_weights(
     if isinstance(quantization, RandomWeights):
         if quantization.quantized_to is None:
             return RandomReader(folder, dtype=dtype, device=device, seed=quantization.seed)
+        if quantization.quantized_to == "mxfp4":
+            return RandomMXFP4Reader(folder, dtype=dtype, device=device, seed=quantization.seed)
         return RandomQuantizingReader(
             folder, dtype=dtype, device=device, to=quantization.quantized_to, seed=quantization.seed
         )

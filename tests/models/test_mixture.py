@@ -11,6 +11,7 @@ from paged_runner import run_paged
 from tiny_models import random_token_ids, save_tiny_model
 from unconnected_ranks import member
 
+from octavo.kernels.expert_stack import CodedExpertStack, ExpertStack
 from octavo.kernels.quantized_weight import QuantizedWeight
 from octavo.kernels.weight_quantization import quantize
 from octavo.models.errors import UnsupportedModelError
@@ -83,14 +84,16 @@ def test_the_stack_is_the_experts_memory_and_not_a_second_copy(tmp_path: Path) -
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
-def test_quantised_experts_are_widened_and_say_the_same(model_type: str, quantization: str, tmp_path: Path) -> None:
+def test_quantised_experts_stay_codes_and_say_the_same(model_type: str, quantization: str, tmp_path: Path) -> None:
     save_tiny_model(model_type, tmp_path, seed=4)
     model = load(tmp_path, quantization=quantization)
     assert not isinstance(mixtures(model)[0].experts[0].down, torch.Tensor)
     one_by_one = run_paged(model, TOKENS)
     stack_on_device([layer.mlp for layer in model.layers], torch.device("cuda"))
     torch.testing.assert_close(run_paged(model, TOKENS), one_by_one, atol=1e-5, rtol=1e-5)
-    assert isinstance(mixtures(model)[0].experts[0].down, torch.Tensor)
+    for mixture in mixtures(model):
+        assert isinstance(mixture._stack, CodedExpertStack)
+        assert not mixture.experts, "their memory is given back"
 
 
 def test_parts_of_several_kinds_are_widened_behind_each_other(tmp_path: Path) -> None:
@@ -105,16 +108,10 @@ def test_parts_of_several_kinds_are_widened_behind_each_other(tmp_path: Path) ->
         before = quantized.forward(x)
         quantized.stack_experts()
         torch.testing.assert_close(quantized.forward(x), before, atol=1e-5, rtol=1e-5)
+    assert isinstance(quantized._stack, ExpertStack)
 
 
 def test_what_cannot_be_stacked_is_refused(tmp_path: Path) -> None:
     save_tiny_model("qwen3_moe", tmp_path, hidden_act="relu")
     with pytest.raises(UnsupportedModelError, match="activation is not supported in a mixture of experts on a GPU"):
         mixtures(load(tmp_path))[0].stack_experts()
-
-
-def test_experts_that_were_to_save_memory_are_not_widened(tmp_path: Path) -> None:
-    save_tiny_model("qwen3_moe", tmp_path)
-    model = load(tmp_path, quantization="int8")
-    with pytest.raises(UnsupportedModelError, match=r"are not quantised at load on a GPU.*--quantization at auto"):
-        stack_on_device([layer.mlp for layer in model.layers], torch.device("cuda"), widens=False)

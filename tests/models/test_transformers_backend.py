@@ -31,7 +31,7 @@ from octavo.models.errors import ModelLoadError
 from octavo.models.transformers_attention import UnsupportedAttentionError, sliding_window_of
 from octavo.models.transformers_backend import TransformersCausalLM, load_transformers_model, page_model
 
-NUM_NEW_TOKENS = 32
+NUM_NEW_TOKENS = 16  # from 21 tokens on, past four more blocks, every window and the next chunk of attention
 BLOCK_SIZE = 4
 PROMPTS = [random_token_ids(21, seed=1), random_token_ids(9, seed=2), random_token_ids(13, seed=3)]
 

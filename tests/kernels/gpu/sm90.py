@@ -36,6 +36,7 @@ class Variant:
             integer says that it is divisible by 16, `:1` behind a pointer takes the alignment away. An integer argument
             that will be 1 or an argument that will be None belongs into `constexprs` (as Triton does at launch).
         constexprs: plain values or dataclasses of them; the string `tl.bfloat16` means that type.
+        enable_fp_fusion: whether products may be fused with sums.
     """
 
     kernel: str
@@ -43,6 +44,7 @@ class Variant:
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    enable_fp_fusion: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +148,11 @@ def _compile(variant: Variant, *, sass: bool) -> Report:
         binary = triton.compile(
             source,
             target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+            options={
+                "num_warps": variant.num_warps,
+                "num_stages": variant.num_stages,
+                "enable_fp_fusion": variant.enable_fp_fusion,
+            },
         )
     text = log.getvalue()
     registers = re.search(r"Used (\d+) registers", text)

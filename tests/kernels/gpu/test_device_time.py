@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from octavo.kernels.gpu import device_time as device_time_module
 from octavo.kernels.gpu.device_time import CALLS, device_time
 
 WORK_US, LAUNCH_US = 50.0, 20.0
@@ -102,6 +103,29 @@ def test_a_call_that_a_graph_holds_is_timed_without_the_host(monkeypatch: pytest
     assert timed.us == pytest.approx(WORK_US)
     assert timed.how == ""
     assert CALLS > 1
+
+
+def test_calls_that_take_turns_do_so_as_often_in_every_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, turns = be(Device(host_us=100.0), monkeypatch), list[int]()
+
+    def make(number: int) -> Callable[[], None]:
+        def run() -> None:
+            turns.append(number)
+            call()
+
+        return run
+
+    timed = device_time(*(make(number) for number in range(3)))
+    assert timed.us == pytest.approx(WORK_US)
+    assert turns == [0, 1, 2, 0, 1, 2] * 2  # once to warm up, once into the graph
+
+
+def test_a_tenth_of_the_repeats_was_faster_and_a_tenth_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([50.0, *map(float, range(1, 12))])
+    monkeypatch.setattr(device_time_module, "_once", lambda launch, cycles: (next(times), True))
+    timed = device_time_module._timed(lambda: None, 1, 11, "")
+    assert (timed.us, timed.low_us, timed.high_us) == pytest.approx((6_000, 2_000, 10_000))
+    assert timed.figures == {"us": timed.us, "low_us": timed.low_us, "high_us": timed.high_us}
 
 
 @pytest.mark.parametrize("host_us", [100.0, 9_000.0])

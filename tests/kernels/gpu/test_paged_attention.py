@@ -251,6 +251,9 @@ def test_what_the_kernels_cannot_take_is_said() -> None:
         paged_attention(case.q.half(), case.k_cache, case.v_cache, case.batch, kind)
     with pytest.raises(ValueError, match="must be contiguous"):
         paged_attention(case.q, case.k_cache.transpose(0, 1), case.v_cache.transpose(0, 1), case.batch, kind)
+    wide = make_case([(1, 5)], v_dim=264)
+    with pytest.raises(ValueError, match="at most 256"):
+        paged_attention(wide.q, wide.k_cache, wide.v_cache, wide.batch, kind)
     odd = make_case([(1, 5)], k_dim=6, cache_dtype=torch.int8)
     with pytest.raises(ValueError, match="multiple of 4"):
         paged_attention(odd.q, odd.k_cache, odd.v_cache, odd.batch, kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -30,15 +31,17 @@ TYPES = {
 class Launches:
     """Takes a kernel's place and notes what it is launched with."""
 
-    def __init__(self, kernel: Any, name: str) -> None:
+    def __init__(self, kernel: Any) -> None:
         self.arguments = list(inspect.signature(kernel.fn).parameters)
-        self.name = name
+        self.name = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
         self.variants: list[Variant] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self._launch
 
-    def _launch(self, *args: Any, num_warps: int, num_stages: int = 0, **constexprs: Any) -> None:
+    def _launch(
+        self, *args: Any, num_warps: int, num_stages: int = 3, enable_fp_fusion: bool = True, **constexprs: Any
+    ) -> None:
         signature = {}
         for name, value in zip(self.arguments, args, strict=False):
             if isinstance(value, torch.Tensor):
@@ -49,9 +52,7 @@ class Launches:
                 aligned = "stride" in name and name != "table_stride" and value % 16 == 0
                 signature[name] = "i32:16" if aligned else "i32"
         constexprs["S"] = dataclasses.replace(constexprs["S"], UPCAST=False)
-        self.variants.append(
-            Variant(f"octavo.kernels.gpu.attention_kernels:{self.name}", signature, constexprs, num_warps, num_stages)
-        )
+        self.variants.append(Variant(self.name, signature, constexprs, num_warps, num_stages, enable_fp_fusion))
 
 
 def launched(
@@ -63,26 +64,26 @@ def launched(
     q_dtype: torch.dtype = torch.bfloat16,
     block_size: int = 16,
     num_rows: int = 256,
+    num_kv_heads: int = 8,
     context_len: int = 4096,
     batch_invariant: bool = False,
     **options: Any,
-) -> Variant:
-    """The main kernel of one call with 8 KV heads and groups of 4.
+) -> tuple[Variant, ...]:
+    """The kernels of one call with 32 heads: the main one, and a reduction if there is one.
 
     Args:
         dtype, q_dtype: of the cache, and of the queries.
         query_len, context_len: of each row.
         options: of the attention.
     """
-    shares, tiles = (Launches(getattr(module, name), name) for name in ("share_kernel", "tile_kernel"))
+    names = ("share_kernel", "tile_kernel", "reduce_shares_kernel", "reduce_chunks_kernel")
+    kernels = [Launches(getattr(module, name)) for name in names]
     with monkeypatch.context() as patch:
-        patch.setattr(module, "share_kernel", shares)
-        patch.setattr(module, "tile_kernel", tiles)
+        for name, kernel in zip(names, kernels, strict=True):
+            patch.setattr(module, name, kernel)
         patch.setattr(module, "num_processors", lambda device: PROCESSORS)
-        for name in ("reduce_shares_kernel", "reduce_chunks_kernel"):
-            patch.setattr(module, name, Launches(getattr(module, name), name))
         meta = {"device": "meta"}
-        cache = torch.empty(64, 8, block_size, row_width(head_dim, dtype), dtype=dtype, **meta)
+        cache = torch.empty(64, num_kv_heads, block_size, row_width(head_dim, dtype), dtype=dtype, **meta)
         batch = AttentionBatch(
             query_start=torch.empty(num_rows + 1, dtype=torch.int32, **meta),
             context_lens=torch.empty(num_rows, dtype=torch.int32, **meta),
@@ -95,30 +96,40 @@ def launched(
         )
         q = torch.empty(num_rows * query_len, 32, head_dim, dtype=q_dtype, **meta)
         module.paged_attention(q, cache, cache, batch, AttentionKind(0.1, **options), batch_invariant=batch_invariant)
-    (variant,) = shares.variants + tiles.variants
-    return variant
+    return tuple(variant for kernel in kernels for variant in kernel.variants)
 
 
-PROCESSOR_OPTIONS = {"sliding_window": 128, "softcap": 30.0}
+ALL_MASKS = {"sliding_window": 128, "softcap": 30.0, "sinks": torch.ones(32), "alibi_slopes": torch.ones(32)}
+MASKS: dict[str, dict[str, Any]] = {  # as models have them
+    "window and soft cap": {"sliding_window": 128, "softcap": 30.0},
+    "window and sinks": {"sliding_window": 128, "sinks": torch.ones(32)},
+    "ALiBi": {"alibi_slopes": torch.ones(32)},
+}
+CACHES: dict[str, dict[str, torch.dtype]] = {
+    "bf16": {},
+    "fp16": {"dtype": torch.float16, "q_dtype": torch.float16},
+    "fp8": {"dtype": torch.float8_e4m3fn},
+    "int8": {"dtype": torch.int8},
+}
 CALLS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "decode, 64 wide": (64, 1, {}),
     "decode": (128, 1, {}),
     "decode, 256 wide": (256, 1, {}),
-    "decode, all masks": (128, 1, {**PROCESSOR_OPTIONS, "sinks": torch.ones(32), "alibi_slopes": torch.ones(32)}),
-    "decode, fp8": (128, 1, {"dtype": torch.float8_e4m3fn}),
+    "decode, all masks": (128, 1, ALL_MASKS),
+    "decode, fp8": (128, 1, CACHES["fp8"]),
     "prefill, 64 wide": (64, 512, {}),
     "prefill": (128, 512, {}),
     "prefill, blocks of 128": (128, 512, {"block_size": 128}),
     "prefill, 256 wide": (256, 512, {}),
-    "prefill, fp8": (128, 512, {"dtype": torch.float8_e4m3fn}),
+    "prefill, fp8": (128, 512, CACHES["fp8"]),
     "prefill, batch-invariant": (128, 512, {"batch_invariant": True}),
-    "prefill, all masks": (128, 512, {**PROCESSOR_OPTIONS, "sinks": torch.ones(32), "alibi_slopes": torch.ones(32)}),
+    "prefill, all masks": (128, 512, ALL_MASKS),
     "prefill, 96 wide, blocks of 256": (96, 512, {"block_size": 256}),
     "decode, 80 wide, blocks of 256": (80, 1, {"block_size": 256}),
-    "decode, int8": (128, 1, {"dtype": torch.int8}),
-    "prefill, int8": (128, 512, {"dtype": torch.int8}),
-    "decode, float16": (128, 1, {"dtype": torch.float16, "q_dtype": torch.float16}),
-    "prefill, float16": (128, 512, {"dtype": torch.float16, "q_dtype": torch.float16}),
+    "decode, int8": (128, 1, CACHES["int8"]),
+    "prefill, int8": (128, 512, CACHES["int8"]),
+    "decode, float16": (128, 1, CACHES["fp16"]),
+    "prefill, float16": (128, 512, CACHES["fp16"]),
     "prefill, few rows, batch-invariant": (128, 256, {"num_rows": 1, "batch_invariant": True}),
     "decode, few rows, batch-invariant": (128, 1, {"num_rows": 1, "batch_invariant": True}),
     **{
@@ -128,26 +139,74 @@ CALLS: dict[str, tuple[int, int, dict[str, Any]]] = {
             ("64 tokens", 128, 64, {}),
             ("64 wide", 64, 64, {}),
             ("256 wide", 256, 64, {}),
-            ("fp8", 128, 64, {"dtype": torch.float8_e4m3fn}),
-            ("all masks", 128, 64, {**PROCESSOR_OPTIONS, "sinks": torch.ones(32), "alibi_slopes": torch.ones(32)}),
+            ("fp8", 128, 64, CACHES["fp8"]),
+            ("all masks", 128, 64, ALL_MASKS),
         )
     },
 }
 BY_SHARE = ("decode", "short chunk")
 
+# What the executor can choose, beside the above: every kind of launch with every width, cache, mask and size of blocks.
+KINDS: dict[str, tuple[int, dict[str, Any]]] = {
+    "decode": (1, {}),
+    "decode of one KV head": (1, {"num_kv_heads": 1}),
+    "prefill": (512, {}),
+    "short chunk": (64, {"num_rows": 1, "context_len": 32768}),
+    "prefill, batch-invariant": (512, {"batch_invariant": True}),
+    "decode, few rows, batch-invariant": (1, {"num_rows": 1, "batch_invariant": True}),
+}
+COVERED = (
+    (64, 256, "fp8", "window and sinks"),
+    (112, 32, "int8", "ALiBi"),
+    (128, 128, "fp8", "window and soft cap"),
+    (192, 64, "bf16", "window and sinks"),
+    (256, 16, "bf16", "window and soft cap"),
+    (256, 256, "fp8", "window and soft cap"),
+)
+CALLS |= {
+    f"{kind}, {head_dim} wide, blocks of {block_size}, {cache}, {masks}": (
+        head_dim,
+        query_len,
+        {"block_size": block_size, **options, **CACHES[cache], **MASKS[masks]},
+    )
+    for kind, (query_len, options) in KINDS.items()
+    for head_dim, block_size, cache, masks in COVERED
+}
+
+
+SPILLS = {
+    # Codes are widened beside 128 registers of output: with half as many queries, or more threads, it is more.
+    "prefill, 256 wide, blocks of 256, fp8, window and soft cap": 80,
+    # One register, of a mask that none of our own models has.
+    "prefill, 112 wide, blocks of 32, int8, ALiBi": 8,
+    "decode, 112 wide, blocks of 32, int8, ALiBi": 8,
+}
+"""Bytes."""
+
 
 @pytest.fixture(scope="module")
-def reports() -> dict[str, tuple[Variant, Report]]:
+def compiled() -> dict[str, tuple[tuple[Variant, Report], ...]]:
+    """The kernels of each call; what several have in common is compiled once."""
     with pytest.MonkeyPatch.context() as patch:
-        variants = [launched(patch, head_dim, query_len, **options) for head_dim, query_len, options in CALLS.values()]
-    return dict(zip(CALLS, zip(variants, compile_all(variants), strict=True), strict=True))
+        calls = {name: launched(patch, width, length, **options) for name, (width, length, options) in CALLS.items()}
+    variants = {repr(variant): variant for launches in calls.values() for variant in launches}
+    found = dict(zip(variants, compile_all(list(variants.values()), timeout_s=1800), strict=True))
+    return {name: tuple((each, found[repr(each)]) for each in launches) for name, launches in calls.items()}
+
+
+@pytest.fixture(scope="module")
+def reports(compiled: dict[str, tuple[tuple[Variant, Report], ...]]) -> dict[str, tuple[Variant, Report]]:
+    """The main kernel of each call."""
+    return {name: launches[0] for name, launches in compiled.items()}
 
 
 def test_prefills_and_short_chunks_of_long_prompts_use_wgmma(reports: dict[str, tuple[Variant, Report]]) -> None:
     for name, (variant, report) in reports.items():
         is_by_tile = not name.startswith(BY_SHARE) or "batch-invariant" in name
         assert variant.kernel.endswith("tile_kernel") == is_by_tile, name
-        if not name.startswith("decode"):
+        tiling = variant.constexprs["S"]
+        # Where bits are promised to wide heads, two states leave no registers for 64 queries.
+        if not name.startswith("decode") and not ("batch-invariant" in name and tiling.K_DIM > 128):
             assert report.uses_wgmma, name
 
 
@@ -165,13 +224,41 @@ def test_what_is_split_for_few_rows_whatever_the_batch_is_among_what_is_compiled
     assert split == {name for name in reports if "few rows, batch-invariant" in name}
 
 
-def test_nothing_spills(reports: dict[str, tuple[Variant, Report]]) -> None:
-    assert {name: report.spills for name, (_, report) in reports.items() if report.spills} == {}
+def test_no_kernel_of_a_call_spills_more_than_is_known(compiled: dict[str, tuple[tuple[Variant, Report], ...]]) -> None:
+    spills = {name: sum(report.spills for _, report in launches) for name, launches in compiled.items()}
+    assert {name: count for name, count in spills.items() if count > SPILLS.get(name, 0)} == {}
 
 
-def test_shared_memory_fits(reports: dict[str, tuple[Variant, Report]]) -> None:
-    for name, (_, report) in reports.items():
-        assert report.shared_bytes <= MAX_SHARED_BYTES, name
+def test_what_is_cut_is_reduced_by_another_kernel(compiled: dict[str, tuple[tuple[Variant, Report], ...]]) -> None:
+    for name, launches in compiled.items():
+        is_cut = name.startswith(BY_SHARE) or "few rows" in name
+        assert [each.kernel.rpartition("reduce_")[0] != "" for each, _ in launches] == [False, True][: 1 + is_cut], name
+
+
+def test_shared_memory_fits(compiled: dict[str, tuple[tuple[Variant, Report], ...]]) -> None:
+    for name, launches in compiled.items():
+        assert max(report.shared_bytes for _, report in launches) <= MAX_SHARED_BYTES, name
+
+
+def makers_of_exponents(ptx: str) -> set[str]:
+    """Instructions whose results exponentials are taken of."""
+    makers = {into: name for name, into in re.findall(r"^\s*([a-z][\w.]+)\s+(%\w+),", ptx, re.MULTILINE)}
+    return {makers[exponent] for exponent in re.findall(r"ex2\.approx[\w.]*\s+%\w+, (%\w+);", ptx)}
+
+
+def test_logits_are_rounded_alike_with_and_without_a_mask_where_bits_are_promised(
+    reports: dict[str, tuple[Variant, Report]],
+) -> None:
+    """Where they are scaled before the maximum is known, nothing of that is fused with what comes after."""
+    num_found = 0
+    for name, (variant, report) in reports.items():
+        tiling = variant.constexprs["S"]
+        is_scaled_first = tiling.SOFTCAP or tiling.ALIBI or tiling.QUANTIZED
+        if "batch-invariant" in name and is_scaled_first:
+            num_found += 1
+            assert "sub" in {maker.split(".")[0] for maker in makers_of_exponents(report.ptx)}, name
+            assert "fma" not in {maker.split(".")[0] for maker in makers_of_exponents(report.ptx)}, name
+    assert num_found > 8
 
 
 def test_a_processor_holds_as_many_programs_by_share_as_are_launched_for_it(
@@ -179,9 +266,10 @@ def test_a_processor_holds_as_many_programs_by_share_as_are_launched_for_it(
 ) -> None:
     for name, (variant, report) in reports.items():
         if variant.kernel.endswith("share_kernel"):
+            count = 8 // variant.num_warps
             registers = -(-report.num_registers // 8) * 8 * 32 * variant.num_warps
-            assert 2 * registers <= REGISTERS_OF_A_PROCESSOR, name
-            assert 2 * (report.shared_bytes + 1024) <= MAX_SHARED_BYTES + 1024, name  # 1 KiB of each is the system's
+            assert count * registers <= REGISTERS_OF_A_PROCESSOR, name
+            assert count * (report.shared_bytes + 1024) <= MAX_SHARED_BYTES + 1024, name  # 1 KiB is the system's
 
 
 def test_keys_and_values_are_copied_sixteen_bytes_at_a_time(reports: dict[str, tuple[Variant, Report]]) -> None:
