@@ -13,7 +13,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
 from triton import knobs
 
 from octavo.actors.executor.gpu import fake_cuda as fake
-from octavo.actors.executor.gpu.fake_cuda import DEVICE, GpuFacts, KernelVariant
+from octavo.actors.executor.gpu.fake_cuda import DEVICE, GpuFacts, KernelVariant, Transfers
 
 __all__ = ["DEVICE", "Kernels", "fake_cuda"]
 
@@ -29,6 +29,8 @@ class Kernels:
         num_launches: of any of them.
         launched: the same by name.
         num_hits: variants that were compiled indeed, and found in Triton's cache on disk.
+        waits: what made the host and the GPU wait for each other while a graph was captured, or within `no_waits`.
+        races: pinned memory that was written while a copy of it was under way.
     """
 
     def __init__(self, *, compiles: bool) -> None:
@@ -38,7 +40,9 @@ class Kernels:
         self.num_launches = 0
         self.launched: Counter[str] = Counter()
         self.num_hits = 0
-        self._is_capturing = False
+        self.waits: list[str] = []
+        self.races: list[str] = []
+        self._is_capturing = self._may_not_wait = False
         knobs.compilation.listener = self._on_compiled
 
     def _on_compiled(self, *, cache_hit: bool, **_: Any) -> None:
@@ -65,8 +69,19 @@ class Kernels:
     @contextlib.contextmanager
     def capture(self, _graph: Any, **_options: Any) -> Iterator[None]:
         self._is_capturing = True
-        yield
+        with self.no_waits():
+            yield
         self._is_capturing = False
+
+    @contextlib.contextmanager
+    def no_waits(self) -> Iterator[None]:
+        before, self._may_not_wait = self._may_not_wait, True
+        yield
+        self._may_not_wait = before
+
+    def wait(self, what: str) -> None:
+        if self._may_not_wait:
+            self.waits.append(what)
 
 
 @contextlib.contextmanager
@@ -77,5 +92,11 @@ def fake_cuda(*, compiles: bool = False) -> Iterator[Kernels]:
         compiles: for sm_90 indeed, and check the shared memory; takes seconds a kernel.
     """
     kernels = Kernels(compiles=compiles)
-    with fake.fake_cuda(GpuFacts(), on_variant=kernels.make, on_launch=kernels.launch, capture=kernels.capture):
+    with fake.fake_cuda(
+        GpuFacts(),
+        on_variant=kernels.make,
+        on_launch=kernels.launch,
+        capture=kernels.capture,
+        transfers=Transfers(kernels.wait, kernels.races.append),
+    ):
         yield kernels

@@ -11,6 +11,7 @@ import json
 import random
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,33 @@ class Requests:
         return RequestId(one), tuple(BlockId(self._rng.randrange(1000)) for _ in range(needed))
 
 
-def serve(kernels: Kernels, preset: str, *, num_steps: int = 30, num_layers: int = 2, **options: Any) -> dict[str, Any]:
+def forbid_waits(kernels: Kernels, runner: GpuRunner) -> None:
+    """Let it be noted where a step that the GPU does alone waits for it, or has it wait."""
+    run = runner._run
+
+    def running(*args: Any) -> None:
+        with kernels.no_waits():
+            run(*args)
+
+    runner._run = running  # type: ignore[method-assign]
+
+
+def serve(
+    kernels: Kernels,
+    preset: str,
+    *,
+    num_steps: int = 30,
+    num_layers: int = 2,
+    in_mxfp4: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
     """Load a model's shape, warm up, and run random steps."""
+    fields = {"quantization_config": {"quant_method": "mxfp4"}} if in_mxfp4 else {}
     before, captured = len(kernels.made), len(kernels.captured)
+    kernels.waits.clear()
+    kernels.races.clear()
     with tempfile.TemporaryDirectory() as folder:
-        write_config_folder(preset, Path(folder), tokenizer=None, num_hidden_layers=num_layers)
+        write_config_folder(preset, Path(folder), tokenizer=None, num_hidden_layers=num_layers, **fields)
         config = ExecutorConfig(
             **{"model_path": folder, "load_format": "dummy", "device": "cuda", "max_model_len": 2048, **options}
         )
@@ -140,13 +163,18 @@ def serve(kernels: Kernels, preset: str, *, num_steps: int = 30, num_layers: int
         max_len=runner.device.plan.max_model_len,
         block_size=config.block_size,
     )
-    most_rows = most_mixed = 0
+    forbid_waits(kernels, runner)
+    most_rows = most_mixed = num_failed = 0
+    in_flight: deque[Any] = deque()
     for index in range(num_steps):
         step = requests.step(index)
-        runner.execute(step)
+        in_flight.append(runner.launch(step))
+        if len(in_flight) == runner.max_launched:
+            num_failed += len(runner.collect(in_flight.popleft()).failed)
         most_rows = max(most_rows, len(step.num_tokens))
         if max(step.num_tokens, default=0) > 1:
             most_mixed = max(most_mixed, len(step.num_tokens))
+    num_failed += sum(len(runner.collect(launched).failed) for launched in in_flight)
     return {
         "preset": preset,
         "num_compiled": warm - before,
@@ -155,6 +183,9 @@ def serve(kernels: Kernels, preset: str, *, num_steps: int = 30, num_layers: int
         "num_mixed_replays": replays.num_mixed,
         "late": kernels.made[warm:],
         "captured": kernels.captured[captured:],
+        "waits": sorted(set(kernels.waits)),
+        "races": sorted(set(kernels.races)),
+        "num_failed": num_failed,
         "num_launches": kernels.num_launches,
         "num_hits": kernels.num_hits,
         "most_rows": most_rows,

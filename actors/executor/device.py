@@ -22,7 +22,15 @@ from ..kv_allocator.sizing import KVCachePlan, size_kv_cache
 from .config import ExecutorConfig, KVCacheDtype
 from .cpu_affinity import CpuAffinity
 from .gpu_memory import GpuMemoryPlan, as_table, log_fields, share_out
-from .memory_profile import ExecutorMemory, does_not_fit, largest_step, measured_memory, memory_now, small_caches
+from .memory_profile import (
+    ExecutorMemory,
+    GraphExtent,
+    does_not_fit,
+    largest_step,
+    measured_memory,
+    memory_now,
+    small_caches,
+)
 from .standing_batch import StepArrays
 
 _KV_DTYPES: dict[KVCacheDtype, torch.dtype] = {
@@ -152,17 +160,18 @@ class Device:
         """
         model, where, block_size = self.model, self.model.device, self._block_size
         longest = min(config.max_model_len or model.max_position, model.max_position)
-        loaded = memory_now(where)
-        arrays = largest_step(config.max_num_batched_tokens, config.max_num_seqs, longest, block_size)
+        if self.group.pp_size > 1 or not getattr(model, "fits_graphs", True):  # as `load_runner` has it
+            config = msgspec.structs.replace(config, cuda_graph_sizes=(), cuda_graph_tokens=())
+        loaded, extent = memory_now(where), GraphExtent.of(config)
+        largest = largest_step(config.max_num_batched_tokens, config.max_num_seqs, longest, block_size)
+        of_graph = largest_step(max(1, extent.most_tokens), max(1, extent.most_tokens), longest, block_size)
+        activations = graph_bytes = 0
         try:
-            self._kv_caches = small_caches(model, self.kv_dtype, arrays.max_context_len, block_size, where)
-            cache_bytes = sum(cache.k.nbytes + cache.v.nbytes for cache in self._kv_caches)
-            torch.cuda.reset_peak_memory_stats(where)
+            num_cached = max(largest.max_context_len, of_graph.max_context_len)
+            self._kv_caches = small_caches(model, self.kv_dtype, num_cached, block_size, where)
             if self.group.pp_size == 1:  # stages would wait for each other; what they sample with is kept back anyway
-                hidden = self.forward(arrays)
-                self.logits(hidden[: config.max_num_seqs])
-                del hidden
-            peak = torch.cuda.max_memory_allocated(where)
+                activations = self._peak_bytes(largest, config.max_num_seqs)
+                graph_bytes = self._peak_bytes(of_graph, extent.most_samples) if extent.num_graphs else 0
         except torch.OutOfMemoryError as error:
             raise does_not_fit(config, "step", where, error) from error
         finally:
@@ -173,9 +182,8 @@ class Device:
             before=before,
             loaded=loaded,
             after=memory_now(where),
-            peak=peak,
-            cache_bytes=cache_bytes,
-            num_tokens=len(arrays.input_ids),
+            activations=activations,
+            of_graph=graph_bytes,
             max_model_len=longest,
         )
         asked, asked_as = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
@@ -183,6 +191,14 @@ class Device:
             per_token = sum(spec.bytes_per_token(self.kv_dtype) for spec in model.kv_cache_specs)
             asked, asked_as = config.num_blocks * block_size * per_token, "num_blocks"
         return share_out(measured, memory_utilization=config.memory_utilization, asked_bytes=asked, asked_as=asked_as)
+
+    def _peak_bytes(self, arrays: StepArrays, num_samples: int) -> int:
+        """Most that torch allocates for a step and the logits of so many of its tokens."""
+        where = self.model.device
+        before = torch.cuda.memory_allocated(where)
+        torch.cuda.reset_peak_memory_stats(where)
+        self.logits(self.forward(arrays)[:num_samples])
+        return torch.cuda.max_memory_allocated(where) - before
 
     def memory_report(self) -> tuple[dict[str, object], str] | None:
         """Fields for a log line and a table of how a GPU's memory is shared out; None on a CPU."""

@@ -14,6 +14,12 @@ MARGIN_BYTES = 256 * 1024**2
 _GRAPH_BYTES = 6 * 1024**2
 """A captured graph's own nodes and arguments. An estimate, for some four hundred launches; not measured yet."""
 
+_POOL_SLACK = 8
+"""One part in so many of the largest graph's memory: smaller graphs cut the pool that they share in other places."""
+
+_LARGE_UNIT = 2 * 1024**2
+"""Torch's allocator rounds every large tensor up to a multiple of this."""
+
 
 class MeasuredMemory(msgspec.Struct, frozen=True, kw_only=True):
     """What a GPU's memory is taken by, in bytes, before there is a KV cache.
@@ -21,11 +27,12 @@ class MeasuredMemory(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         total: of the device.
         foreign: that was taken before the model was loaded: other processes, the driver.
-        weights: of the model, as allocated.
+        weights: of the model, with what torch's allocator rounds up and leaves between them.
         activations: most that a step of `max_num_batched_tokens` tokens has taken beside them.
         runtime: that is gone and torch has not allocated: kernels' code, libraries' workspaces.
         state: tokens and block tables of the requests that stand on the device.
         graphs: kept back for graphs that are captured later.
+        rounding: of the KV cache's tensors, at most.
     """
 
     total: int
@@ -35,10 +42,13 @@ class MeasuredMemory(msgspec.Struct, frozen=True, kw_only=True):
     runtime: int
     state: int = 0
     graphs: int = 0
+    rounding: int = 0
 
     @property
     def taken(self) -> int:
-        return self.foreign + self.weights + self.activations + self.runtime + self.state + self.graphs
+        """All but the total."""
+        kept_back = self.state + self.graphs + self.rounding
+        return self.foreign + self.weights + self.activations + self.runtime + kept_back
 
 
 class GpuMemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +74,8 @@ def share_out(
     Args:
         memory_utilization: share of all memory that everything may take together; what others hold counts. Lowered,
             with a note, where that would leave less than a margin.
-        asked_bytes: exact size of the KV cache in place of the share; None: the share decides.
+        asked_bytes: exact size of the KV cache in place of the share; None: the share decides. It may take half of the
+            margin: an executor that is started again asks for what the one before had, and measures a little more.
         asked_as: the field that asked for it, for the error.
 
     Raises:
@@ -72,7 +83,7 @@ def share_out(
     """
     most = measured.total - MARGIN_BYTES - measured.taken
     if asked_bytes is not None:
-        if asked_bytes > most:
+        if asked_bytes > most + MARGIN_BYTES // 2:
             raise InvalidConfigError(
                 f"{asked_as} asks for {_gib(asked_bytes)} of KV cache, but {_arithmetic(measured)} and "
                 f"{_gib(MARGIN_BYTES)} of margin leave {_gib(max(0, most))}: ask for at most {max(0, most)} bytes"
@@ -105,28 +116,21 @@ def share_out(
     )
 
 
-def graph_reserve(
-    num_graphs: int,
-    *,
-    most_tokens: int,
-    most_samples: int,
-    activations: int,
-    num_tokens: int,
-    sample_bytes: int,
-    scratch_bytes: int = 0,
-) -> int:
-    """Memory to keep back for graphs, which share one pool: the largest one's activations, and each one's nodes.
+def graph_reserve(num_graphs: int, *, largest_bytes: int, workspace_bytes: int = 0) -> int:
+    """Memory to keep back for graphs, which share one pool: what the largest one takes, and each one's nodes.
 
     Args:
-        most_tokens, most_samples: of any graph.
-        activations: that a step of `num_tokens` tokens takes.
-        sample_bytes: that one sample takes: its logits, and what is chosen from them with.
-        scratch_bytes: that a graph may take however few tokens it has.
+        largest_bytes: most that a step of any graph's size takes.
+        workspace_bytes: that libraries take for the stream that graphs are captured on.
     """
     if not num_graphs:
         return 0
-    largest = activations * most_tokens // max(1, num_tokens) + most_samples * sample_bytes + scratch_bytes
-    return largest + num_graphs * _GRAPH_BYTES
+    return largest_bytes + largest_bytes // _POOL_SLACK + workspace_bytes + num_graphs * _GRAPH_BYTES
+
+
+def rounding_bytes(num_tensors: int) -> int:
+    """What so many large tensors take at most beyond their contents."""
+    return num_tensors * _LARGE_UNIT
 
 
 def state_bytes(*, num_rows: int, num_step_rows: int, max_model_len: int, block_size: int) -> int:
@@ -155,6 +159,7 @@ def as_table(plan: GpuMemoryPlan, *, num_blocks: int, bytes_per_block: int, bloc
         (measured.runtime, "kernels and libraries"),
         (measured.state, "tokens and block tables of requests"),
         (measured.graphs, "kept back for graphs"),
+        (measured.rounding, "tensors of the KV cache rounded up, at most"),
         (kv_bytes, f"KV cache: {num_blocks} blocks of {block_size} tokens"),
         (free, "left free"),
         (measured.total, "in all"),
@@ -171,6 +176,7 @@ def _arithmetic(measured: MeasuredMemory) -> str:
         ("kernels and libraries", measured.runtime),
         ("requests", measured.state),
         ("graphs", measured.graphs),
+        ("rounding", measured.rounding),
     ]
     told = ", ".join(f"{what} {_gib(num_bytes)}" for what, num_bytes in parts if num_bytes)
     return f"of {_gib(measured.total)} {told}"

@@ -13,12 +13,13 @@ from ...messages.errors import InvalidConfigError
 from ...models.interface import CausalLM, KVCache
 from .config import ExecutorConfig
 from .gpu.mixed_sizes import MixedSizes
-from .gpu_memory import MeasuredMemory, graph_reserve, state_bytes
+from .gpu_memory import MeasuredMemory, graph_reserve, rounding_bytes, state_bytes
 from .standing_batch import StepArrays
 
 _PROMPT = 256  # tokens of each row of the measured step: the cache it needs is then small
 _SAMPLER_CANDIDATES = 8192
 _LOGITS_COPIES = 4  # of float32 logits, that the sampler for all kinds of parameters may hold at a time
+_FEWEST_SEQS = 64  # that logits are kept back for: with a few rows at a time a prompt's would take long
 
 
 class ExecutorMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +89,21 @@ def small_caches(
     ]
 
 
+class GraphExtent(msgspec.Struct, frozen=True):
+    """How many graphs are captured, and most tokens and samples of any of them."""
+
+    num_graphs: int
+    most_tokens: int
+    most_samples: int
+
+    @classmethod
+    def of(cls, config: ExecutorConfig) -> GraphExtent:
+        mixed_sizes = MixedSizes(config.max_num_seqs, config.cuda_graph_tokens)
+        most_rows = max((*config.cuda_graph_sizes, mixed_sizes.most_rows), default=0)
+        num_graphs = len(set(config.cuda_graph_sizes)) + len(list(mixed_sizes))
+        return cls(num_graphs, max(most_rows, mixed_sizes.most_tokens), most_rows)
+
+
 def measured_memory(
     config: ExecutorConfig,
     *,
@@ -95,48 +111,47 @@ def measured_memory(
     before: ExecutorMemory,
     loaded: ExecutorMemory,
     after: ExecutorMemory,
-    peak: int,
-    cache_bytes: int,
-    num_tokens: int,
+    activations: int,
+    of_graph: int,
     max_model_len: int,
 ) -> MeasuredMemory:
     """Puts the readings together.
 
     Args:
         before: the model was loaded; `loaded`: it was; `after`: the largest step has run.
-        peak: most that torch had allocated during that step; `cache_bytes` of it were its small caches.
-        num_tokens: of that step.
+        activations: most that torch allocated for that step, its logits among it.
+        of_graph: likewise, for a step of the largest graph's size.
     """
-    activations = max(0, peak - loaded.allocated - cache_bytes)
-    logits_row = model.vocab_size * 4
+    vocab_size, extent = model.vocab_size, GraphExtent.of(config)
+    workspaces = max(0, after.allocated - loaded.allocated)  # what libraries have kept since
     # The step samples only its last tokens; a decode step samples each row.
-    logits = _LOGITS_COPIES * config.max_num_seqs * logits_row
-    forward_only = max(0, activations - logits_row * min(config.max_num_seqs, num_tokens))
-    mixed_sizes = MixedSizes(config.max_num_seqs, config.cuda_graph_tokens)
-    most_rows = max((*config.cuda_graph_sizes, mixed_sizes.most_rows), default=0)
+    logits = logits_rows(config.max_num_seqs) * vocab_size * 4
+    chunks = MAX_CHUNK_BYTES if config.deterministic else 0
     return MeasuredMemory(
         total=before.total,
         foreign=max(0, before.total - before.free - before.reserved),
-        weights=loaded.allocated,
-        activations=max(activations, logits),
+        weights=loaded.reserved,
+        activations=max(activations, workspaces + logits),
         runtime=max(0, (before.free + before.reserved) - (after.free + after.reserved)),
         state=state_bytes(
             num_rows=config.max_num_seqs * (config.pipeline_depth + 1),
-            num_step_rows=max(config.max_num_seqs, most_rows),
+            num_step_rows=max(config.max_num_seqs, extent.most_samples),
             max_model_len=max_model_len,
             block_size=config.block_size,
         )
-        + memory_bytes(config.max_num_seqs * (config.pipeline_depth + 1), model.vocab_size),
+        + memory_bytes(config.max_num_seqs * (config.pipeline_depth + 1), vocab_size),
         graphs=graph_reserve(
-            len(config.cuda_graph_sizes) + len(list(mixed_sizes)),
-            most_tokens=max(most_rows, mixed_sizes.most_tokens),
-            most_samples=most_rows,
-            activations=forward_only,
-            num_tokens=num_tokens,
-            sample_bytes=logits_row + model.vocab_size * model.dtype.itemsize + sampler_bytes(model.vocab_size),
-            scratch_bytes=MAX_CHUNK_BYTES if config.deterministic else 0,
+            extent.num_graphs,
+            largest_bytes=of_graph + extent.most_samples * sampler_bytes(vocab_size) + chunks,
+            workspace_bytes=workspaces,
         ),
+        rounding=rounding_bytes(2 * len(model.kv_cache_specs)),
     )
+
+
+def logits_rows(max_num_seqs: int) -> int:
+    """Rows of float32 logits that memory is kept back for."""
+    return _LOGITS_COPIES * max(max_num_seqs, _FEWEST_SEQS)
 
 
 def sampler_bytes(vocab_size: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -104,6 +105,9 @@ class _ExecutorProcess:
             port.send(EDGE, LoadFailed(spec.child, spec.incarnation, code or ExecutorLostError.code, why))
             self._flush()
             return 1
+        # What is here stays: a full collection would look at all of it, in the middle of some step.
+        gc.collect()
+        gc.freeze()
         self._executor.begin_epoch(spec.epoch)
         self._speaks = facts.speaks
         if facts.speaks:

@@ -16,7 +16,7 @@ from ...messages.step import ExecuteStep, StartRequest, StepExecuted
 from ...models.errors import ModelLoadError, ModelNotFoundError
 from ...models.parallel import ParallelGroup
 from .config import ExecutorConfig
-from .device import Device
+from .device import Device, resolve_device
 from .gpu.runner import GpuRunner
 from .pending_tokens import PendingTokens
 from .sampler import SampledTokens, Sampler
@@ -44,7 +44,8 @@ def load_runner(config: ExecutorConfig, group: ParallelGroup | None = None) -> S
     from .gpu.compile_ahead import CompileAhead  # triton need not be there without a GPU
     from .gpu.fake_cuda import GpuFacts
 
-    ahead = CompileAhead.begin(config, GpuFacts.of(torch.device("cuda", torch.cuda.current_device())))
+    # The one that will be computed on: to ask another takes half a GiB of it, for as long as this process lives.
+    ahead = CompileAhead.begin(config, GpuFacts.of(resolve_device(config.device, config.gpu)))
     try:
         runner = _load_runner(config, group, on_loaded=ahead.finish)
     finally:

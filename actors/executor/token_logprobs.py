@@ -34,14 +34,20 @@ def prompt_logprobs_of(
     logits_of: Callable[[torch.Tensor], torch.Tensor],
     target_ids: Sequence[int],
     num_top: int,
+    *,
+    max_rows: int | None = None,
 ) -> tuple[TokenLogprobs, ...]:
     """The same from hidden states `[n, hidden_size]`, some rows at a time.
 
     The logits of a whole chunk would be larger than anything that memory is kept back for.
+
+    Args:
+        max_rows: at a time; None: `MAX_LOGITS_ROWS`, which are the most in any case.
     """
     entries: list[TokenLogprobs] = []
-    for begin in range(0, len(target_ids), MAX_LOGITS_ROWS):
-        rows = slice(begin, begin + MAX_LOGITS_ROWS)
+    at_once = min(max_rows or MAX_LOGITS_ROWS, MAX_LOGITS_ROWS)
+    for begin in range(0, len(target_ids), at_once):
+        rows = slice(begin, begin + at_once)
         entries += prompt_logprobs(logits_of(hidden[rows]), target_ids[rows], num_top)
     return tuple(entries)
 

@@ -303,7 +303,8 @@ def _no_device(max_model_len: int, num_blocks: int) -> Any:
     """What the runner asks of a `Device`, without a model: the timeline does no work."""
     model = SimpleNamespace(vocab_size=_VOCAB_SIZE, device=torch.device("cpu"))
     plan = SimpleNamespace(max_model_len=max_model_len, num_blocks=num_blocks)
-    return SimpleNamespace(model=model, plan=plan, kv_caches=[], reset=lambda: None)
+    group = SimpleNamespace(world_size=1)
+    return SimpleNamespace(model=model, plan=plan, group=group, kv_caches=[], reset=lambda: None)
 
 
 def scenarios(num_steps: int) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""How long steps take: decode at many batch sizes, with graphs and without, and prompts; device idle and host time.
+"""How long steps take: decodes, decodes beside a prompt, with graphs and without, prompts; device idle and host time.
 
 The runner is the one that serves, the messages are the ones that it gets; weights are random and so is the KV that
 decode steps read. `octavo bench gpu` runs this in a process of its own.
@@ -10,12 +10,15 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
+from ....kernels.gpu.cases import Case, OnCase, rows_of
 from ....messages.ids import BlockId, Epoch, RequestId, StepId
 from ....messages.sampling import SamplingParams
 from ....messages.step import ExecuteStep, StartRequest
@@ -98,6 +101,7 @@ def rows(
     model: str,
     context: int = 1024,
     batches: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    mixed: Sequence[Sequence[int]] = ((32, 512), (255, 512)),
     prompts: Sequence[int] = (1024, 8192),
     num_steps: int = 64,
     rounds: int = 3,
@@ -105,20 +109,26 @@ def rows(
     max_num_batched_tokens: int = 8192,
     without_graphs: Sequence[int] = (1, 256),
     num_threads: int | None = None,
+    first_case: int = 0,
+    on_case: OnCase = lambda _number, _of, _what: None,
 ) -> Iterator[dict[str, Any]]:
-    """Figures of one model.
+    """Figures of one model: of steps that graphs compute, and if those cannot be had, still of those launch by launch.
 
     Args:
         model: folder with a config.json; its weights are random.
         context: tokens of each row, the mean over the steps that are timed.
         batches: rows of decode steps; those that the KV cache does not hold are left out, with a note.
+        mixed: decodes, and tokens of the new prompt that each step computes beside them.
         prompts: lengths of prompts that are computed in one step.
         without_graphs: batches that are measured launch by launch as well.
         num_threads: of torch on the CPU.
     """
+    longest = max([context + (rounds + 1) * num_steps + 1, *prompts])
     config = _config(
-        *(device, model, dtype, batches, max([context + (rounds + 1) * num_steps + 1, *prompts])),
+        *(device, model, dtype, batches, longest),
+        max_num_seqs=max([*batches, *(1 + num_decodes for num_decodes, _ in mixed)]),
         max_num_batched_tokens=max([max_num_batched_tokens, *prompts]),
+        graph_tokens=tuple(sorted({num_tokens for _, num_tokens in mixed})),
         num_threads=num_threads,
     )
     started = time.perf_counter()
@@ -128,41 +138,64 @@ def rows(
         if cache.k.is_floating_point() and cache.k.itemsize > 1:
             cache.k.normal_()
             cache.v.normal_()
-    for size_of_graphs in (tuple(sorted(batches)), ()):
-        stream = TimedStream(device)
-        runner = GpuRunner(
-            loaded,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            pipeline_depth=_DEPTH,
-            block_size=_BLOCK_SIZE,
-            graph_sizes=size_of_graphs,
-            stream=stream,
+    lengths = _Lengths(context, num_steps, rounds)
+
+    def with_graphs() -> Iterator[dict[str, Any]]:
+        runner, stream, warm_up_s = _ready(loaded, config, device)
+        stream.watch(runner)
+        yield {
+            "kernel": "start",
+            "shape": f"{runner.num_captured} graphs",
+            "ms": (load_s + warm_up_s) * 1e3,
+            "note": f"weights and KV cache {load_s:.1f} s, warm-up and graphs {warm_up_s:.1f} s",
+        }
+        for batch in batches:
+            yield _decode_row(runner, stream, lengths, batch=batch, with_graphs=True)
+        for num_decodes, num_tokens in mixed:
+            yield _decode_row(runner, stream, lengths, batch=num_decodes, num_tokens=num_tokens, with_graphs=True)
+
+    def launch_by_launch() -> Iterator[dict[str, Any]]:
+        runner, stream, _ = _ready(
+            loaded, msgspec.structs.replace(config, cuda_graph_sizes=(), cuda_graph_tokens=()), device
         )
-        started = time.perf_counter()
-        runner.warm_up()
-        warm_up_s = time.perf_counter() - started
-        if size_of_graphs:
-            stream.watch(runner)
-            yield {
-                "kernel": "start",
-                "shape": f"{runner.num_captured} graphs",
-                "ms": (load_s + warm_up_s) * 1e3,
-                "note": f"weights and KV cache {load_s:.1f} s, warm-up and graphs {warm_up_s:.1f} s",
-            }
-        for batch in batches if size_of_graphs else without_graphs:
+        for num_tokens in prompts:
+            yield _prompt_row(runner, num_tokens, rounds)
+        for batch in without_graphs:
             if batch in batches:
-                yield _decode_row(
-                    runner,
-                    stream,
-                    batch=batch,
-                    context=context,
-                    num_steps=num_steps,
-                    rounds=rounds,
-                    with_graphs=bool(size_of_graphs),
-                )
-    for num_tokens in prompts:
-        yield _prompt_row(runner, num_tokens, rounds)
+                yield _decode_row(runner, stream, lengths, batch=batch, with_graphs=False)
+
+    cases = [
+        Case({"kernel": "steps", "shape": "with graphs"}, with_graphs),
+        Case({"kernel": "steps", "shape": "launch by launch"}, launch_by_launch),
+    ]
+    yield from rows_of(cases, device, first=first_case, on_case=on_case)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """Mean context of the timed steps; steps in a round, and rounds."""
+
+    context: int
+    num_steps: int
+    rounds: int
+
+
+def _ready(loaded: Device, config: ExecutorConfig, device: torch.device) -> tuple[GpuRunner, TimedStream, float]:
+    """A runner that has warmed up, and how many seconds that took."""
+    stream = TimedStream(device)
+    started = time.perf_counter()
+    runner = GpuRunner(
+        loaded,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        pipeline_depth=_DEPTH,
+        block_size=_BLOCK_SIZE,
+        graph_sizes=config.cuda_graph_sizes,
+        graph_tokens=config.cuda_graph_tokens,
+        stream=stream,
+    )
+    runner.warm_up()
+    return runner, stream, time.perf_counter() - started
 
 
 def _loaded(config: ExecutorConfig, device: torch.device) -> Device:
@@ -187,7 +220,9 @@ def _config(  # noqa: PLR0917,RUF100 - where, what, how many and how long
     batches: Sequence[int],
     longest: int,
     *,
+    max_num_seqs: int,
     max_num_batched_tokens: int,
+    graph_tokens: tuple[int, ...],
     num_threads: int | None,
 ) -> ExecutorConfig:
     is_cuda = device.type == "cuda"
@@ -197,38 +232,41 @@ def _config(  # noqa: PLR0917,RUF100 - where, what, how many and how long
         load_format="dummy",
         device="cuda" if is_cuda else "cpu",
         max_model_len=longest,
-        max_num_seqs=max(batches),
+        max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         pipeline_depth=_DEPTH,
         block_size=_BLOCK_SIZE,
         memory_utilization=0.9 if is_cuda else 0.1,
         cuda_graph_sizes=tuple(sorted(batches)),
+        cuda_graph_tokens=graph_tokens,
         num_threads=num_threads,
     )
 
 
 def _decode_row(
-    runner: GpuRunner,
-    stream: TimedStream,
-    *,
-    batch: int,
-    context: int,
-    num_steps: int,
-    rounds: int,
-    with_graphs: bool,
+    runner: GpuRunner, stream: TimedStream, lengths: _Lengths, *, batch: int, num_tokens: int = 0, with_graphs: bool
 ) -> dict[str, Any]:
+    """Steps of `batch` decodes, in each of them beside a new prompt of `num_tokens`, if any."""
+    context, num_steps, rounds = lengths.context, lengths.num_steps, lengths.rounds
+    beside = f" + {num_tokens} of a prompt" if num_tokens else ""
     row: dict[str, Any] = {
-        "kernel": "decode step",
-        "shape": f"B={batch} ctx={context} {'graph' if with_graphs else 'no graph'}",
+        "kernel": "mixed step" if num_tokens else "decode step",
+        "shape": f"B={batch} ctx={context}{beside} {'graph' if with_graphs else 'no graph'}",
         "batch": batch,
         "context": context,
     }
+    if num_tokens:
+        row["num_tokens"] = num_tokens
     # So that `context` is the mean over the steps that are timed, which come after `num_steps` that are not.
     context = max(2, context - (rounds + 2) * num_steps // 2)
-    needed = batch * -(-(context + (rounds + 1) * num_steps + 1) // _BLOCK_SIZE)
+    num_decode_blocks = batch * -(-(context + (rounds + 1) * num_steps + 1) // _BLOCK_SIZE)
+    needed = num_decode_blocks + (2 * -(-(num_tokens + 1) // _BLOCK_SIZE) if num_tokens else 0)
     if needed > runner.device.plan.num_blocks:
         return {**row, "note": f"needs {needed} KV blocks of {runner.device.plan.num_blocks}"}
-    steps = _decode_steps(batch, context, (rounds + 1) * num_steps, _BLOCK_SIZE, runner.device.model.vocab_size)
+    vocab_size = runner.device.model.vocab_size
+    steps = _decode_steps(batch, context, (rounds + 1) * num_steps, _BLOCK_SIZE, vocab_size)
+    if num_tokens:
+        steps = _beside_prompts(steps, num_tokens, _BLOCK_SIZE, vocab_size, first_block=num_decode_blocks)
     _run(runner, [next(steps) for _ in range(num_steps)])  # starts the requests; not timed
     walls, idles, hosts = [], [], []
     for _ in range(rounds):
@@ -247,7 +285,8 @@ def _decode_row(
     note = f"host {host_s * 1e6:.0f} us"
     if with_graphs:
         note += f", device idle {100 * idle:.1f} %"
-    return {**row, "ms": statistics.median(walls) * 1e3, "idle": idle, "host_us": host_s * 1e6, "note": note}
+    found = {"ms": statistics.median(walls) * 1e3, "low_ms": min(walls) * 1e3, "high_ms": max(walls) * 1e3}
+    return {**row, **found, "idle": idle, "host_us": host_s * 1e6, "note": note}
 
 
 def _run(runner: GpuRunner, messages: Sequence[ExecuteStep]) -> None:
@@ -287,6 +326,32 @@ def _decode_steps(batch: int, context: int, num_steps: int, block_size: int, voc
     yield ExecuteStep(Epoch(0), StepId(1 + num_steps), (), (), drop=request_ids)
 
 
+def _beside_prompts(
+    steps: Iterator[ExecuteStep], num_tokens: int, block_size: int, vocab_size: int, *, first_block: int
+) -> Iterator[ExecuteStep]:
+    """The same steps, each of which computes a whole new prompt as well, whose request the next one drops."""
+    token_ids = np.random.default_rng(2).integers(0, vocab_size, num_tokens, dtype=np.int32).tobytes()
+    blocks_each = -(-(num_tokens + 1) // block_size)
+    drop: tuple[RequestId, ...] = ()
+    for number, step in enumerate(steps):
+        if not step.request_ids:
+            yield msgspec.structs.replace(step, drop=(*step.drop, *drop))
+            return
+        new = RequestId(len(step.request_ids) + 1 + number)
+        begin = first_block + number % 2 * blocks_each  # of the step in flight before it are the others
+        blocks = tuple(BlockId(begin + index) for index in range(blocks_each))
+        yield msgspec.structs.replace(
+            step,
+            request_ids=(*step.request_ids, new),
+            num_tokens=(*step.num_tokens, num_tokens),
+            start=(*step.start, StartRequest(new, token_ids, num_tokens, 0, _PARAMS)),
+            block_tables=(*step.block_tables, ()),
+            append_blocks=(*step.append_blocks, (new, blocks)),
+            drop=drop,
+        )
+        drop = (new,)
+
+
 def _prompt_row(runner: GpuRunner, num_tokens: int, rounds: int) -> dict[str, Any]:
     row: dict[str, Any] = {"kernel": "prefill step", "shape": f"1 x {num_tokens}", "num_tokens": num_tokens}
     num_blocks = -(-num_tokens // _BLOCK_SIZE)
@@ -311,4 +376,5 @@ def _prompt_row(runner: GpuRunner, num_tokens: int, rounds: int) -> dict[str, An
         times.append(time.perf_counter() - started)
         runner.execute(ExecuteStep(Epoch(0), StepId(2), (), (), drop=(request_id,)))
     seconds = statistics.median(times[1:])
-    return {**row, "ms": seconds * 1e3, "note": f"{num_tokens / seconds:,.0f} tok/s"}
+    found = {"ms": seconds * 1e3, "low_ms": min(times[1:]) * 1e3, "high_ms": max(times[1:]) * 1e3}
+    return {**row, **found, "note": f"{num_tokens / seconds:,.0f} tok/s"}

@@ -34,8 +34,9 @@ from .fake_cuda import GpuFacts, fake_cuda
 def find_variants(config: ExecutorConfig, facts: GpuFacts) -> list[KernelVariant]:
     """Which variants of kernels a model's warm-up asks for, in its order; leaves the process on a GPU that is none.
 
-    Of layers of a kind one is enough. What quantises floating weights at load is quantised here as well; a checkpoint
-    that holds quantised weights is taken for one without, so that its products are not among what is found.
+    Of layers of a kind one is enough. What quantises floating weights at load is quantised here as well, and experts in
+    MXFP4 are; another checkpoint that holds quantised weights is taken for one without, so that its products are not
+    among what is found.
 
     Raises:
         OctavoError: the model cannot be loaded, or not with random weights.

@@ -84,6 +84,8 @@ class DeviceBatch:
         """Forget every request."""
         for request_id in list(self._standing):
             self.drop(request_id)
+        self._decodes.clear()
+        self._dropped.clear()
 
     def start(self, start: StartRequest, num_blocks: int, sampling: SamplingState) -> Standing:
         """Give a request a row."""

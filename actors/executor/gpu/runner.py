@@ -14,6 +14,7 @@ from ....messages.ids import RequestId
 from ....messages.request import TokenLogprobs
 from ....messages.step import ExecuteStep, StepExecuted
 from ..device import Device
+from ..memory_profile import logits_rows
 from ..sampler import Sampler
 from ..token_logprobs import prompt_logprobs_of
 from .device_batch import DeviceBatch
@@ -77,7 +78,10 @@ class GpuRunner:
             device, self._layout, num_state_rows, max_rows=max_rows, most_padded_tokens=mixed_sizes.most_tokens
         )
         self._graphs = Graphs(
-            self._forward.decode, graph_sizes, where, mixed=self._forward.mixed, mixed_sizes=mixed_sizes
+            *(self._forward.decode, graph_sizes, where),
+            mixed=self._forward.mixed,
+            mixed_sizes=mixed_sizes,
+            must_fit=device.group.world_size > 1,
         )
         self._is_warming_up = False
         self._sampler = Sampler(device.model.vocab_size, where)
@@ -113,8 +117,10 @@ class GpuRunner:
         self._graphs.watch(wrap)
 
     def bind_threads(self) -> None:
-        """See `Device.bind_threads`."""
+        """See `Device.bind_threads`; and what libraries hold for each thread that launches, they take now."""
         self.device.bind_threads()
+        if self._pins:
+            self._stream.submit(self._begin_libraries).wait()
 
     def drain(self) -> None:
         """Wait for what was launched, and let it go."""
@@ -142,13 +148,17 @@ class GpuRunner:
         wants = self._wants_prompt_logprobs
         is_reported = bool(wants) and not wants.keys().isdisjoint(step.request_ids)
         pads = not (is_reported or self._is_warming_up)
-        if diff.packed_words <= len(staging.words_array):
-            words = staging.words
-            packed = self._batch.pack(step, diff, staging.words_array, pads=pads)
-        else:
-            words = torch.empty(diff.packed_words, dtype=torch.int32, pin_memory=self._pins)
-            packed = self._batch.pack(step, diff, words.numpy(), pads=pads)
-        plan = self._plan_of(step, packed.sampled)
+        try:
+            if diff.packed_words <= len(staging.words_array):
+                words = staging.words
+                packed = self._batch.pack(step, diff, staging.words_array, pads=pads)
+            else:
+                words = torch.empty(diff.packed_words, dtype=torch.int32, pin_memory=self._pins)
+                packed = self._batch.pack(step, diff, words.numpy(), pads=pads)
+            plan = self._plan_of(step, packed.sampled)
+        except BaseException:
+            self._staging.append(staging)
+            raise
         launched = Launched(step, packed, plan, staging=staging, words=words, launched_ns=launched_ns)
         self._launched.append(launched)
         if plan.on_device and not is_reported:
@@ -250,6 +260,13 @@ class GpuRunner:
     # ---- on the device, for the stream ----
 
     @torch.inference_mode()
+    def _begin_libraries(self) -> None:
+        """A product by cuBLAS: a thread's first takes milliseconds, and a workspace for as long as the thread lives."""
+        model = self.device.model
+        some = torch.ones((64, 64), dtype=model.dtype, device=model.device)
+        torch.mm(some, some)
+
+    @torch.inference_mode()
     def _run(self, launched: Launched) -> None:
         """A step without a word from the host."""
         forward, packed, plan = self._forward, launched.packed, launched.plan
@@ -323,7 +340,10 @@ class GpuRunner:
             count = min(end - begin, len(prompt) - 1 - first)
             if count > 0:
                 targets = prompt[first + 1 : first + 1 + count]
-                found = prompt_logprobs_of(hidden[begin : begin + count], self.device.logits, targets, num_top)
+                found = prompt_logprobs_of(
+                    *(hidden[begin : begin + count], self.device.logits, targets, num_top),
+                    max_rows=logits_rows(self._max_num_seqs) // 2,  # they are there in the model's dtype, too
+                )
                 entries.append((request_id, first + 1, found))
             if first + count + 1 >= len(prompt):
                 del self._wants_prompt_logprobs[request_id]

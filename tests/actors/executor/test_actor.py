@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from c_library import HAS_C
-from os_threads import CAN_LOOK, running_threads, wait_until_gone
+from os_threads import CAN_LOOK, compute_with, running_threads, wait_until_gone
 
 from octavo.actors.executor import actor
 from octavo.actors.executor.config import ExecutorConfig
-from octavo.kernels.thread_binding import team_cpus
 
 
 @pytest.mark.skipif(not HAS_C or not CAN_LOOK, reason="it needs the C kernels, and Linux")
@@ -23,7 +22,7 @@ def test_the_thread_that_loads_keeps_no_workers(monkeypatch: pytest.MonkeyPatch)
 
     def load(_config: Any) -> Any:
         before = running_threads()
-        team_cpus(3)
+        compute_with(3)
         workers.update(running_threads() - before)
         return SimpleNamespace(device="loaded")
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from c_library import HAS_C
+from os_threads import CAN_LOOK, running_threads
 
 from octavo.actors.executor.cpu_affinity import Choice, Claims, CpuAffinity, choose_cores
 from octavo.actors.executor.cpu_topology import Cpu
-from octavo.kernels.thread_binding import team_cpus
 from octavo.messages.errors import InvalidConfigError
 
 # Two nodes of three cores with two hyperthreads each: 0-2 and 6-8, 3-5 and 9-11.
@@ -128,7 +128,7 @@ def test_a_core_is_claimed_once_until_it_is_given_back(tmp_path: Path) -> None:
     assert first.taken(ONE_NODE) == set()
 
 
-@pytest.mark.skipif(not HAS_C or not hasattr(os, "sched_getaffinity"), reason="threads cannot be bound here")
+@pytest.mark.skipif(not HAS_C or not CAN_LOOK, reason="threads cannot be bound here")
 def test_binding_moves_the_stepping_thread_and_its_workers_and_no_other(tmp_path: Path) -> None:
     allowed = sorted(os.sched_getaffinity(0))
     if len(allowed) < 2:
@@ -138,16 +138,18 @@ def test_binding_moves_the_stepping_thread_and_its_workers_and_no_other(tmp_path
 
     def step() -> None:
         affinity = CpuAffinity(f"{allowed[1]},{allowed[0]}", None, Claims(tmp_path / "cores"))
+        others = running_threads()
         affinity.apply()
         found["own"] = os.sched_getaffinity(0)
-        found["team"] = team_cpus(2)
+        allowed_to_new = [os.sched_getaffinity(thread) for thread in running_threads() - others]
+        found["workers"] = [cpus for cpus in allowed_to_new if cpus != set(allowed)]
         found["threads"] = torch.get_num_threads()
 
     thread = threading.Thread(target=step)
     thread.start()
     thread.join()
     torch.set_num_threads(before)
-    assert found == {"own": {allowed[1]}, "team": [allowed[1], allowed[0]], "threads": 2}
+    assert found == {"own": {allowed[1]}, "workers": [{allowed[0]}], "threads": 2}
     assert os.sched_getaffinity(0) == set(allowed)
 
 

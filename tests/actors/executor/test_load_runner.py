@@ -74,3 +74,29 @@ def test_kernels_are_waited_for_once_the_weights_are_there_and_before_anything_i
     assert said[:2] == ["loaded", "_plan"]
     assert said.count("loaded") == 1
     assert "forward" in said  # of the warm-up
+
+
+def test_no_gpu_is_asked_but_the_one_that_will_be_computed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks a GPU takes half a GiB of it."""
+    ahead = pytest.importorskip("octavo.actors.executor.gpu.compile_ahead")
+    asked: list[Any] = []
+    current = [0]
+
+    def facts_of(device: torch.device) -> None:
+        asked.append(device)
+
+    def begin(_config: ExecutorConfig, _facts: None) -> Any:
+        return SimpleNamespace(finish=lambda: None, cancel=lambda: None, note=lambda: None)
+
+    monkeypatch.setattr("octavo.actors.executor.gpu.fake_cuda.GpuFacts.of", facts_of)
+    monkeypatch.setattr(ahead.CompileAhead, "begin", begin)
+    monkeypatch.setattr(runner, "_load_runner", lambda config, group, *, on_loaded=None: "loaded")
+    for name, does in {
+        "is_available": lambda: True,
+        "device_count": lambda: 4,
+        "current_device": lambda: current[-1],
+        "set_device": current.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, does)
+    assert runner.load_runner(ExecutorConfig(model_path="model", gpu=3)) == "loaded"
+    assert asked == [torch.device("cuda", 3)]
