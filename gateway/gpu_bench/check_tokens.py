@@ -36,10 +36,17 @@ def rows(
     yield from _compared("shipped model", None, device, ("float32",))
     if shape:
         with tempfile.TemporaryDirectory(prefix="octavo-check-") as folder:
-            root = __package__.rsplit(".", 2)[0]
-            command = [sys.executable, "-m", f"{root}.models.make_checkpoint", "--like", shape, "--out", folder]
-            subprocess.run([*command, "--num-layers", str(num_layers)], check=True, capture_output=True)  # noqa: S603 - as above
+            _make_checkpoint(shape, num_layers, folder)
             yield from _compared(f"{shape}, {num_layers} layers", folder, device, dtypes)
+
+
+def _make_checkpoint(shape: str, num_layers: int, folder: str) -> None:
+    module = f"{__package__.rsplit('.', 2)[0]}.models.make_checkpoint"
+    command = [sys.executable, "-m", module, "--like", shape, "--out", folder, "--num-layers", str(num_layers)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - as above
+    if done.returncode:
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no word")
+        raise RuntimeError(f"no checkpoint of random weights: {last}")
 
 
 def _compared(name: str, model: str | None, device: torch.device, dtypes: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..flag_parser import Parser
-from ..flag_values import positive, rate
+from ..flag_values import positive, rate, seconds
 from .sections import SECTIONS, sections
 
 
@@ -28,8 +28,15 @@ def add_bench_gpu(kinds: argparse._SubParsersAction[Parser]) -> None:
         "llama-3.2-1b or gpt-oss-20b; or the folder of a checkpoint",
     )
     gpu.add_argument("--repeats", type=positive, default=2, help="runs of the workload by each engine")
-    gpu.add_argument("--timeout", type=rate, default=600.0, metavar="SECONDS", help="for each part")
-    gpu.add_argument("--out", metavar="DIR", help="write bench_gpu.json into this folder")
+    gpu.add_argument("--timeout", type=rate, default=150.0, metavar="SECONDS", help="for each part")
+    gpu.add_argument(
+        "--seconds",
+        type=seconds,
+        default=480.0,
+        metavar="N",
+        help="for everything; what there is no time for is named (0: as long as it takes)",
+    )
+    gpu.add_argument("--out", metavar="DIR", help="write bench_gpu.json into this folder, after each figure")
     gpu.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write the figures; to standard output without a file"
     )

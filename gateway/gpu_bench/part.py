@@ -5,6 +5,9 @@ python -m octavo.gateway.gpu_bench.part NAME [OPTIONS AS JSON]
 A process for each part, so that a crash costs its own figures alone, and no engine finds the GPU's memory or caches as
 another has left them. Parts are imported by name: what computes on a device lies in packages that the gateway does not
 know.
+
+Beside figures it says of parts that consist of cases which one it begins, so that after a crash another process can go
+on behind it: {"case": 3, "of": 10, "what": {...}}.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
 _ATTENTION = "kernels.gpu.bench_attention_peers"
@@ -23,6 +27,7 @@ PARTS: dict[str, str] = {
     "compile": "kernels.gpu.compile_checks",
     "checks": "kernels.gpu.device_checks",
     "tokens": "gateway.gpu_bench.check_tokens",
+    "start": "gateway.gpu_bench.first_start",
     "ceilings": "kernels.gpu.bench_ceilings",
     "attention": "kernels.gpu.bench_paged_attention",
     "small_ops": "kernels.gpu.bench_small_ops",
@@ -30,16 +35,19 @@ PARTS: dict[str, str] = {
     "steps": "actors.executor.gpu.bench_steps",
     "octavo": _ATTENTION,
     "torch_attention": _ATTENTION,
+    "cudnn": _ATTENTION,
     "flex_attention": _ATTENTION,
     "flashinfer": _ATTENTION,
     "fa3": _ATTENTION,
 }
-PEER_PARTS = ("octavo", "torch_attention", "flex_attention", "flashinfer", "fa3")
+PEER_PARTS = ("octavo", "fa3", "flashinfer", "cudnn", "torch_attention", "flex_attention")
 """Attention at the same shapes, by ourselves and by others."""
 CHECK_PARTS = ("checks", "tokens")
 """What has to be right before it is worth timing."""
 KERNEL_PARTS = ("attention", "small_ops", "products")
 """The kernels' own benchmarks."""
+CASE_PARTS = ("checks", "ceilings", "steps", *KERNEL_PARTS, *PEER_PARTS)
+"""Whose `rows` take `first_case` and `on_case`, see `kernels.gpu.cases`."""
 
 
 def main(argv: list[str]) -> int:
@@ -48,16 +56,24 @@ def main(argv: list[str]) -> int:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no figure
     try:
-        for row in found_rows(name, options):
+        for row in found_rows(name, options, lambda mark: say(answers, mark)):
             say(answers, row)
     except Exception as error:  # noqa: BLE001,RUF100 - whatever a part raises is its result
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        traceback.print_exc()
+        said = str(error).strip()  # CUDA's errors have advice behind the first line
+        print(f"{type(error).__name__}: {said.splitlines()[0] if said else 'no word'}", file=sys.stderr)
         return 1
     return 0
 
 
-def found_rows(name: str, options: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """The figures of a part."""
+def found_rows(
+    name: str, options: dict[str, Any], say_mark: Callable[[dict[str, Any]], None] = lambda _mark: None
+) -> Iterable[dict[str, Any]]:
+    """The figures of a part.
+
+    Args:
+        say_mark: hears of each case that it begins.
+    """
     import torch
 
     device = torch.device(options.pop("device", "cuda"))
@@ -65,6 +81,8 @@ def found_rows(name: str, options: dict[str, Any]) -> Iterable[dict[str, Any]]:
     module = importlib.import_module(f"{package}.{PARTS[name]}")
     if name in PEER_PARTS:
         options["peer"] = name
+    if name in CASE_PARTS:
+        options["on_case"] = lambda number, of, what: say_mark({"case": number, "of": of, "what": normalised(what)})
     found: Iterable[dict[str, Any]] = module.rows(device, **options)
     return map(normalised, found)
 
@@ -90,4 +108,6 @@ def say(answers: TextIO, row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(status)  # what holds on to a device that is lost would end this with words of its own

@@ -35,6 +35,21 @@ def prefill_floor_s(model: ModelShape, ceilings: Ceilings, *, num_tokens: int) -
     )
 
 
+def mixed_floor_s(model: ModelShape, ceilings: Ceilings, *, context: int, batch: int, num_tokens: int) -> float:
+    """Seconds of a step at least that decodes `batch` rows and computes a prompt beside them.
+
+    Args:
+        context: tokens of each row that decodes.
+        num_tokens: of the prompt.
+    """
+    seen = _seen(model, context, batch)
+    return (
+        weights_floor_s(model, ceilings, num_tokens=batch + num_tokens, num_samples=batch + 1)
+        + attention_floor_s(model, ceilings, read=seen, pairs=seen)
+        + prompt_attention_floor_s(model, ceilings, num_tokens=num_tokens)
+    )
+
+
 def prompt_attention_floor_s(model: ModelShape, ceilings: Ceilings, *, num_tokens: int) -> float:
     """Seconds of a prompt's attention at least; the causal mask halves its products."""
     full, sliding = model.num_layers - model.num_sliding_layers, model.num_sliding_layers

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from .ceilings import Ceilings
+from .ceilings import H200_NOTED, Ceilings
 
 OURS = "octavo"
 
@@ -16,14 +16,16 @@ class Row:
     """One figure.
 
     Attributes:
-        section: `ceilings`, `kernels`, `steps` or `workload`.
+        section: `ceilings`, `kernels`, `steps` or `workload`; `-` of what is no figure.
         what: the kernel, the step or the workload.
         shape: at which sizes.
         engine: whose it is.
-        ms: time; 0 if it could not be measured.
+        ms: time, the median; 0 if it could not be measured.
+        low_ms, high_ms: about a tenth of the repeats was faster, and a tenth slower; 0 where that is not known.
         floor_ms: least time by the measured ceilings; 0 where there is none to compare with.
         figure: what is usually quoted: `3.91 TB/s`, `27,400 tok/s`.
         note: why there is no time, or what else to know.
+        values: other figures by name, in the units that their names end with.
     """
 
     section: str
@@ -31,9 +33,12 @@ class Row:
     shape: str
     engine: str = OURS
     ms: float = 0.0
+    low_ms: float = 0.0
+    high_ms: float = 0.0
     floor_ms: float = 0.0
     figure: str = ""
     note: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def share(self) -> float | None:
@@ -45,13 +50,14 @@ def kernel_row(found: Mapping[str, Any], ceilings: Ceilings | None, *, section: 
     """A row of what a kernel's benchmark said.
 
     Args:
-        found: `kernel`, `shape`, `us` (or `ms`), and where they mean something `bytes`, `flops`, `engine`, `note`.
+        found: `kernel`, `shape`, `us` (or `ms`; so too `low_us`, `high_us`), and where they mean something `bytes`,
+            `flops`, `engine`, `note`.
         ceilings: measured before; None while they are being measured.
 
     Raises:
         KeyError: `kernel` is missing.
     """
-    ms = float(found["ms"]) if "ms" in found else float(found.get("us", 0.0)) / 1e3
+    ms = _ms(found, "")
     num_bytes, flops = float(found.get("bytes") or 0), float(found.get("flops") or 0)
     floor_ms = 0.0
     if ceilings is not None:
@@ -62,10 +68,18 @@ def kernel_row(found: Mapping[str, Any], ceilings: Ceilings | None, *, section: 
         shape=str(found.get("shape", "")),
         engine=str(found.get("engine") or OURS),
         ms=ms,
+        low_ms=_ms(found, "low_"),
+        high_ms=_ms(found, "high_"),
         floor_ms=floor_ms,
         figure=rate_of(num_bytes, flops, ms),
         note=str(found.get("note") or ""),
+        values={"tflops": flops / ms / 1e9} if flops and ms > 0 else {},
     )
+
+
+def _ms(found: Mapping[str, Any], which: str) -> float:
+    """Of a row that has it in milliseconds or microseconds; 0 where it has not."""
+    return float(found[f"{which}ms"]) if f"{which}ms" in found else float(found.get(f"{which}us") or 0.0) / 1e3
 
 
 def rate_of(num_bytes: float, flops: float, ms: float) -> str:
@@ -78,21 +92,24 @@ def rate_of(num_bytes: float, flops: float, ms: float) -> str:
 
 
 def ceilings_of(found: Iterable[Mapping[str, Any]], gpu: str) -> Ceilings:
-    """The ceilings that the first benchmark measured: the better of its rounds.
-
-    Raises:
-        ValueError: a figure is missing; the message says which.
-    """
+    """The ceilings that the first benchmark measured: the better of its rounds. What it could not measure is taken from
+    `H200_NOTED`, and their source says so."""
     best = {"read": 0.0, "copy": 0.0, "product": 0.0}
     for row in found:
-        rate = row["flops"] if row["kernel"] == "product" else row["bytes"]
-        best[row["kernel"]] = max(best.get(row["kernel"], 0.0), rate / (row["us"] / 1e6))
-    missing = [name for name in ("read", "product") if not best[name]]
-    if missing:
-        raise ValueError(f"no figure for {' and '.join(missing)}: what is measured has nothing to be compared with")
+        us = float(row.get("us") or 0.0)
+        if us > 0:
+            rate = row["flops"] if row["kernel"] == "product" else row["bytes"]
+            best[row["kernel"]] = max(best.get(row["kernel"], 0.0), rate / (us / 1e6))
     # A copy that beats the read-only stream says that the stream was badly read, not that memory is slower.
+    bandwidth = max(best["read"], best["copy"])
+    absent = [name for name, rate in (("bandwidth", bandwidth), ("product", best["product"])) if not rate]
     return Ceilings(
-        read_bytes_per_s=max(best["read"], best["copy"]), flops=best["product"], source=f"measured in this run on {gpu}"
+        read_bytes_per_s=bandwidth or H200_NOTED.read_bytes_per_s,
+        flops=best["product"] or H200_NOTED.flops,
+        source="; ".join(
+            [f"measured in this run on {gpu}"] * (len(absent) < 2)
+            + [f"{' and '.join(absent)} not measured, but of {H200_NOTED.source}"] * bool(absent)
+        ),
     )
 
 
@@ -111,7 +128,7 @@ def ratios(rows: Sequence[Row]) -> dict[tuple[str, str, str], float]:
 def table_of(rows: Sequence[Row], title: str) -> str:
     """Plain text, columns aligned, ours and others' beside each other."""
     best = ratios(rows)
-    lines = [("section", "what", "shape", "engine", "ms", "figure", "roofline", "best other / ours", "note")]
+    lines = [("section", "what", "shape", "engine", "ms", "10 % to 90 %", "figure", "roofline", "other / ours", "note")]
     for row in rows:
         ratio = best.get((row.section, row.what, row.shape)) if row.engine == OURS and row.ms > 0 else None
         lines.append(
@@ -121,6 +138,7 @@ def table_of(rows: Sequence[Row], title: str) -> str:
                 row.shape,
                 row.engine,
                 f"{row.ms:.3f}" if row.ms > 0 else "-",
+                f"{row.low_ms:.3f} {row.high_ms:.3f}" if row.high_ms > 0 else "",
                 row.figure,
                 "-" if row.share is None else f"{100 * row.share:.0f} %",
                 "" if ratio is None else f"{ratio:.2f}x",
@@ -128,7 +146,7 @@ def table_of(rows: Sequence[Row], title: str) -> str:
             )
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    right = (4, 6, 7)
+    right = (4, 5, 7, 8)
     shown = [
         "  ".join(
             cell.rjust(width) if column in right else cell.ljust(width)

@@ -8,6 +8,7 @@ from typing import Any
 from .adapter import LoadOptions, Request, missing_modules, module, versions_of
 
 _MAX_EXTEND_TOKENS = 16384
+_PAGE = 256
 
 
 class MiniSGLang:
@@ -34,17 +35,20 @@ class MiniSGLang:
                 llm.status_map[message.uid].output_ids.append(message.next_token)
 
         every_token = type("EveryToken", (base,), {"offline_send_result": keep_every_token})
-        more = {"use_dummy_weight": True} if options.load_format == "dummy" else {}
+        more: dict[str, Any] = {"use_dummy_weight": True} if options.load_format == "dummy" else {}
+        if missing_modules("sgl_kernel"):  # which its choice for Hopper needs
+            more["attention_backend"] = "fi"
         self._llm = every_token(
             options.folder,
             dtype=getattr(torch, options.dtype),
             max_seq_len_override=options.max_model_len,
             max_extend_tokens=_MAX_EXTEND_TOKENS,
             cuda_graph_max_bs=options.max_num_seqs,
+            page_size=_PAGE,
             **more,
         )
         self._temperature = options.temperature
-        return {"max_extend_tokens": _MAX_EXTEND_TOKENS}
+        return {"max_extend_tokens": _MAX_EXTEND_TOKENS, "attention": more.get("attention_backend", "auto")}
 
     def run(self, requests: Sequence[Request]) -> list[list[int]]:
         params = module("minisgl.core").SamplingParams

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import signal
@@ -19,6 +20,7 @@ import psutil
 
 from .adapter import LoadOptions, Request
 
+_LOG_CHARACTERS = 20_000
 _WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -55,6 +57,7 @@ class PeerProcess:
     def __init__(self, name: str, *, timeout_s: float, python: str | None = None, num_threads: int = 1) -> None:
         self.name = name
         self._timeout_s = timeout_s
+        self.deadline = math.inf  # for all answers together, of the monotonic clock; whoever measures may set it
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": str(num_threads)}
         # By its file under a foreign interpreter: octavo is not installed there.
@@ -117,6 +120,11 @@ class PeerProcess:
         self._process.wait()
         self._errors.close()
 
+    def log(self) -> str:
+        """The end of what the engine has written to standard error; until `close`."""
+        self._errors.seek(0)
+        return self._errors.read().decode(errors="replace")[-_LOG_CHARACTERS:]
+
     def _signal(self, number: signal.Signals) -> None:
         try:
             os.killpg(self._process.pid, number)
@@ -138,7 +146,7 @@ class PeerProcess:
 
     def _read_line(self, what: str) -> bytes:
         assert self._process.stdout is not None
-        deadline = time.monotonic() + self._timeout_s
+        deadline = min(time.monotonic() + self._timeout_s, self.deadline)
         while b"\n" not in self._buffer:
             readable, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))
             if not readable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,11 +30,13 @@ class TransformersBatching:
         utils = module("transformers.generation.configuration_utils")
         model = load_transformers(options, attn_implementation="sdpa")
         # Prompts are random, so nothing is shared. -1 is no token's id: there is no other way to say "no end token".
-        sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {}
+        # Its default of the 50 likeliest would sort the whole vocabulary, which nobody else is asked for.
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_k": 0} if options.temperature else {}
         generation = transformers.GenerationConfig(**{"do_sample": False, **sampling}, eos_token_id=-1, pad_token_id=0)
         pages = -(-options.max_total_tokens // _PAGE) + options.max_num_seqs + 1
+        fields = {field.name for field in dataclasses.fields(utils.ContinuousBatchingConfig)}
         batching = utils.ContinuousBatchingConfig(
-            page_size=_PAGE,
+            **{"page_size" if "page_size" in fields else "block_size": _PAGE},  # as 5.17 still called it
             num_blocks=pages,
             max_batch_tokens=max(8192 if options.device == "cuda" else 2048, options.max_num_seqs),
             allow_block_sharing=False,

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,6 +35,7 @@ def main(name: str, answers: TextIO) -> None:
                 peer = catalog.make_peer(name)
             answer = _answer(adapter, peer, command)
         except Exception as error:  # noqa: BLE001,RUF100 - whatever a peer raises is a result, and its own to word
+            traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

@@ -6,7 +6,7 @@ import pytest
 
 from octavo.gateway.gpu_bench.ceilings import H200_NOTED, Ceilings
 from octavo.gateway.gpu_bench.requests_256 import lengths_of, requests_256
-from octavo.gateway.gpu_bench.roofline import prefill_floor_s, step_floor_s, workload_floor
+from octavo.gateway.gpu_bench.roofline import mixed_floor_s, prefill_floor_s, step_floor_s, workload_floor
 from octavo.sim.step_time.known_models import find_model
 
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -78,3 +78,11 @@ def test_a_floor_falls_with_both_ceilings_and_rows_may_differ() -> None:
     slow = step_floor_s(shape, H200_NOTED, contexts=1000, batch=8)
     assert step_floor_s(shape, twice, contexts=1000, batch=8) == pytest.approx(slow / 2)
     assert step_floor_s(shape, H200_NOTED, contexts=[500, 1500] * 4) == pytest.approx(slow)
+
+
+def test_decodes_beside_a_prompt_share_one_reading_of_the_weights() -> None:
+    shape = find_model("qwen3-8b")
+    alone = step_floor_s(shape, H200_NOTED, contexts=1024, batch=32)
+    prompt = prefill_floor_s(shape, H200_NOTED, num_tokens=512)
+    both = mixed_floor_s(shape, H200_NOTED, context=1024, batch=32, num_tokens=512)
+    assert max(alone, prompt) < both < alone + prompt

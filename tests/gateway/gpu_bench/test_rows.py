@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from octavo.gateway.gpu_bench.ceilings import Ceilings
+from octavo.gateway.gpu_bench.ceilings import H200_NOTED, Ceilings
 from octavo.gateway.gpu_bench.part import normalised
 from octavo.gateway.gpu_bench.rows import Row, ceilings_of, kernel_row, rate_of, ratios, table_of
 
@@ -18,6 +18,10 @@ def test_a_kernel_is_a_share_of_the_larger_of_its_two_floors() -> None:
     by_flops = kernel_row({"kernel": "a", "ms": 1.0, "bytes": 1e6, "flops": 400e9}, CEILINGS)
     assert by_flops.share == pytest.approx(0.5)
     assert by_flops.figure == "400 TFLOP/s"
+    assert by_flops.values["tflops"] == pytest.approx(400)
+    spread = kernel_row({"kernel": "a", "us": 1000.0, "low_us": 900.0, "high_us": 1100.0}, None)
+    assert (spread.low_ms, spread.high_ms) == (0.9, 1.1)
+    assert "0.900 1.100" in table_of([spread], "t")
 
 
 def test_without_time_or_work_there_is_no_share() -> None:
@@ -38,8 +42,15 @@ def test_ceilings_are_the_better_of_their_rounds_and_all_there() -> None:
     assert ceilings.read_bytes_per_s == pytest.approx(4.1e12)
     assert ceilings.flops == pytest.approx(780e12)
     assert "a GPU" in ceilings.source
-    with pytest.raises(ValueError, match="product"):
-        ceilings_of(found[:3], "a GPU")
+
+
+def test_a_ceiling_that_could_not_be_measured_is_the_noted_one_and_says_so() -> None:
+    copied = [{"kernel": "read", "note": "failed"}, {"kernel": "copy", "us": 1000.0, "bytes": 4.0e9, "flops": 0}]
+    ceilings = ceilings_of(copied, "a GPU")
+    assert ceilings.read_bytes_per_s == pytest.approx(4.0e12)
+    assert ceilings.flops == H200_NOTED.flops
+    assert ceilings.source.startswith("measured in this run on a GPU; product not measured")
+    assert ceilings_of([], "a GPU").source.startswith("bandwidth and product not measured")
 
 
 def test_ours_is_compared_with_the_best_other_at_the_same_shape_only() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +91,22 @@ def test_a_hang_ends_at_the_time_limit_and_leaves_no_process(processes: list[Pee
     process.close()
     process.close()
     assert not psutil.pid_exists(pid)
+
+
+def test_whoever_measures_may_bound_all_answers_together(processes: list[PeerProcess]) -> None:
+    process = start(processes, "Counting")
+    process.load(OPTIONS)
+    process.deadline = time.monotonic()
+    with pytest.raises(PeerFailedError, match="run: no answer"):
+        process.run([Request([1], 2000)])
+
+
+def test_what_a_failed_peer_wrote_can_be_read_until_it_is_closed(processes: list[PeerProcess]) -> None:
+    process = start(processes, "FailsToLoad")
+    with pytest.raises(PeerFailedError, match="no such model"):
+        process.load(OPTIONS)
+    log = process.log()
+    assert log.startswith("Traceback") and log.rstrip().endswith("OSError: no such model")
 
 
 def test_an_interpreter_that_is_not_there_is_an_error_of_that_peer_alone() -> None:
