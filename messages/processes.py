@@ -136,6 +136,7 @@ class EngineReport(Message, frozen=True):
         step_age_ns: since the last step ended, or work came.
         num_edges_shed: times that an edge took no more of what it was told.
         messages_dropped: `(reason, number)` of those that the engine's port threw away.
+        num_accepted: it is `num_completed`, `num_failed`, `num_cancelled`, `num_running` and `num_waiting` together.
         Others: as in `SchedulerStats` and `AllocatorStats`; totals are of this incarnation.
     """
 
@@ -162,6 +163,9 @@ class EngineReport(Message, frozen=True):
     num_edges_shed: int = 0
     messages_dropped: tuple[tuple[str, int], ...] = ()
     num_completed: int = 0
+    num_accepted: int = 0
+    num_failed: int = 0
+    num_cancelled: int = 0
 
 
 class EdgeAccount(Message, frozen=True):

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
-import math
-from collections.abc import Callable, Iterator
-
-import msgspec
+from collections.abc import Iterator
 
 from ..actors.router.core import RouterConfig, RouterCore
 from ..messages.ids import RequestId
@@ -17,59 +13,15 @@ from ..messages.sampling import SamplingParams
 from .agenda import Agenda
 from .config import Outage, SimConfig
 from .event_log import NumberStream
-from .guard import Guard, no_real_world, real_world
-from .metrics import summarize
 from .replica import Replica
-from .results import Outcome, RequestRecord, RunResult
-from .slo import Slo
+from .results import Outcome, RequestRecord
+from .slo_watch import SloWatch
 from .step_time.interface import StepTimeModel
 from .timeline import Timeline
 from .workload.request import TraceRequest, Workload
 
-Progress = Callable[[int, int, float], None]
-"""Called now and then with requests ended, requests arrived, and virtual seconds."""
-
 _OUTAGE_RANK, _CANCEL_RANK, _ARRIVAL_RANK, _TIMELINE_RANK = ((1 << 30) + i for i in range(1, 5))
 _OUTCOMES: dict[str, Outcome] = {"stop": "done", "length": "done", "refused": "refused", "error": "failed"}
-_REPORT_EVERY = 64
-
-
-class Simulation(msgspec.Struct, frozen=True):
-    """A finished run.
-
-    Attributes:
-        result: its summary.
-        records: what became of each request, in order of arrival.
-        is_cut_short: the run was ended because it could no longer meet its service level.
-    """
-
-    result: RunResult
-    records: list[RequestRecord]
-    is_cut_short: bool = False
-
-
-class _Watch:
-    """Ends a run that can no longer meet its service level.
-
-    With N requests and a limit on the p-th percentile (nearest rank), more than N - ceil(N x p) requests beyond it
-    decide the run: those that the percentile leaves out can only make the allowance smaller. There is no early pass.
-    """
-
-    def __init__(self, slo: Slo, num_requests: int) -> None:
-        self._limits = [
-            (term.metric, round(term.limit_s * 1e9), num_requests - math.ceil(num_requests * term.percentile / 100))
-            for term in slo.terms
-            if term.percentile > 0 and term.metric in ("ttft", "e2e", "tpot")
-        ]
-        self._num_missed = [0] * len(self._limits)
-        self.is_lost = False
-
-    def see(self, metric: str, value_ns: int) -> None:
-        """A request has this figure."""
-        for i, (name, limit_ns, num_allowed) in enumerate(self._limits):
-            if name == metric and value_ns > limit_ns:
-                self._num_missed[i] += 1
-                self.is_lost = self.is_lost or self._num_missed[i] > num_allowed
 
 
 class Cluster:
@@ -83,7 +35,7 @@ class Cluster:
     """
 
     def __init__(
-        self, config: SimConfig, workload: Workload, model: StepTimeModel, watch: _Watch | None = None
+        self, config: SimConfig, workload: Workload, model: StepTimeModel, watch: SloWatch | None = None
     ) -> None:
         self._config = config
         self._workload = workload
@@ -260,55 +212,3 @@ class Cluster:
 
         self.agenda.add(outage.begin_ns, _OUTAGE_RANK, begin)
         self.agenda.add(outage.end_ns, _OUTAGE_RANK, end)
-
-
-def simulate(
-    config: SimConfig,
-    workload: Workload,
-    model: StepTimeModel,
-    *,
-    slo: Slo | None = None,
-    progress: Progress | None = None,
-    stop_early: bool = False,
-) -> Simulation:
-    """Run a workload to its end, under virtual time.
-
-    While it runs, reading a clock, global chance, starting a thread or opening a socket raises `RealWorldError`.
-
-    Args:
-        config: the cluster.
-        workload: what arrives; its `followers` may add to it.
-        model: how long steps take.
-        slo: for goodput and the verdict.
-        progress: told how far the run is; the real world is open to it.
-        stop_early: end the run once it cannot meet the service level; needs a workload without followers.
-
-    Returns:
-        The same result for the same arguments, whatever else the machine does.
-    """
-    watch = None
-    if stop_early and slo is not None:
-        watch = _Watch(slo, sum(1 for _ in workload.arrivals()))
-    was_collecting = gc.isenabled()
-    gc.disable()  # nothing here makes circles; the collector would walk all requests again and again
-    try:
-        with no_real_world() as guard:
-            cluster = Cluster(config, workload, model, watch)
-            _run(cluster, guard, progress)
-    finally:
-        if was_collecting:
-            gc.enable()
-    result = summarize(config, workload, model, cluster, slo)
-    return Simulation(result, cluster.records, cluster.is_lost)
-
-
-def _run(cluster: Cluster, guard: Guard, progress: Progress | None) -> None:
-    run_next = cluster.agenda.run_next
-    report_at = _REPORT_EVERY
-    while not cluster.is_done and not cluster.is_lost:
-        if not run_next():
-            raise RuntimeError(f"{len(cluster.records) - cluster.num_ended} requests wait, and nothing will happen")
-        if progress is not None and cluster.num_ended >= report_at:
-            report_at = cluster.num_ended + _REPORT_EVERY
-            with real_world(guard):
-                progress(cluster.num_ended, len(cluster.records), cluster.agenda.now_ns / 1e9)

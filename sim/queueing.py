@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from ..actors.scheduler.config import SchedulerConfig
-from .cluster import simulate
 from .config import SimConfig
+from .simulation import simulate
 from .step_time.interface import StepShape
 from .workload.request import TraceRequest, WorkloadCounts
 

@@ -14,10 +14,10 @@ import msgspec
 import numpy as np
 
 from ..messages.errors import InvalidConfigError, InvalidTraceError
-from .cluster import simulate
 from .config import SimConfig
 from .deployment import DEFAULT_GPU, Deployment, ResolvedDeployment
 from .results import RequestRecord
+from .simulation import simulate
 from .step_time.exposed_overhead import WithExposedOverhead
 from .step_time.gpus import gpu_in
 from .step_time.host_overhead import HostOverhead

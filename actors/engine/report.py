@@ -16,7 +16,7 @@ class Reporter:
 
     def __init__(self, incarnation: int) -> None:
         self._incarnation = incarnation
-        self._last_step = (0, 0)  # steps so far, and when that was first seen
+        self._last_step = (-1, 0)  # steps so far, and when that was first seen; none was, before the first report
 
     def report(
         self,
@@ -30,7 +30,8 @@ class Reporter:
         """How both cores do now, and the engine's port."""
         scheduler, allocator = scheduler_core.stats(), allocator_core.stats()
         num_executed = scheduler.num_steps - scheduler.num_steps_in_flight
-        is_working = scheduler.num_running or scheduler.num_waiting
+        # Steps whose requests were cancelled are waited for as well: they hold blocks, and places in the pipeline.
+        is_working = scheduler.num_running or scheduler.num_waiting or scheduler.num_steps_in_flight
         if num_executed != self._last_step[0] or not is_working:
             self._last_step = (num_executed, now_ns)
         return EngineReport(
@@ -57,4 +58,7 @@ class Reporter:
             num_edges_shed=num_edges_shed,
             messages_dropped=messages_dropped,
             num_completed=scheduler.num_completed,
+            num_accepted=scheduler.num_accepted,
+            num_failed=scheduler.num_failed,
+            num_cancelled=scheduler.num_cancelled,
         )

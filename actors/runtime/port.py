@@ -13,46 +13,29 @@ upper layers begin again with a new incarnation, and nothing of the old one is t
 
 from __future__ import annotations
 
-import os
-import select
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
 
-import msgspec
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from ...messages.base import Message
 from .curve import AllowList, CurveKeys, check_public_key
 from .door import MAX_BATCH, Door
 from .endpoints import check_endpoint, claim_ipc_path, is_ipv6, listen_error, resolved
-from .outgoing_link import LinkSession, OutgoingLink
+from .lines import Lines, UnsendableError
 from .port_limits import PortLimits
 from .port_record import LinkEvent, PortRecord
 from .reception import Allowed, Reception, role_of
 from .schema import schema_hash
 from .socket_options import set_options
 from .strangers import Strangers
-from .wire import Encoder
+from .watcher import Watcher
 from .zap import ZapHandler
 
 __all__ = ["MAX_BATCH", "Allowed", "LinkEvent", "Port", "UnsendableError", "role_of"]
 
 KEYS_INTERVAL_NS = 1_000_000_000
-
-# As plain integers: the enumeration's operators take a microsecond each.
-_DONTWAIT: Final = int(zmq.DONTWAIT)
-_EVENTS: Final = int(zmq.EVENTS)
-_POLLIN: Final = int(zmq.POLLIN)
-_POLLOUT: Final = int(zmq.POLLOUT)
-
-_Reader = Callable[[], None]
-
-
-class UnsendableError(ValueError):
-    """No port would take this message: it is longer than any may be, or holds what cannot be written down."""
 
 
 class Port:
@@ -88,33 +71,36 @@ class Port:
         self.counters = record.counters
         self.events = record.events
         self._count = record.count
-        self._report = record.report
         self._limits = limits or PortLimits()
         self._keys = keys
         self._allow_plain_loopback = allow_plain_loopback
-        self._schema = schema or schema_hash()
-        self._encoder = Encoder()
+        schema = schema or schema_hash()
         self._context = zmq.Context()
-        self._epoll = select.epoll()
-        self._ready: list[tuple[int, int]] = []  # what `wait` found, for `receive`
-        self._on_ready: dict[int, _Reader] = {}
-        self._waker = -1  # an eventfd, once one was needed
+        self._watcher = Watcher()
         self._bound_path: Path | None = None
         self._bound: list[str] = []  # ipc, tcp
-        self._outgoing: dict[str, _Line] = {}
-        self._sessions: dict[tuple[str, int], LinkSession] = {}
+        self._lines = Lines(
+            name=name,
+            incarnation=incarnation,
+            schema=schema,
+            limits=self._limits,
+            keys=keys,
+            context=self._context,
+            watcher=self._watcher,
+            record=record,
+        )
         self._keys_checked_ns = 0
         self._allow_list: AllowList | None = None
         self._zap: ZapHandler | None = None
         if keys is not None:
             self._allow_list = AllowList(keys.allow_list) if keys.allow_list else None
             self._zap = ZapHandler(self._context, self._allow_list)
-            self._watch(self._zap.socket, self._answer_zap)
+            self._watcher.watch(self._zap.socket, self._answer_zap)
 
         self._reception = Reception(
             name=name,
             incarnation=incarnation,
-            schema=self._schema,
+            schema=schema,
             limits=self._limits,
             limits_of=limits_of or {},
             allowed=allowed or {},
@@ -173,9 +159,9 @@ class Port:
         self._bound.append(scheme)
         if self._door.router is None:
             self._door.router = router
-            self._watch(router, None)
+            self._watcher.watch(router, None)
             assert self._reception.strangers is not None
-            self._watch(self._reception.strangers.monitor, self._reception.strangers.read)
+            self._watcher.watch(self._reception.strangers.monitor, self._reception.strangers.read)
             self._reception.strangers.read()  # a descriptor tells of what comes after the first look only
         last = router.get(zmq.LAST_ENDPOINT)
         assert isinstance(last, bytes)
@@ -214,67 +200,23 @@ class Port:
             check_public_key(server_key.decode("ascii", "replace"))
         self.disconnect(peer)
         self.expect(peer, incarnation)
-        self.vouch(peer, server_key.decode("ascii") if has_keys and endpoint.startswith("tcp://") else "")
-        dealer = self._context.socket(zmq.DEALER)
-        set_options(dealer, self._limits)
-        dealer.set(zmq.IPV6, int(is_ipv6(endpoint)))
-        dealer.set(zmq.RECONNECT_IVL, 10)
-        dealer.set(zmq.RECONNECT_IVL_MAX, 500)
-        dealer.set(zmq.CONNECT_TIMEOUT, self._limits.handshake_ms)  # the kernel's waits, then tries ever more seldom
-        if has_keys and endpoint.startswith("tcp://"):
-            assert self._keys is not None
-            dealer.set(zmq.CURVE_SERVERKEY, server_key)
-            dealer.set(zmq.CURVE_PUBLICKEY, self._keys.public.encode())
-            dealer.set(zmq.CURVE_SECRETKEY, self._keys.secret.encode())
-        monitor = dealer.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED
-            | zmq.EVENT_DISCONNECTED
-            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-        )
-        session = self._sessions.setdefault((peer, incarnation), LinkSession())
-        link = OutgoingLink(
-            name=self.name,
-            incarnation=self.incarnation,
-            peer=peer,
-            peer_incarnation=incarnation,
-            socket=dealer,
-            schema=self._schema,
-            limits=self._limits,
-            session=session,
-        )
-        line = _Line(link, dealer, monitor)
-        self._outgoing[peer] = line
-        self._watch(dealer, lambda: self._read_line(line))
-        self._watch(monitor, lambda: self._read_monitor(line))
-        dealer.connect(endpoint)
-        link.flush()
-        # A descriptor tells of what comes after the first look only (libzmq signals readers that found nothing).
-        self._read_monitor(line)
-        self._read_line(line)
+        key = server_key if has_keys and endpoint.startswith("tcp://") else b""
+        self.vouch(peer, key.decode("ascii"))
+        self._lines.connect(peer, incarnation, endpoint, key)
 
     def disconnect(self, peer: str) -> None:
         """Close the line to a peer; what it had not taken is dropped. No line: nothing happens."""
-        line = self._outgoing.pop(peer, None)
-        if line is None:
-            return
-        self._unwatch(line.dealer)
-        self._unwatch(line.monitor)
-        line.dealer.disable_monitor()
-        line.monitor.close(0)
-        line.dealer.close(0)
+        self._lines.disconnect(peer)
 
     def expect(self, peer: str, incarnation: int) -> None:
         """From now on a peer is stale below this incarnation; what an older one sends is dropped.
 
         A newer one that nobody expects is welcomed only while no other of that name is connected.
         """
-        for key in [key for key in self._sessions if key[0] == peer and key[1] < incarnation]:
-            del self._sessions[key]
+        self._lines.forget_sessions(peer, before=incarnation)
         self._reception.expect(peer, incarnation)
         if self._reception.has_parked:
-            self._wake()
+            self._watcher.wake()  # so that `receive` is called, which welcomes whoever has waited for this
 
     def forget(self, peer: str) -> bool:
         """Give back all that is kept of a peer which will not come back under its name, or as somebody new if it does.
@@ -285,45 +227,30 @@ class Port:
         if not self._reception.forget(peer):
             return False
         self.disconnect(peer)
-        for key in [key for key in self._sessions if key[0] == peer]:
-            del self._sessions[key]
+        self._lines.forget_sessions(peer)
         return True
 
     def vouch(self, peer: str, key: str) -> None:
         """From now on a peer's name may be used with this CURVE key alone; empty: by ipc or plain loopback alone."""
         self._reception.vouch(peer, key)
 
-    def _wake(self) -> None:
-        """Have `receive` called, which welcomes whoever has waited for this."""
-        if self._waker < 0:
-            self._waker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._on_ready[self._waker] = self._note_woken
-            self._epoll.register(self._waker, select.EPOLLIN)
-        os.eventfd_write(self._waker, 1)
-
-    def _note_woken(self) -> None:
-        os.eventfd_read(self._waker)
-
     def close(self) -> None:
         """Close every socket at once; what was not delivered is dropped."""
-        for peer in list(self._outgoing):
+        for peer in list(self._lines.by_peer):
             self.disconnect(peer)
         if self._reception.strangers is not None:
-            self._unwatch(self._reception.strangers.monitor)
+            self._watcher.unwatch(self._reception.strangers.monitor)
         self._close_strangers()
         for socket in (self._door.router, self._zap.socket if self._zap else None):
             if socket is not None and not socket.closed:
-                self._unwatch(socket)
+                self._watcher.unwatch(socket)
                 socket.close(0)
         if self._bound_path is not None:
             self._bound_path.unlink(missing_ok=True)
             self._bound_path = None
         if not self._context.closed:
             self._context.destroy(linger=0)
-        self._epoll.close()
-        if self._waker >= 0:
-            os.close(self._waker)
-            self._waker = -1
+        self._watcher.close()
 
     def _close_strangers(self) -> None:
         if self._reception.strangers is not None:
@@ -341,45 +268,23 @@ class Port:
         Raises:
             UnsendableError: the message itself is at fault; nothing was sent.
         """
-        line = self._outgoing.get(peer)
-        if line is None:
-            self.counters["full"] += 1
-            return False
-        body, tensors = self._encode(message)
-        is_sent = line.link.send(body, tensors)
-        if not is_sent:
-            self._count("full", peer)
-        if self._is_ready(line):
-            self._read_line(line)
-        return is_sent
-
-    def _encode(self, message: Message) -> tuple[bytes, Sequence[memoryview]]:
-        try:
-            body, tensors = self._encoder.encode(message)
-        except (msgspec.MsgspecError, ValueError, OverflowError) as error:  # a lone surrogate, an integer of 65 bits
-            raise UnsendableError(f"a value cannot be sent: {error}") from error
-        if len(body) > self._limits.max_message_bytes:
-            # The peer would drop the connection each time that it is sent again.
-            raise UnsendableError(
-                f"a message of {len(body)} bytes is above the limit of {self._limits.max_message_bytes} bytes"
-            )
-        return body, tensors
+        return self._lines.send(peer, message)
 
     def is_up(self, peer: str) -> bool:
         """Whether the peer has welcomed us and the connection stands."""
-        line = self._outgoing.get(peer)
+        line = self._lines.by_peer.get(peer)
         return line is not None and line.link.state == "up"
 
     def num_queued(self, peer: str) -> int:
         """Messages that the peer has not taken yet (it says so in groups)."""
-        line = self._outgoing.get(peer)
+        line = self._lines.by_peer.get(peer)
         return len(line.link) if line is not None else 0
 
     # Receiving
 
     def fileno(self) -> int:
         """Readable when `receive` may have something. Call `receive` then, again while `has_more`."""
-        return self._epoll.fileno()
+        return self._watcher.fileno()
 
     def wait(self, timeout_ms: int) -> bool:
         """Block until `receive` may have something; False: the time passed. A negative time waits for ever."""
@@ -389,8 +294,7 @@ class Port:
         is_due = delay_ms is not None and (timeout_ms < 0 or delay_ms <= timeout_ms)
         if is_due and delay_ms is not None:
             timeout_ms = delay_ms
-        self._ready = self._epoll.poll(timeout_ms / 1000 if timeout_ms >= 0 else -1)
-        return is_due or bool(self._ready)
+        return self._watcher.wait(timeout_ms) or is_due
 
     def delay_ms(self) -> int | None:
         """When `receive` must be called even if nothing comes; None: need not."""
@@ -403,11 +307,7 @@ class Port:
 
     def receive(self, max_messages: int = MAX_BATCH) -> list[tuple[str, Message]]:
         """What is there, in each peer's order; never blocks. `has_more` says whether the bound cut it short."""
-        ready, self._ready = self._ready, []
-        for descriptor, _ in ready or self._epoll.poll(0):
-            reader = self._on_ready.get(descriptor)
-            if reader is not None:
-                reader()
+        self._watcher.read_ready()
         if self._door.router is None:
             return []
         now_ns = time.monotonic_ns()
@@ -431,73 +331,3 @@ class Port:
         self._zap.answer()
         for _ in range(self._zap.num_denied - num_denied):
             self._count("denied_key", "", "a key that is not on the allow-list")
-
-    # Sockets
-
-    def _is_ready(self, line: _Line) -> bool:
-        """Whether sending swallowed an edge: a grant came, or there is room again for what had to wait."""
-        events = int(line.dealer.get(_EVENTS))
-        return bool(events & _POLLIN or (events & _POLLOUT and line.link.is_held_up))
-
-    def _read_line(self, line: _Line) -> None:
-        """Take what a peer says about our line to it."""
-        link = line.link
-        while not line.dealer.closed:
-            try:
-                frame = line.dealer.recv(_DONTWAIT)
-            except zmq.Again:
-                link.flush()
-                if self._is_ready(line):
-                    continue
-                return
-            if line.dealer.get(zmq.RCVMORE):
-                line.dealer.recv_multipart(zmq.DONTWAIT)
-                self._count("multipart", link.peer)
-                continue
-            num_resent = link.num_resent
-            what = link.on_frame(frame)
-            self.counters["resent"] += link.num_resent - num_resent
-            if what == "up":
-                self._report(link.peer, "up")
-            elif what == "refused":
-                self._report(link.peer, "refused", link.why)
-            elif what == "malformed":
-                self._count("malformed", link.peer)
-
-    def _read_monitor(self, line: _Line) -> None:
-        link = line.link
-        while not line.monitor.closed:
-            try:
-                event = parse_monitor_message(line.monitor.recv_multipart(zmq.DONTWAIT))["event"]
-            except zmq.Again:
-                return
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                link.on_connected()
-                self._read_line(line)
-            elif event == zmq.EVENT_DISCONNECTED:
-                if link.state in ("up", "greeting"):
-                    self._report(link.peer, "lost")
-                link.on_lost()
-            else:
-                self._count("handshake_failed", link.peer)
-                if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                    self._report(link.peer, "keys", "the peer's allow-list does not have our key")
-
-    def _watch(self, socket: zmq.Socket[bytes], reader: _Reader | None) -> None:
-        descriptor = int(socket.get(zmq.FD))
-        if reader is not None:
-            self._on_ready[descriptor] = reader
-        self._epoll.register(descriptor, select.EPOLLIN)
-
-    def _unwatch(self, socket: zmq.Socket[bytes]) -> None:
-        descriptor = int(socket.get(zmq.FD))
-        self._on_ready.pop(descriptor, None)
-        self._epoll.unregister(descriptor)
-
-
-class _Line(msgspec.Struct):
-    """The sockets of an outgoing link."""
-
-    link: OutgoingLink
-    dealer: zmq.Socket[bytes]
-    monitor: zmq.Socket[bytes]

@@ -54,8 +54,8 @@ class Quarantine:
         until_ns = self._until_ns
         while until_ns:
             first = next(iter(until_ns))
-            if until_ns[first] > now_ns:
-                return _digest(submit) in until_ns
+            if until_ns[first] > now_ns:  # not so some behind it, of which others have told late
+                return until_ns.get(_digest(submit), 0) > now_ns
             del until_ns[first]
         return False
 

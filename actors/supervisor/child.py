@@ -18,12 +18,12 @@ class Child(msgspec.Struct):
         incarnation: before the first start 0, or the last that a supervisor before this one may have used.
         state: `absent` between an exit and the next start, `killed` and `stopping` until the exit that was asked for.
         start_at_ns: when an absent child is started; -1 for never.
-        since_ns: of the latest start.
+        since_ns: of the latest start; later by the time in which this process stood still since, as is `ready_ns`.
         heard_ns: of the latest beat, or of readiness; -1 for never.
         ready_ns: since when it has been ready; -1 if it is not.
         progress: as of its latest beat.
         ran_ns, hindered_ns: as of `ProcessObserved`, since it was heard last.
-        hindered, stalled: when it was, of an executor, and when this process stood still: as far back as the latest
+        hindered, stalled: when it was, of an executor, and when this process did not listen: as far back as the latest
             step may reach. A step that began before must not be held to the time that was lost since, whether or not a
             beat has told of it yet.
         is_long_at_step: whether its step is worth a look.

@@ -50,7 +50,7 @@ class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):
             knows of that at once, and a busy machine's slow start is not taken for it.
         max_start_ns: from a child's start until it is ready.
         stall_ns: if this process stood still for so long (a paused VM, a terminal's Ctrl-Z), so did everybody's beats:
-            all of them have their full time once more.
+            all of them have their full time once more. Half as long counts at steps, which may be allowed no more.
         first_step_ns: limit of a step of which nothing is known yet (see `StepTimes`).
         num_before: incarnations and epochs that a supervisor before this one may have used: those here begin behind.
     """

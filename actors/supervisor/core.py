@@ -93,6 +93,7 @@ class SupervisorCore:
         self._step_times = StepTimes(config.first_step_ns)
         self._executor_told_ns = 0
         self._latest_ns = -1
+        self._listens_since_ns = -1  # since when it has without a break
         self._num_late_messages = 0
         self._num_stalls = 0
         self._out: list[Message] = []
@@ -252,7 +253,7 @@ class SupervisorCore:
             self._note_ready(child, now_ns)
         if child.config.kind != "executor":
             return
-        if beat.longest_ns:
+        if beat.longest_ns and not child.stalled.since(now_ns - beat.longest_ns):  # else it says nothing of other steps
             self._step_times.observe(beat.longest_tokens, beat.longest_ns, beat.progress)
         busy_ns = beat.busy_ns - child.stalled.since(now_ns - beat.busy_ns)
         limit_ns = self._step_times.limit_ns(beat.busy_tokens, beat.progress)
@@ -290,8 +291,8 @@ class SupervisorCore:
         if child is None or not child.is_running:
             self._num_late_messages += 1
             return
-        if child.config.kind == "executor":
-            child.hindered.add(message.hindered_ns, now_ns)
+        if child.config.kind == "executor":  # what is excused as stalled is so once
+            child.hindered.add(min(message.hindered_ns, now_ns - self._listens_since_ns), now_ns)
         # No more than there was of silence: a look may reach back to before it.
         silent_ns = silence_ns(child, now_ns)
         child.ran_ns = min(child.ran_ns + message.ran_ns, silent_ns)
@@ -345,14 +346,18 @@ class SupervisorCore:
         """Count no silence against the children while this process did not listen."""
         stalled_ns = now_ns - self._latest_ns if self._latest_ns >= 0 else 0
         self._latest_ns = now_ns
+        if stalled_ns > self._config.stall_ns // 2 or self._listens_since_ns < 0:
+            self._listens_since_ns = now_ns
+            for rank in self._ranks:
+                rank.stalled.add(stalled_ns, now_ns)
         if stalled_ns <= TICK_NS + self._config.stall_ns:
             return
         self._num_stalls += 1
         self._executor_told_ns += stalled_ns
         for child in self._children.values():
-            if child.config.kind == "executor":
-                child.stalled.add(stalled_ns, now_ns)
             child.since_ns += stalled_ns
+            if child.ready_ns >= 0:
+                child.ready_ns += stalled_ns
             child.ran_ns = child.hindered_ns = 0
             if child.heard_ns >= 0:
                 child.heard_ns = now_ns

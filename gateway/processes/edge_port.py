@@ -97,4 +97,8 @@ def fleet_stats(
         num_edges_shed=total("num_edges_shed"),
         num_late_compilations=num_late_compilations,
         num_completed=total("num_completed"),
+        num_accepted=total("num_accepted"),
+        num_failed=total("num_failed"),
+        num_cancelled=total("num_cancelled"),
+        num_lost=sum(link.num_lost for link in links),
     )

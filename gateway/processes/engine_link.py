@@ -46,6 +46,7 @@ class EngineLink:
     Attributes:
         ledger: through which every request passes.
         report: the engine's latest account; None before the first.
+        num_lost: sequences that engines had when they reported last, before they were lost; others accept them again.
         drops: messages that engines' ports threw away.
         incarnation: of the engine that is talked to; 0 before the first.
         is_up: whether the engine listens; what is posted otherwise waits in the ledger.
@@ -67,6 +68,7 @@ class EngineLink:
         self.name = name
         self.ledger = LedgerCore()
         self.report: EngineReport | None = None
+        self.num_lost = 0
         self.drops = DropTally()
         self.incarnation = 0
         self.is_up = False
@@ -212,6 +214,8 @@ class EngineLink:
     def _keep_totals(self) -> None:
         counts = [name for name in EngineReport.__struct_fields__ if name not in ("step_sizes", "messages_dropped")]
         self._earlier = {name: self.total(name) for name in counts}
+        if self.report is not None:
+            self.num_lost += self.report.num_running + self.report.num_waiting
         self._earlier_step_sizes = self.step_sizes
 
     def _is_convicted(self, submit: SubmitRequest) -> bool:

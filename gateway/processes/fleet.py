@@ -149,7 +149,11 @@ class Fleet:
         for route in self._router.handle(submit, 0):
             owner = self.links[route.replica]
             if owner.is_gone:  # none is up: whichever comes back takes it
-                owner = next(link for link in self.links if not link.is_gone)
+                others = [link for link in self.links if not link.is_gone]
+                if not others:  # it was being tokenized when the last one went, and every stream ended
+                    self._router.handle(RequestLeft(submit.request_id), 0)
+                    return
+                owner = others[0]
             self._owners[submit.request_id] = owner
             owner.post(submit)
 

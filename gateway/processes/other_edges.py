@@ -47,6 +47,8 @@ along. On a machine with ten times as much to do as it has cores, one that is we
 stopped, the usual hang, is known by its state at once."""
 
 _LOOK_S = 0.1
+_MAX_LOOK_GAP_NS = 300_000_000
+"""Between two looks; in a longer one who is stopped may have gone on, and have been stopped again."""
 
 
 class EdgeProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -243,7 +245,7 @@ class OtherEdges:
         for name, incarnation in listening.items():
             if name not in self._incarnations:
                 self._take_in(name, incarnation)
-        self._watch.look(now_ns, stood_still=stood_still)
+        self._watch.look(now_ns, stood_still=now_ns - last_ns > _MAX_LOOK_GAP_NS)
         for name, heard_ns in list(self._heard_ns.items()):
             if now_ns - heard_ns > _MAX_SILENCE_NS:
                 self._watch.kill(name, f"it was silent for {(now_ns - heard_ns) / 1e9:.0f} s")

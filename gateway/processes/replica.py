@@ -17,6 +17,7 @@ from ...actors.runtime.processes import ProcessSpec
 from ...actors.scheduler.quarantine import Quarantine
 from ...actors.supervisor.actor import Supervisor
 from ...actors.supervisor.config import ChildConfig, SupervisorConfig
+from ...actors.supervisor.lost_steps import LostStepWatch
 from ...messages import errors
 from ...messages.base import Message
 from ...messages.errors import InvalidConfigError, OctavoError
@@ -50,7 +51,6 @@ from ..config import EngineConfig
 from ..engine_setup import allocator_config, executor_process_spec, journal_file, scheduler_config
 from ..graph import ModelFacts
 from .engine_link import EngineLink, FromEngine
-from .lost_steps import LostStepWatch
 from .shed_edge import take_up_again
 
 if TYPE_CHECKING:

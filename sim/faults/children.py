@@ -9,9 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
+from ...actors.engine.report import Reporter
 from ...actors.supervisor.config import TICK_NS, ChildConfig
+from ...actors.supervisor.lost_steps import LostStepWatch
 from ...messages.base import Message
+from ...messages.processes import EngineReport
 from ...messages.system import (
     Beat,
     EngineReady,
@@ -27,6 +31,7 @@ from ..agenda import Agenda
 from .device import EXECUTOR, Device
 from .losses import Losses
 from .network import Link, VirtualClock
+from .scenario import Scenario
 from .supervisor_watch import SupervisorWatch
 
 ENGINE = "engine"
@@ -37,75 +42,65 @@ QUIET_NS = 500_000_000
 """For so long a host is not heard before it counts as out of reach."""
 LOST_HOST_NS = 1_600_000_000
 """For so long before it counts as lost, and its processes with it."""
-LOST_STEP_NS = 5_000_000_000
-"""An engine that waits for a step which, for so long, no executor has been at is replaced."""
 
 
-class _StepWatch:
-    """Finds a step that was planned, is not answered, and that the executor says it is not at."""
+class Lines(NamedTuple):
+    """How news come to the supervisor.
 
-    def __init__(self) -> None:
-        self._seen = (-1, -1, False)
-        self._since_ns = 0
+    Attributes:
+        tell: from its own process.
+        beats: from the executor's thread of beats, which has a socket of its own.
+        tell_from_engine: from the engine.
+    """
 
-    def is_lost(self, progress: int, num_executed: int, now_ns: int, *, is_waiting: bool, is_busy: bool) -> bool:
-        seen = (progress, num_executed, is_waiting)
-        if seen != self._seen or is_busy or not is_waiting:
-            self._seen, self._since_ns = seen, now_ns
-        return now_ns - self._since_ns > LOST_STEP_NS
+    tell: Callable[[Message], None]
+    beats: Link
+    tell_from_engine: Callable[[Message], None]
 
 
 class Children:
     """Carries out what the supervisor decides, and tells it of its children and of time.
 
     Args:
+        scenario: of the run.
         agenda, clock: virtual time, and what is seen of it.
         rng: how long a start or the news of an exit take.
         supervisor: of whom it is asked which child is worth a look.
         device: the executor's processes.
-        tell: brings the supervisor news of this process's own.
-        beats: from the executor's thread of beats; it has a socket of its own.
-        tell_from_engine: how the engine's words go to the supervisor.
+        lines: to the supervisor.
         engine: how engines come and go, and what they are at.
         is_over: whether nothing will happen any more that the supervisor could have a part in.
-        load_ns, notice_ns: see `Scenario`.
     """
 
     def __init__(
         self,
+        scenario: Scenario,
         agenda: Agenda,
         clock: VirtualClock,
         rng: random.Random,
         *,
         supervisor: SupervisorWatch,
         device: Device,
-        tell: Callable[[Message], None],
-        beats: Link,
-        tell_from_engine: Callable[[Message], None],
+        lines: Lines,
         engine: Losses,
         is_over: Callable[[], bool],
-        load_ns: int,
-        notice_ns: int,
     ) -> None:
+        self._scenario = scenario
         self._agenda = agenda
         self._clock = clock
         self._random = rng.random
         self._supervisor = supervisor
         self._device = device
-        self._tell = tell
-        self._beats = beats
-        self._tell_from_engine = tell_from_engine
+        self._tell, self._beats, self._tell_from_engine = lines
         self._losses = engine
         self._is_over = is_over
-        self._load_ns = load_ns
-        self._notice_ns = notice_ns
         self._engine = (0, False)  # incarnation, and whether it lives
         self._executor = 0
         self._exits: dict[tuple[str, int], None] = {}  # told, or about to be
         self._looked_ns: dict[tuple[str, int], int] = {}
         self._wake_at_ns = -1
-        self._progress, self._is_busy = 0, False
-        self._steps = _StepWatch()
+        self._lost_steps = LostStepWatch()
+        self._reporter = Reporter(0)
 
     def start(self) -> None:
         """Time begins."""
@@ -123,12 +118,13 @@ class Children:
             self._engine = (message.incarnation, True)
             is_first = message.incarnation == 1
             self._losses.prepare_engine(message.epoch)
-            delay_ns = 0 if is_first else int(self._random() * self._load_ns)
+            delay_ns = 0 if is_first else int(self._random() * self._scenario.load_ns)
             self._agenda.add(self._agenda.now_ns + delay_ns, 0, partial(self._begin_engine, message.incarnation))
         self._tell(ProcessStarted(message.child, message.incarnation, 1))
 
     def _begin_engine(self, incarnation: int) -> None:
         if self._engine == (incarnation, True):
+            self._reporter = Reporter(incarnation)
             self._tell_from_engine(EngineReady(incarnation))
             self._beat_of_engine(incarnation)
 
@@ -150,13 +146,13 @@ class Children:
 
     def note_executor_exit(self, number: int, why: str) -> None:
         """A process of the executor has ended."""
-        self._note_exit(EXECUTOR, number, why, int(self._random() * self._notice_ns))
+        self._note_exit(EXECUTOR, number, why, int(self._random() * self._scenario.notice_ns))
 
     def note_engine_exit(self) -> None:
         """The engine's process has ended."""
         number, _ = self._engine
         self._engine = (number, False)
-        self._note_exit(ENGINE, number, "was killed by SIGKILL", int(self._random() * self._notice_ns))
+        self._note_exit(ENGINE, number, "was killed by SIGKILL", int(self._random() * self._scenario.notice_ns))
 
     def _note_exit(self, child: str, number: int, why: str, delay_ns: int, *, is_innocent: bool = False) -> None:
         if (child, number) in self._exits:
@@ -172,31 +168,28 @@ class Children:
         self._agenda.add(self._agenda.now_ns + BEAT_NS, 0, partial(self._beat_of_executor, number))
 
     def _send_beat(self, message: Message) -> None:
-        self._beats.send("supervisor", self._hear_beat, message)
-
-    def _hear_beat(self, message: Message) -> None:
-        assert isinstance(message, Beat)
-        if message.incarnation == self._executor:
-            self._progress, self._is_busy = message.progress, message.busy_ns > 0
-        self._tell(message)
+        self._beats.send("supervisor", self._tell, message)
 
     def _beat_of_engine(self, incarnation: int) -> None:
         if self._is_over() or self._engine != (incarnation, True):
             return
         if not self._losses.is_engine_stalled:
-            num_executed, is_waiting = self._losses.report_of_engine()
+            report = self._losses.report_of_engine(self._reporter)
+            num_executed = report.num_steps - report.num_steps_in_flight if report is not None else 0
             self._tell_from_engine(Beat(ENGINE, incarnation, progress=1 + num_executed))
-            is_ready = self._supervisor.is_ready
-            is_lost = self._steps.is_lost(
-                self._progress,
-                num_executed,
-                self._agenda.now_ns,
-                is_waiting=is_waiting and is_ready and not self._device.out_of_reach_ns(self._executor),
-                is_busy=self._is_busy or self._device.hang_way(self._executor) is not None,
-            )
-            if is_lost:
-                self._losses.lose_engine_for_step()
+            if report is not None:
+                self._tell_from_engine(report)
         self._agenda.add(self._agenda.now_ns + BEAT_NS, 0, partial(self._beat_of_engine, incarnation))
+
+    def note(self, message: Beat | EngineReport, now_ns: int) -> None:
+        """What the supervisor's process makes of beats and reports beside its core."""
+        if isinstance(message, Beat):
+            if message.child == EXECUTOR:
+                self._lost_steps.note_beat(message, now_ns)
+        elif message.incarnation == self._engine[0] and self._lost_steps.is_lost(
+            message, is_ready=self._supervisor.is_ready, now_ns=now_ns
+        ):
+            self._losses.lose_engine_for_step()
 
     # -- time, and looks at children ----------------------------------------------------------------------------------
 

@@ -15,13 +15,14 @@ from ...messages.system import Beat, ExecutorFailed, ExecutorReady, StartExecuto
 from ..agenda import Agenda
 from .executor_model import ExecutorModel, PoisonError
 from .network import VirtualClock
+from .scenario import Scenario
 
 EXECUTOR = "executor 0"
 
-HangWay = Literal["stopped", "silent", "computing", "at its step"]
+HangWay = Literal["stopped", "silent", "computing", "at its step", "paused"]
 HANG_WAYS: tuple[HangWay, ...] = ("stopped", "silent", "computing", "at its step")
 """By a signal, which the system knows of; for no reason that shows; in a call that lets no other thread run; while its
-beats go on."""
+beats go on. One that is paused stands still with everybody else."""
 
 
 class _Process:
@@ -76,6 +77,7 @@ class Device:
     """The executor's place in the graph.
 
     Args:
+        scenario: of the run.
         agenda, clock: virtual time, and what is seen of it.
         rng: how long steps take.
         make_model: an empty executor of an epoch.
@@ -84,7 +86,6 @@ class Device:
             and goes on speaking; its epoch tells.
         lose_sent: called when an executor is killed: what it said last may never arrive.
         on_exit: called with number and reason of a process that has ended.
-        step_ns, step_token_ns, load_ns: see `Scenario`.
 
     Attributes:
         num_deaths: of executors, or things as good as that.
@@ -93,6 +94,7 @@ class Device:
 
     def __init__(
         self,
+        scenario: Scenario,
         agenda: Agenda,
         clock: VirtualClock,
         rng: random.Random,
@@ -102,10 +104,8 @@ class Device:
         send: Callable[[Message], None],
         lose_sent: Callable[[], None],
         on_exit: Callable[[int, str], None],
-        step_ns: int,
-        step_token_ns: int,
-        load_ns: int,
     ) -> None:
+        self._scenario = scenario
         self._agenda = agenda
         self._clock = clock
         self._random = rng.random
@@ -114,9 +114,6 @@ class Device:
         self._send = send
         self._lose_sent = lose_sent
         self._on_exit = on_exit
-        self._step_ns = step_ns
-        self._step_token_ns = step_token_ns
-        self._load_ns = load_ns
         self._slow_factor, self._num_slow = 1, 0
         self.num_deaths = 0
         self.num_overtaken = 0
@@ -180,7 +177,7 @@ class Device:
         if before.process is process:
             before.is_over = True
             process.busy_since_ns = -1
-        delay_ns = int(self._random() * self._load_ns)
+        delay_ns = int(self._random() * self._scenario.load_ns)
         self._agenda.add(self._agenda.now_ns + delay_ns, 0, partial(self._become_ready, current))
 
     # -- what it does -------------------------------------------------------------------------------------------------
@@ -202,7 +199,8 @@ class Device:
             step = queue.popleft()
             incarnation.is_busy = True
             process.busy_since_ns, process.busy_tokens = self._clock.now_ns(), sum(step.num_tokens)
-            duration_ns = int(self._random() * self._step_ns) + self._step_token_ns * process.busy_tokens
+            scenario = self._scenario
+            duration_ns = int(self._random() * scenario.step_ns) + scenario.step_token_ns * process.busy_tokens
             if self._num_slow:
                 self._num_slow -= 1
                 duration_ns *= self._slow_factor
@@ -269,6 +267,10 @@ class Device:
         process = self._processes[number]
         is_frozen = not process.is_dead and self._agenda.now_ns < process.frozen_until_ns
         return process.hang_way if is_frozen else None
+
+    def hangs_for_ns(self, number: int) -> int:
+        """For how long a process will hang still; 0 if it does not."""
+        return max(0, self._processes[number].frozen_until_ns - self._agenda.now_ns)
 
     def out_of_reach_ns(self, number: int) -> int:
         """Since when a process has been cut off; 0 if it is not."""
@@ -341,6 +343,13 @@ class Device:
             current.process.frozen_until_ns = now_ns + duration_ns
             current.process.hang_way = way
             self.num_deaths += 1
+
+    def pause(self, duration_ns: int) -> None:
+        """Let it stand still for a while with all that could notice. It is no worse for it."""
+        process, now_ns = self._current.process, self._agenda.now_ns
+        if process.frozen_until_ns <= now_ns:
+            process.hang_way = "paused"
+        process.frozen_until_ns = max(process.frozen_until_ns, now_ns + duration_ns)
 
     def cut_off(self, duration_ns: int) -> None:
         """Let it neither hear nor be heard for a while; it goes on meanwhile."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+from ...actors.engine.report import Reporter
 from ...actors.ledger.core import LedgerCore
 from ...actors.runtime.routes import Address
 from ...messages.base import Message
 from ...messages.ids import Epoch
+from ...messages.processes import EngineReport
 from ...messages.request import RequestEnded, StopMatched
 from ...messages.step import StepExecuted
 from ...messages.system import Drain, EngineLost
@@ -70,6 +72,7 @@ class Losses:
         self._on_engine_exit = on_engine_exit
         self._epoch = Epoch(0)  # of the engine that was started last
         self._has_engine_process = places["scheduler"] != places["frontend"]
+        self._is_started = False
         self._dies_at_an_end = False  # before it can tell of it
         self._garble_way = -1  # how the next results are garbled
         self._loses_result = False  # the next results get lost
@@ -157,16 +160,24 @@ class Losses:
         """Whether the engine's process stands still."""
         return self._processes[self._places["scheduler"]].loop.stalled_until_ns > self._agenda.now_ns
 
-    def report_of_engine(self) -> tuple[int, bool]:
-        """Steps whose results it has heard, and whether it waits for some."""
+    def report_of_engine(self, reporter: Reporter) -> EngineReport | None:
+        """What it tells of itself; None: there is none, or nobody has asked anything of it yet."""
         if self.engine_is_down:
-            return 0, False
-        stats = self.ring.scheduler.stats()
-        return stats.num_steps - stats.num_steps_in_flight, stats.num_steps_in_flight > 0
+            return None
+        ring, now_ns = self.ring, self._clock.now_ns()
+        return reporter.report(ring.scheduler, ring.allocator, num_edges_shed=0, messages_dropped=(), now_ns=now_ns)
+
+    @property
+    def is_engine_waiting(self) -> bool:
+        """Whether it waits for the results of a step."""
+        return not self.engine_is_down and self.ring.scheduler.stats().num_steps_in_flight > 0
 
     def lose_engine(self) -> None:
         """Scheduler and allocator die."""
         if not self._has_engine_process or self.engine_is_down:
+            return
+        if not self._is_started:  # what is not there yet dies as soon as it is
+            self._agenda.add(self._agenda.now_ns + MS, 0, self.lose_engine)
             return
         self.engine_is_down = True
         self.num_engine_losses += 1
@@ -178,7 +189,8 @@ class Losses:
         """The engine is killed, for it waits for a step that nobody is at."""
         faults = self._scenario.faults
         if not any(
-            fault.kind in {"lose_result", "lose_results", "partition"} or fault.duration_ns >= _LONG_NS
+            fault.kind in {"lose_result", "lose_results", "partition"}
+            or (fault.duration_ns >= _LONG_NS and fault.kind != "pause")
             for fault in faults
         ):
             raise Violation("a step is lost and nothing has lost it", self.device.describe())
@@ -219,6 +231,7 @@ class Losses:
     def prepare_engine(self, epoch: Epoch) -> None:
         """A new process is started, to begin with this epoch; nobody but the supervisor hears of it yet."""
         self._epoch = epoch
+        self._is_started = True
         if self.num_engine_losses:
             self._lose_what_is_under_way()
 

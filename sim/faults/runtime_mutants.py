@@ -80,6 +80,20 @@ RUNTIME_MUTANTS: tuple[Mutant, ...] = (
         "if stalled_ns >= 0:",
         "F-48: mass kills after a pause",
     ),
+    Mutant(
+        "a step that got lost is waited for for ever",
+        "actors/supervisor/lost_steps.py",
+        "is_overdue and are_heard and now_ns - self._idle_since_ns > LOST_NS",
+        "is_overdue and are_heard and now_ns < self._idle_since_ns",
+        "F-26: results that were dropped, and streams that hang",
+    ),
+    Mutant(
+        "a step that nobody wants any more is waited for for ever",
+        "actors/engine/report.py",
+        "or scheduler.num_waiting or scheduler.num_steps_in_flight",
+        "or scheduler.num_waiting",
+        "F-26: the results of cancelled requests were dropped, and the pipeline stays full",
+    ),
     # -- runtime -------------------------------------------------------------------------------------------------------
     Mutant(
         "a mailbox is not woken again",

@@ -30,10 +30,12 @@ FaultKind = Literal[
     "partition",
     "lose_results",
     "slow",
+    "pause",
 ]
 """From `engine_lost` on: scheduler and KV allocator die together (if they have processes of their own); the executor
 answers with what cannot be; an answer of it gets lost; its host and everybody else hear nothing of each other for a
-while, though it goes on; all its answers get lost for a while; a hundred steps take ten times as long.
+while, though it goes on; all its answers get lost for a while; a hundred steps take ten times as long; everybody stands
+still for a while, as when a virtual machine is paused.
 
 What follows from it, and when, is the supervisor's to find out, as it is with a `hang`: of that, and of a `stall` of
 its engine, it knows nothing but what beats and looks at processes tell."""
@@ -291,6 +293,7 @@ _FAULT_CHANCES: dict[FaultKind, float] = {
     "lose_results": 0.1,
     "engine_lost": 0.2,
     "slow": 0.1,
+    "pause": 0.1,
 }
 """That a run has faults of this kind at all."""
 
@@ -298,7 +301,7 @@ _FAULT_CHANCES: dict[FaultKind, float] = {
 def _draw_faults(dice: _Dice) -> tuple[Fault, ...]:
     kinds: tuple[FaultKind, ...] = (
         "crash", "hang", "fail_row", "clock_jump", "clog", "reset_cache", "stall", "drain", "defect",
-        "engine_lost", "garble", "lose_result", "partition", "lose_results", "slow",
+        "engine_lost", "garble", "lose_result", "partition", "lose_results", "slow", "pause",
     )  # fmt: skip
     horizon_ns = dice.pick(5 * MS, 40 * MS, HEALED_NS)
     faults: list[Fault] = []
@@ -310,7 +313,7 @@ def _draw_faults(dice: _Dice) -> tuple[Fault, ...]:
             duration_ns = dice.pick(MS, 10 * MS, 50 * MS)
             if kind == "clock_jump":
                 duration_ns = dice.pick(MS, 30_000 * MS)
-            elif kind in {"hang", "partition", "stall"} and dice.chance(0.5):  # for long enough to be given up
+            elif kind in {"hang", "partition", "stall", "pause"} and dice.chance(0.5):  # for long enough to be given up
                 duration_ns = dice.pick(2_000 * MS, 6_000 * MS)
             faults.append(Fault(kind, dice.below(horizon_ns), duration_ns, dice.random()))
     return tuple(sorted(faults, key=lambda fault: fault.at_ns))

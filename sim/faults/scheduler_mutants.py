@@ -39,7 +39,7 @@ SCHEDULER_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "after a conviction everybody is refused",
         _S + "quarantine.py",
-        "return _digest(submit) in until_ns",
+        "return until_ns.get(_digest(submit), 0) > now_ns",
         "return bool(until_ns)",
         "I6: one poison request takes the service down for ten minutes",
     ),

@@ -9,17 +9,13 @@ from functools import partial
 
 import msgspec
 
-from ...actors.detokenizer.core import DetokenizerCore
-from ...actors.ledger.core import LedgerCore
 from ...actors.runtime.routes import Address
-from ...actors.tokenizer.core import TokenizerConfig, TokenizerCore
 from ...messages.base import Message
-from ...messages.ids import Epoch, RequestId
-from ...messages.kv import ResetPrefixCache
-from ...messages.request import CancelRequest, StopMatched, SubmitPrompt, SubmitRequest
+from ...messages.ids import Epoch
+from ...messages.processes import EngineReport
 from ...messages.step import PlanDue
 from ...messages.system import (
-    Drain,
+    Beat,
     EngineLost,
     ExecutorLost,
     KillProcess,
@@ -27,21 +23,22 @@ from ...messages.system import (
     StartProcess,
 )
 from ..agenda import Agenda
-from .children import CHILDREN, Children
+from .children import CHILDREN, Children, Lines
 from .clients import FrontEndModel
 from .device import Device
+from .edge_side import EdgeSide
 from .excuses import Excuses
 from .executor_model import ExecutorModel
+from .injection import InjectedError, Injection
 from .losses import Losses
 from .network import ADDRESSES, Link, Process, VirtualClock
-from .oracle import Oracle
 from .places import PLACES
 from .ring_watch import RingWatch, check_nothing_left
-from .scenario import HEALED_NS, MS, Fault, Scenario, stream
+from .scenario import HEALED_NS, MS, Scenario, stream
 from .supervisor_watch import SupervisorWatch
 from .trace import RunHash, describe_event
 from .violation import Violation, as_violation
-from .vocabulary import Vocabulary
+from .waits import describe_waits
 
 TICK_NS = 250 * MS
 """How often deadlines are looked at while nothing else happens, as in the engine."""
@@ -53,15 +50,8 @@ MAX_EVENTS = 60_000
 MAX_NS = 300_000 * MS
 """Everything has ended long before this, hangs and clogs included, or never will."""
 
-FOUND_WITHIN_NS = {"stopped": 1_000 * MS, "silent": 2_500 * MS, "computing": 4_000 * MS}
-"""By the way in which an executor hangs."""
-
 LIVENESS_NS = 150_000 * MS
 """So long behind the last fault the supervisor's time goes on, if something is open still."""
-
-
-class _InjectedError(Exception):
-    """A defect that was put into an actor."""
 
 
 class RunResult(msgspec.Struct, frozen=True):
@@ -93,7 +83,6 @@ class World:
 
     def __init__(self, scenario: Scenario, max_recorded: int = 0) -> None:
         self.scenario = scenario
-        config = scenario.scheduler
         self._agenda = Agenda()
         self._clock = VirtualClock(self._agenda)
         self._violation: Violation | None = None
@@ -102,21 +91,18 @@ class World:
         self._recorded: deque[tuple[int, Address, Message]] = deque(maxlen=max_recorded)
         self._records = max_recorded > 0
 
-        self._vocabulary = Vocabulary(scenario.vocab)
-        self._oracles: dict[RequestId, Oracle] = {}
         self._excuses = Excuses(scenario, RingWatch(scenario))
-        self._tokenizer = TokenizerCore(
-            TokenizerConfig(vocab_size=scenario.vocab, max_model_len=config.max_model_len), self._vocabulary
-        )
-        self._detokenizer = DetokenizerCore(self._vocabulary)
-
-        self._ledger = LedgerCore()
         self._links: dict[tuple[str, str], Link] = {}
-        self._defective: Address | None = None  # the actor whose next message finds a defect
-        self._has_defect = False
         self._is_defect_told = False
         self._places = PLACES[scenario.topology]
         self._has_engine_process = self._places["scheduler"] != self._places["frontend"]
+        self._edge = EdgeSide(
+            scenario,
+            self._clock,
+            client_of=lambda request_id: self._front_end.streams[request_id].client,
+            has_ledger=self._has_engine_process,
+        )
+        self._ledger, self._oracles = self._edge.ledger, self._edge.oracles
         children = CHILDREN if self._has_engine_process else ()
         self._supervisor = SupervisorWatch(scenario.max_restarts, children, self._break)
         beginnings = [0, *(client.at_ns for client in scenario.clients), *(fault.at_ns for fault in scenario.faults)]
@@ -137,7 +123,7 @@ class World:
             agenda,
             self._clock,
             oracles=self._oracles,
-            vocabulary=self._vocabulary,
+            vocabulary=self._edge.vocabulary,
             send=partial(processes[places["frontend"]].runtime.send, "frontend"),
             may_end_so=self._excuses.allow,
             max_prompt=scenario.scheduler.max_sequence_len - 1,
@@ -157,6 +143,7 @@ class World:
             on_engine_exit=lambda: self._children.note_engine_exit() if self._children is not None else None,
         )
         self._device = self._losses.device = Device(
+            scenario,
             agenda,
             self._clock,
             stream(scenario.seed, "device"),
@@ -167,16 +154,25 @@ class World:
             on_exit=lambda number, why: (
                 self._children.note_executor_exit(number, why) if self._children is not None else None
             ),
-            step_ns=scenario.step_ns,
-            step_token_ns=scenario.step_token_ns,
-            load_ns=scenario.load_ns,
+        )
+        self._injection = Injection(
+            scenario,
+            agenda,
+            self._clock,
+            links=self._links,
+            processes=processes,
+            send_as_front_end=partial(processes[places["frontend"]].runtime.send, "frontend"),
+            losses=self._losses,
+            device=self._device,
+            supervisor=self._supervisor,
+            is_over=self._is_over,
         )
         handlers: dict[Address, Callable[[Message, int], Iterable[Message]]] = {
             "frontend": self._front_end.handle,
-            "tokenizer": self._handle_tokenizer,
+            "tokenizer": self._edge.handle_tokenizer,
             "scheduler": self._losses.handle_scheduler,
             "kv_allocator": self._losses.handle_allocator,
-            "detokenizer": self._handle_detokenizer,
+            "detokenizer": self._edge.handle_detokenizer,
             "supervisor": self._handle_supervisor,
         }
         for address, handler in handlers.items():
@@ -194,18 +190,15 @@ class World:
         delays = stream(scenario.seed, "beats")
         beats = Link(self._agenda, delays, max_delay_ns=scenario.link_ns, duplicate_rate=0.0, encodes=scenario.encodes)
         return Children(
+            scenario,
             self._agenda,
             self._clock,
             stream(scenario.seed, "notice"),
             supervisor=self._supervisor,
             device=self._device,
-            tell=mailbox.post,
-            beats=beats,
-            tell_from_engine=partial(link.send, "supervisor", mailbox.post),
+            lines=Lines(mailbox.post, beats, partial(link.send, "supervisor", mailbox.post)),
             engine=self._losses,
             is_over=self._is_over,
-            load_ns=scenario.load_ns,
-            notice_ns=scenario.notice_ns,
         )
 
     def _is_over(self) -> bool:
@@ -216,7 +209,7 @@ class World:
         if self._front_end.num_live or now_ns <= self._all_begun_ns or self._losses.engine_is_down:
             return False
         is_settled = self._supervisor.is_ready or self._supervisor.has_given_up
-        return is_settled and not self._losses.report_of_engine()[1]
+        return is_settled and not self._losses.is_engine_waiting
 
     def _link(self, addresses: Iterable[Address]) -> None:
         """Let every process reach every actor, by one link for each place."""
@@ -241,7 +234,7 @@ class World:
                         )
                     post = posts[address]
                     if address == "detokenizer":  # from another process: the scheduler's
-                        post = partial(self._hear_engine, post)
+                        post = partial(self._edge.hear_engine, post)
                     process.link(address, link, post)
             process.runtime.connect()
 
@@ -260,37 +253,18 @@ class World:
             max_sequence_len=config.max_sequence_len,
         )
 
-    def _hear_engine(self, post: Callable[[Message], None], message: Message) -> None:
-        """What the scheduler says passes the ledger before the detokenizer hears it."""
-        for heard in self._note_in_ledger(message):
-            post(heard)
-
-    def _note_in_ledger(self, message: Message) -> Iterable[Message]:
-        if not self._has_engine_process:
-            return (message,)
-        return self._ledger.handle(message, self._clock.now_ns())  # type: ignore[arg-type]  # what its routes say
-
-    def _handle_detokenizer(self, message: Message, now_ns: int) -> Iterable[Message]:
-        answers: list[Message] = []
-        for answer in self._detokenizer.handle(message, now_ns):  # type: ignore[arg-type]  # hears what its routes say
-            if isinstance(answer, StopMatched):
-                answers.extend(self._note_in_ledger(answer))
-            else:
-                answers.append(answer)
-        return answers
-
     # -- watching -----------------------------------------------------------------------------------------------------
 
     def _watch(
         self, address: Address, handler: Callable[[Message, int], Iterable[Message]]
     ) -> Callable[[Message, int], Iterable[Message]]:
-        note = self._hash.noter(ADDRESSES.index(address), self._agenda)
+        note, injection = self._hash.noter(ADDRESSES.index(address), self._agenda), self._injection
         if not self._records:
 
             def handle(message: Message, now_ns: int) -> Iterable[Message]:
                 note(message)
-                if self._defective is not None:
-                    self._meet_defect(address)
+                if injection.defective is not None:
+                    injection.meet_defect(address)
                 return handler(message, now_ns)
 
             return handle
@@ -299,44 +273,20 @@ class World:
         def record(message: Message, now_ns: int) -> Iterable[Message]:
             note(message)
             recorded.append((agenda.now_ns, address, message))
-            if self._defective is not None:
-                self._meet_defect(address)
+            if injection.defective is not None:
+                injection.meet_defect(address)
             return handler(message, now_ns)
 
         return record
 
-    def _meet_defect(self, address: Address) -> None:
-        if address == self._defective:
-            self._defective = None
-            self._has_defect = True
-            raise _InjectedError(f"a defect of the {address}")
-
-    def _handle_tokenizer(self, message: Message, now_ns: int) -> Iterable[Message]:
-        if isinstance(message, CancelRequest):
-            return self._note_in_ledger(message)
-        assert isinstance(message, SubmitPrompt), message
-        answers: list[Message] = []
-        config = self.scenario.scheduler
-        for answer in self._tokenizer.handle(message, now_ns):
-            if not isinstance(answer, SubmitRequest):
-                answers.append(answer)
-            else:
-                answers.extend(self._note_in_ledger(answer))
-                request_id = answer.request_id
-                client = self._front_end.streams[request_id].client
-                self._oracles[request_id] = Oracle(
-                    answer,
-                    config.max_sequence_len,
-                    self.scenario.vocab,
-                    is_poison=client.is_poison,
-                    is_poison_in_company=client.is_poison_in_company,
-                )
-        return answers
-
     def _handle_supervisor(self, message: Message, now_ns: int) -> Iterable[Message]:
+        children = self._children
+        if children is not None and isinstance(message, Beat | EngineReport):
+            children.note(message, now_ns)
+        if isinstance(message, EngineReport):
+            return ()
         answers: list[Message] = self._supervisor.handle(message, now_ns)
         tell = self._processes[self._places["supervisor"]].runtime.send
-        children = self._children
         if any(isinstance(answer, EngineLost) for answer in answers):
             self._losses.put_in_place()
         for answer in answers:
@@ -361,7 +311,7 @@ class World:
         self._front_end.end_all(why)
 
     def _on_failure(self, address: Address, error: Exception) -> None:
-        if isinstance(error, _InjectedError):
+        if isinstance(error, InjectedError):
             self._is_defect_told = True
             if self._has_engine_process and address in {"scheduler", "kv_allocator"}:
                 self._losses.lose_engine()  # its process ends
@@ -383,12 +333,12 @@ class World:
             while self._violation is None and run_next():
                 num_events += 1
                 if num_events > MAX_EVENTS or agenda.now_ns > MAX_NS:
-                    waits = self._describe_waits()
+                    waits = describe_waits(self._front_end, self._losses.ring, self._device, self._processes)
                     raise Violation("there is no end in sight", f"{num_events} events, {agenda.now_ns} ns")
                 if self._is_broken:
                     break
             if self._violation is None:
-                waits = self._describe_waits()
+                waits = describe_waits(self._front_end, self._losses.ring, self._device, self._processes)
                 self._check_end()
                 waits = ()
         except Violation as violation:
@@ -416,15 +366,8 @@ class World:
             self._device.post(StartExecutor(Epoch(0)))
         for number, client in enumerate(scenario.clients):
             agenda.add(client.at_ns, 0, partial(self._front_end.submit, number, client))
-        for fault in scenario.faults:
-            agenda.add(fault.at_ns, 0, partial(self._inject, fault))
-        agenda.add(HEALED_NS, 0, self._heal)
+        self._injection.begin()
         agenda.add(TICK_NS, 0, self._tick)
-
-    def _heal(self) -> None:
-        """What was to go wrong next goes well."""
-        self._device.heal()
-        self._losses.heal()
 
     def _tick(self) -> None:
         stands_still = self._losses.engine_is_down or any(
@@ -436,55 +379,11 @@ class World:
         if self._front_end.num_live_with_deadline or self._agenda.now_ns < HEALED_NS:
             self._agenda.add(self._agenda.now_ns + TICK_NS, 0, self._tick)
 
-    def _inject(self, fault: Fault) -> None:
-        front_runtime = self._processes[self._places["frontend"]].runtime
-        match fault.kind:
-            case "fail_row":
-                self._device.fail_row()
-            case "clock_jump":
-                self._clock.jumped_ns += fault.duration_ns
-            case "clog":
-                links = list(self._links.values())
-                link = links[int(fault.choice * len(links))]
-                link.clogged_until_ns = self._agenda.now_ns + fault.duration_ns
-            case "stall":
-                processes = list(self._processes.values())
-                process = processes[int(fault.choice * len(processes))]
-                until_ns = self._agenda.now_ns + fault.duration_ns
-                process.loop.stalled_until_ns = max(process.loop.stalled_until_ns, until_ns)
-            case "reset_cache":
-                front_runtime.send("frontend", ResetPrefixCache())
-            case "drain":
-                front_runtime.send("frontend", Drain())
-            case "defect":
-                actors = [address for address in ADDRESSES if address != "executor"]
-                self._defective = actors[int(fault.choice * len(actors))]
-            case _:
-                self._losses.inject(fault)
-                if fault.kind == "hang" and self._children is not None:
-                    self._expect_found(fault)
-
-    def _expect_found(self, fault: Fault) -> None:
-        """A hang that lasts is found in time, unless something else makes the supervisor patient, or deaf."""
-        number = self._device.number_in_service
-        way = self._device.hang_way(number)
-        within_ns = FOUND_WITHIN_NS.get(way or "", 0)
-        is_calm = not any(each.kind in {"clock_jump", "stall", "partition", "clog"} for each in self.scenario.faults)
-        # One that is loading yet may be silent for long.
-        if within_ns and fault.duration_ns > within_ns and is_calm and self._device.is_ready:
-            check = partial(self._check_found, number, way or "")
-            self._agenda.add(self._agenda.now_ns + within_ns, 0, check)
-
-    def _check_found(self, number: int, way: str) -> None:
-        is_found = not self._device.is_in_service(number) or self._supervisor.has_given_up
-        if not is_found and not self._is_over():
-            raise Violation("a process that hangs is not found in time", f"process {number}, {way}")
-
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def _check_end(self) -> None:
         """Nothing happens any more: everything has ended, and nothing is held."""
-        if self._has_defect and not self._is_defect_told:
+        if self._injection.has_defect and not self._is_defect_told:
             raise Violation("an actor's exception is not told to anybody")
         for client_stream in self._front_end.streams.values():
             if client_stream.is_live:
@@ -501,28 +400,9 @@ class World:
             {
                 "rows on the executor": len(self._device.model.rows),
                 "recipes in the ledger": self._ledger.num_live,
-                "streams of the detokenizer": self._detokenizer.num_streams,
+                "streams of the detokenizer": self._edge.detokenizer.num_streams,
             }
         )
-
-    def _describe_waits(self) -> tuple[str, ...]:
-        """Who waits for whom."""
-        lines = []
-        ring = self._losses.ring
-        for waiting in self._front_end.streams.values():
-            request_id = waiting.request_id
-            if waiting.is_live and request_id in ring.ended:
-                lines.append(f"client of {request_id} waits for the detokenizer: {ring.ended[request_id]}")
-            elif waiting.is_live:
-                whom = "scheduler" if request_id in ring.submitted else "tokenizer"
-                lines.append(f"client of {request_id} waits for the {whom}; it has {waiting.num_tokens} tokens")
-        lines.append(f"scheduler: {ring.scheduler.stats()}")
-        lines.append(f"allocator: {ring.allocator.stats()}")
-        lines.append(f"executor: {self._device.describe()}")
-        lines.append(f"between scheduler and allocator: {ring.num_to_allocator} there, {ring.num_to_scheduler} back")
-        for process in self._processes.values():
-            lines += [f"mailbox of {name}: {len(box)} messages" for name, box in process.mailboxes.items() if len(box)]
-        return tuple(lines)
 
 
 def run_scenario(scenario: Scenario, max_recorded: int = 0) -> RunResult:

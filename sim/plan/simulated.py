@@ -7,9 +7,9 @@ from collections.abc import Callable
 import msgspec
 
 from ...messages.errors import OctavoError
-from ..cluster import Simulation, simulate
 from ..config import SimConfig
 from ..deployment import Deployment, ResolvedDeployment
+from ..simulation import Simulation, simulate
 from ..slo import Slo
 from ..step_time.interface import StepTimeModel
 from ..workload.request import Workload

@@ -11,10 +11,10 @@ import pytest
 from sim_tools import LinearModel, ListWorkload, hostile_config, hostile_workload, small_config
 
 from octavo.actors.scheduler.core import SchedulerCore
-from octavo.sim.cluster import simulate
 from octavo.sim.config import Outage, SimConfig
 from octavo.sim.guard import RealWorldError
 from octavo.sim.metrics import label_load
+from octavo.sim.simulation import simulate
 from octavo.sim.slo import parse_slo
 from octavo.sim.workload.request import TraceRequest
 
@@ -126,7 +126,7 @@ _IN_A_PROCESS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from sim_tools import *
-from octavo.sim.cluster import simulate
+from octavo.sim.simulation import simulate
 for routing in ["round_robin", "least_loaded", "prefix_aware"]:
     config = hostile_config(7, routing=routing, num_replicas=3)
     print(simulate(config, hostile_workload(7), LinearModel()).result.event_log_sha256)

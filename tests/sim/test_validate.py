@@ -7,10 +7,10 @@ from sim_step_samples import draw_samples
 from step_time_tools import TINY, write_llmservingsim
 
 from octavo.messages.errors import InvalidConfigError, InvalidTraceError
-from octavo.sim.cluster import simulate
 from octavo.sim.config import SimConfig
 from octavo.sim.deployment import Deployment
 from octavo.sim.results import RequestRecord
+from octavo.sim.simulation import simulate
 from octavo.sim.step_time.exposed_overhead import WithExposedOverhead
 from octavo.sim.step_time.fitted import fit, save_profile
 from octavo.sim.step_time.host_overhead import HostOverhead

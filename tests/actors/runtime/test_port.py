@@ -361,7 +361,7 @@ def test_f_30_a_damaged_message_that_is_the_last_of_its_link_is_asked_for_again(
     edge.connect("engine", 1, endpoint)
     pump = Pump(engine, edge)
     pump.until(lambda: edge.is_up("engine"))
-    dealer = edge._outgoing["engine"].dealer
+    dealer = edge._lines.by_peer["engine"].dealer
     num_damaged = 0
 
     class DamagingDealer:
@@ -375,7 +375,7 @@ def test_f_30_a_damaged_message_that_is_the_last_of_its_link_is_asked_for_again(
                 frame = {"flipped": flipped, "cut": frame[:-1], "nonsense": b"?"}[damage]
             dealer.send(frame, *arguments)  # type: ignore[arg-type]
 
-    link = edge._outgoing["engine"].link
+    link = edge._lines.by_peer["engine"].link
     monkeypatch.setattr(link, "_socket", DamagingDealer())
     for num_bursts in range(1, 6):  # the dealer looks at it
         edge.send("engine", cancel(num_bursts))
@@ -412,9 +412,9 @@ def test_f_30_a_damaged_answer_makes_the_sender_say_hello_again(
         edge.send("engine", cancel(number))
     pump.until(lambda: len(pump.numbers(engine)) >= 10)
     if kind == envelope.RESET:
-        line = edge._outgoing["engine"]
+        line = edge._lines.by_peer["engine"]
         line.dealer.send(b"damaged")
-        edge._read_line(line)  # sending may have swallowed an edge, which `Port.send` looks for
+        edge._lines.read(line)  # sending may have swallowed an edge, which `Port.send` looks for
     pump.until(lambda: edge.num_queued("engine") < 8 and len(pump.numbers(engine)) == 20 and bool(damaged))
     edge.send("engine", cancel(20))
     pump.until(lambda: len(pump.numbers(engine)) == 21)
@@ -438,7 +438,7 @@ def test_hi_116_a_torn_connection_loses_and_repeats_nothing(house: House, folder
         pump.turn(0)
         router = engine._door.router
         assert router is not None
-        engine._unwatch(router)
+        engine._watcher.unwatch(router)
         router.close(0)  # whatever lay in it is lost
         engine._door.router = None
         engine._door.has_more = engine._door._is_discarding = False
@@ -846,7 +846,7 @@ def test_a_peer_that_is_forgotten_leaves_nothing_and_names_that_are_ever_new_are
         there.close()
         pump.until(lambda: engine.forget(name))  # noqa: B023  # once the news of its end has come
     assert engine.forget("edge 99"), "of whom nothing is known"
-    assert not (engine._outgoing or engine._sessions or reception._incoming or reception.by_routing_id)
+    assert not (engine._lines.by_peer or engine._lines._sessions or reception._incoming or reception.by_routing_id)
     assert not (reception._keys_of or reception._claims._announced or reception._claims._aside)
     pump.until(lambda: num_descriptors() <= before + 1)  # the waker
 

@@ -53,6 +53,14 @@ def test_another_prompt_salt_or_way_of_sampling_is_another_request(other: Submit
     assert not quarantine.holds(other, 1)
 
 
+def test_what_was_found_earlier_and_told_later_is_forgotten_no_later() -> None:
+    quarantine = Quarantine()
+    quarantine.add(with_params(temperature=0.5), 1000)
+    quarantine.remember(Quarantine().add(POISON, 7))
+    assert quarantine.holds(POISON, 7 + PERIOD_NS - 1)
+    assert not quarantine.holds(POISON, 7 + PERIOD_NS)
+
+
 def test_it_is_forgotten_after_ten_minutes() -> None:
     quarantine = Quarantine()
     quarantine.add(POISON, 7)

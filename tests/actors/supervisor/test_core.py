@@ -345,6 +345,22 @@ def test_a_loop_of_silences_that_serves_for_less_than_it_loads_comes_to_an_end_h
     assert not core.gave_up_because, "it gets somewhere"
 
 
+def test_nobody_has_served_for_a_while_because_the_supervisor_stood_still() -> None:
+    core = core_of(EXECUTOR, max_restarts=3, period_ns=10**15)
+    now_ms, num_starts = 0, 0
+    while not core.gave_up_because and num_starts < 20:
+        num_starts += 1
+        core.handle(Beat("executor 0", num_starts, 1, epoch=core.epoch), now_ms * MS)
+        now_ms += 60_000
+        core.handle(Tick(), now_ms * MS)
+        core.handle(ProcessExited("executor 0", num_starts, "exited with code 1"), now_ms * MS)
+        for _ in range(30):
+            now_ms += 100
+            core.handle(Tick(), now_ms * MS)
+        core.handle(ExecutorReady(core.epoch), now_ms * MS)
+    assert num_starts == 4
+
+
 def test_a_step_that_hangs_is_found_though_beats_go_on_and_a_slow_one_is_not_taken_for_it() -> None:
     core = core_of(EXECUTOR)
     for progress in range(20, 40):
@@ -383,6 +399,48 @@ def test_f_48_a_step_in_which_the_supervisor_stood_still_is_excused_for_it_thoug
     run_until(core, 5100, 6150, Beat("engine", 1))
     said = core.handle(msgspec.structs.replace(at_step, busy_ns=5200 * MS), 6150 * MS)
     assert any(isinstance(message, KillProcess) for message in said), "the time after it counts"
+
+
+@pytest.mark.parametrize("busy_ms", [0, 3])
+def test_f_48_a_beat_from_before_a_stall_that_is_heard_after_it_takes_no_excuse_from_the_step_that_came_next(
+    busy_ms: int,
+) -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    run_until(core, 100, 1000, Beat("engine", 1), Beat("executor 0", 1, 20, longest_ns=MS, longest_tokens=1))
+    core.handle(Tick(), 31_000 * MS)
+    assert core.handle(Beat("executor 0", 1, 21, busy_ns=busy_ms * MS, busy_tokens=1), 31_005 * MS) == []
+    begun_then = Beat("executor 0", 1, 22, busy_ns=29_900 * MS, busy_tokens=1)
+    assert core.handle(begun_then, 31_010 * MS) == [], "all of it but a moment lies within the stall"
+
+
+def test_a_stall_that_is_no_longer_than_a_step_may_be_is_not_held_against_the_step() -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    run_until(core, 100, 1000, Beat("engine", 1), Beat("executor 0", 1, 20, longest_ns=MS, longest_tokens=1))
+    assert core.handle(Beat("executor 0", 1, 21, busy_ns=1075 * MS, busy_tokens=1), 1980 * MS) == []
+    assert core.num_stalls == 0
+    run_until(core, 2000, 3000, Beat("engine", 1))
+    said = core.handle(Beat("executor 0", 1, 21, busy_ns=2100 * MS, busy_tokens=1), 3005 * MS)
+    assert any(isinstance(message, KillProcess) for message in said), "the time after it counts"
+
+
+def test_a_step_that_took_as_long_as_a_stall_does_not_make_later_ones_take_as_long() -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    run_until(core, 100, 1000, Beat("engine", 1), Beat("executor 0", 1, 20, longest_ns=MS, longest_tokens=1))
+    core.handle(Tick(), 31_000 * MS)
+    core.handle(Beat("executor 0", 1, 21, longest_ns=30_050 * MS, longest_tokens=1), 31_100 * MS)
+    run_until(core, 31_200, 33_000, Beat("engine", 1), Beat("executor 0", 1, 21))
+    said = core.handle(Beat("executor 0", 1, 21, busy_ns=1500 * MS, busy_tokens=1), 33_000 * MS)
+    assert any(isinstance(message, KillProcess) for message in said), "ten times a millisecond, and a second"
+
+
+def test_what_is_excused_as_a_stall_is_not_excused_again_as_time_without_a_processor() -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    run_until(core, 100, 1000, Beat("engine", 1), Beat("executor 0", 1, 20, longest_ns=MS, longest_tokens=1))
+    core.handle(ProcessObserved("executor 0", 1, ran_ns=0, hindered_ns=30_000 * MS), 31_000 * MS)
+    run_until(core, 31_100, 32_500, Beat("engine", 1))
+    said = core.handle(Beat("executor 0", 1, 21, busy_ns=31_500 * MS, busy_tokens=1), 32_500 * MS)
+    why = "executor 0 hangs: a step has been running for 1.5 s"
+    assert ExecutorLost(Epoch(1), why) in said, "and it is not held to be innocent"
 
 
 def test_a_step_that_began_before_a_stall_was_over_is_excused_for_no_more_than_its_own_part() -> None:

@@ -24,7 +24,12 @@ def linked(name: str, *reports: EngineReport) -> EngineLink:
 
 def test_messages_dropped_anywhere_are_in_the_account_of_all_engines_together() -> None:
     report = EngineReport(
-        1, 0, 0, 0, 10, 0, 0, 0, 0, 0, 0, 0, 2, 0, messages_dropped=(("malformed", 3),), num_completed=9
+        *(1, 4, 0, 0, 10, 0, 0, 0, 0, 0, 0, 0, 2, 0),
+        messages_dropped=(("malformed", 3),),
+        num_completed=9,
+        num_accepted=16,
+        num_failed=1,
+        num_cancelled=2,
     )
     second = msgspec.structs.replace(report, incarnation=2, messages_dropped=(("malformed", 1), ("denied_key", 4)))
     links = [linked("engine 0", report, second), linked("engine 1", report), linked("engine 2")]
@@ -41,4 +46,6 @@ def test_messages_dropped_anywhere_are_in_the_account_of_all_engines_together() 
     }
     assert stats.num_dropped_messages == 2 + 2 + 2 + 5 + 100
     assert stats.num_completed == 9 + 9 + 9  # of both incarnations
+    assert (stats.num_accepted, stats.num_failed, stats.num_cancelled, stats.num_lost) == (48, 3, 6, 4)
+    assert stats.num_running == 4 + 4
     assert (stats.num_failed_streams, stats.actor_restarts) == (2, {"executor": 7, "tokenizer": 1})

@@ -132,6 +132,28 @@ def test_totals_go_on_counting_over_engines_and_gauges_are_of_the_last() -> None
     assert rig.link.report is None
 
 
+def test_what_engines_accepted_is_over_or_lives_or_was_lost_with_them_at_every_moment() -> None:
+    rig = Rig()
+
+    def check(num_live: int, num_lost: int) -> None:
+        link = rig.link
+        num_over = sum(link.total(name) for name in ("num_completed", "num_failed", "num_cancelled"))
+        assert link.num_lost == num_lost
+        assert link.total("num_accepted") == num_over + num_live + num_lost
+
+    ended = {"num_completed": 5, "num_failed": 1, "num_cancelled": 2}
+    rig.link.take(msgspec.structs.replace(report(1, 100), num_waiting=4, num_accepted=15, **ended))
+    check(7, 0)
+    rig.replace(2, epoch=1)
+    check(7, 0)
+    rig.link.take(msgspec.structs.replace(report(2, 0), num_running=0))
+    check(0, 7)
+    rig.link.take(msgspec.structs.replace(report(2, 9), num_accepted=7, num_completed=4))
+    check(3, 7)
+    rig.link.give_up()
+    check(0, 10)
+
+
 def test_steps_of_all_engines_are_counted_by_their_size() -> None:
     rig = Rig()
     assert rig.link.step_sizes == ()

@@ -133,6 +133,8 @@ def test_a_lost_replica_is_never_up_again_and_the_last_one_leaves_nowhere_to_go(
         rig.fleet.post(submit(request_id))
     assert rig.sent(0) == [] and len(rig.sent(1)) == 4
     assert not rig.fleet.abandon(1)
+    rig.fleet.post(submit(9))
+    assert rig.fleet._router.num_open == 4, "it was being tokenized still, and is nobody's"
 
 
 def test_what_is_about_no_request_reaches_every_replica_that_is_up() -> None:

@@ -194,6 +194,7 @@ def test_an_adopted_edge_that_is_stopped_is_ended_or_it_would_stay_for_good(
         edge_2.send_signal(signal.SIGSTOP)
         os.waitpid(edge_2.pid, os.WUNTRACED)
         stage.pass_time(100)
+        stage.pass_time(400)  # not seldom enough to have heard nobody, but they may have gone on meanwhile
         stage.pass_time(30_000)  # this process stood still itself, and knows nothing
         for _ in range(3):
             stage.pass_time(100)

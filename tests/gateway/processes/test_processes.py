@@ -66,12 +66,20 @@ async def answers(engine: Engine, on_token: Callable[[int], None] = lambda count
     return list(await asyncio.gather(*(one(index) for index in range(NUM_STREAMS))))
 
 
+def check_accounts(engine: Engine) -> None:
+    """Whom engines accepted has come to an end, was lost with an engine, or runs or waits (I9)."""
+    stats = engine.stats()
+    num_over = stats.num_completed + stats.num_failed + stats.num_cancelled + stats.num_lost
+    assert stats.num_accepted == num_over + stats.num_running + stats.num_waiting
+
+
 async def disturbed(engine: Engine, after: int, disturb: Callable[[], None]) -> list[list[Any]]:
     """`answers`, with a disturbance once `after` tokens have come."""
     is_done = False
 
     def on_token(count: int) -> None:
         nonlocal is_done
+        check_accounts(engine)
         if count >= after and not is_done:
             is_done = True
             disturb()
@@ -109,6 +117,8 @@ def test_whoever_is_killed_or_hangs_every_stream_goes_on_with_its_own_tokens(mod
             assert stats.actor_restarts["executor"] >= 3 and stats.actor_restarts["engine"] >= 2
             assert stats.num_requeued > 0
             await until(lambda: engine.stats().kv_cache_usage == 0.0 and engine.is_ready)
+            check_accounts(engine)
+            assert engine.stats().num_lost > 0
         assert psutil.Process().children(recursive=True) == []
 
     run(scenario())

@@ -15,7 +15,8 @@ from octavo.actors.runtime.asyncio_port import attach
 from octavo.actors.runtime.port import Port
 from octavo.actors.runtime.run_dir import RunDir
 from octavo.gateway.config import EngineConfig
-from octavo.gateway.node import Membership, NodeSettings
+from octavo.gateway.node_membership import Membership
+from octavo.gateway.node_settings import NodeSettings
 from octavo.gateway.processes.supervision import Footing, Supervision
 from octavo.messages.base import Message
 from octavo.messages.errors import ExecutorLostError, OctavoError

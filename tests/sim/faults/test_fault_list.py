@@ -134,6 +134,17 @@ def test_f_08_what_a_given_up_executor_says_later_is_ignored(topology: Topology)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("pause_ms", [1_020, 3_000, 60_000])
+def test_f_48_when_everybody_stands_still_for_a_while_nobody_is_replaced(topology: Topology, pause_ms: int) -> None:
+    # Around the beats of 500 ms, some of which are heard after the pause that they were sent before.
+    for tick in range(12):
+        pause = at("pause", 500 + tick / 4, pause_ms)
+        world = run(scenario(pause, topology=topology, link_ns=3 * MS, **LONG))
+        assert_all_finish(world)
+        assert world._losses.ring.num_losses == world._losses.num_engine_losses == 0
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_f_09_an_executor_that_is_ten_times_as_slow_for_100_steps_is_left_alone(topology: Topology) -> None:
     clients = tuple(client(number % 12, at_ns=number * 300 * MS) for number in range(60))
     usual = run(scenario(topology=topology, step_ns=20 * MS, clients=clients))
@@ -210,6 +221,12 @@ def test_f_21_an_engine_that_dies_between_the_last_token_and_the_news_of_the_end
     assert num_cut > 0
 
 
+def test_f_21_an_engine_that_dies_before_it_was_ready_for_the_first_time_is_replaced_like_any_other() -> None:
+    world = run(scenario(at("engine_lost", 0), hop_ns=50_000))
+    assert_all_finish(world)
+    assert world._losses.num_engine_losses == 1
+
+
 def test_f_21_engine_and_executor_die_again_and_again() -> None:
     faults = [at("engine_lost" if i % 2 else "crash", 3 + 2.3 * i) for i in range(9)]
     world = run(scenario(*faults))
@@ -237,6 +254,13 @@ def test_f_26_results_that_get_lost_are_noticed_and_computed_again(moment: float
     world = run(scenario(at("lose_result", moment)))
     assert_all_finish(world)
     assert world._losses.ring.num_losses == 1
+
+
+def test_f_26_results_that_get_lost_are_noticed_though_nobody_waits_for_them_any_more() -> None:
+    clients = tuple(client(number, cancel_after_ns=20 * MS) for number in range(8))
+    world = run(scenario(at("lose_results", 6, 200), clients=clients))
+    assert world._front_end.num_live == 0
+    assert world._losses.num_engine_losses == 1, "or its pipeline would be full for ever"
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

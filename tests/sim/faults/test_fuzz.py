@@ -31,10 +31,11 @@ def run_python(code: str, *arguments: str, **environment: str) -> str:
 
 
 def test_no_fault_violates_an_invariant() -> None:
-    report = fuzz(1000, jobs=1)
+    """The first of the seeds of `make fuzz`."""
+    report = fuzz(200, jobs=1)
     assert report.failure is None, report.text()
-    assert report.num_seeds == 1000
-    assert report.num_events > 200 * 1000
+    assert report.num_seeds == 200
+    assert report.num_events > 200 * 200
 
 
 def test_the_same_seeds_have_the_same_hash_in_any_process_and_under_any_hash_seed() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import msgspec
 
-from octavo.gateway.processes.lost_steps import LOST_NS, LostStepWatch
+from octavo.actors.supervisor.lost_steps import LOST_NS, LostStepWatch
 from octavo.messages.processes import EngineReport
 from octavo.messages.system import Beat
 
