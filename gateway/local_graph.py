@@ -211,6 +211,9 @@ class LocalGraph:
             step_tokens=scheduler.step_tokens,
             num_late_compilations=self.executor.num_late,
             num_completed=scheduler.num_completed,
+            num_accepted=scheduler.num_accepted,
+            num_failed=scheduler.num_failed,
+            num_cancelled=scheduler.num_cancelled,
         )
 
     def crash_actor(self, actor: str) -> None:

@@ -20,8 +20,8 @@ from ..actors.runtime.logs import configure_logs
 from ..messages.errors import InvalidConfigError, OctavoError
 from .flag_parser import Parser
 from .flag_values import positive
-from .node import node_settings
 from .node_flags import add_node_flags
+from .node_settings import node_settings
 
 log = structlog.get_logger("octavo.ray")
 

@@ -19,6 +19,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         num_failed_streams: whose tokens could not be made into text.
         messages_dropped: by the ports between processes, by reason (`octavo.gateway.api.engine_metrics.DROP_REASONS`).
         num_completed: sequences of all edges that came to their own end (stop or length).
+        num_accepted: sequences that engines took; those that have not completed, nor are any of the following, run or
+            wait.
+        num_failed, num_cancelled, num_lost: those of them that ended with an error; by a cancel, by a deadline or as
+            another engine has them now; and those whose engine was lost, which the next one accepts again.
         num_late_compilations: kernels compiled and graphs captured since executors were ready.
     """
 
@@ -44,3 +48,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_failed_streams: int = 0
     num_late_compilations: int = 0
     num_completed: int = 0
+    num_accepted: int = 0
+    num_failed: int = 0
+    num_cancelled: int = 0
+    num_lost: int = 0

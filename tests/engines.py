@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from octavo import Engine
+from octavo.messages.sampling import SamplingParams
 
 
 def save_byte_tokenizer(folder: Path) -> None:
@@ -37,3 +40,29 @@ def engine_on(folder: Path, **fields: Any) -> Engine:
         str(folder),
         **{"dtype": "float32", "num_blocks": 256, "block_size": 4, "max_model_len": 128, "num_threads": 1, **fields},
     )
+
+
+async def tokens_of(
+    engine: Engine, index: int, on_token: Callable[[], None] = lambda: None, *, max_tokens: int = 60
+) -> list[int]:
+    """The tokens of a stream whose prompt and seed are its own: sampled, every other one greedy.
+
+    Args:
+        index: of the stream among several.
+        on_token: called as tokens come.
+    """
+    temperature = 0.0 if index % 2 else 0.8
+    params = SamplingParams(temperature=temperature, seed=index, max_tokens=max_tokens, ignore_eos=True)
+    tokens: list[int] = []
+    async for delta in engine.stream(list(range(10 + index, 30 + index)), params):
+        tokens += delta.token_ids
+        on_token()
+    return tokens
+
+
+async def tokens_of_all(
+    engine: Engine, num_streams: int, on_token: Callable[[], None] = lambda: None, *, max_tokens: int = 60
+) -> list[list[int]]:
+    """`tokens_of` so many streams at once."""
+    streams = (tokens_of(engine, index, on_token, max_tokens=max_tokens) for index in range(num_streams))
+    return await asyncio.gather(*streams)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import functools
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -36,20 +36,11 @@ def is_module(target: str) -> bool:
     return (ROOT / f"{target}.py").is_file() or (ROOT / target / "__init__.py").is_file()
 
 
-def statements(node: ast.AST, *, for_types: bool) -> Iterator[ast.AST]:
-    """All nodes below one, with or without what stands under `if TYPE_CHECKING`; functions' bodies among them."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING") and not for_types:
-            continue
-        yield child
-        yield from statements(child, for_types=for_types)
-
-
-def imports_in(text: str, path: Path, *, for_types: bool = True) -> list[tuple[str, str]]:
+def imports_in(text: str, path: Path) -> list[tuple[str, str]]:
     """`(target, statement)` of every import, targets inside the package as paths from the root, others as given."""
     found = []
     package = list(path.parts[:-1])
-    for node in statements(ast.parse(text), for_types=for_types):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = [*package[: len(package) - (node.level - 1)], *(node.module or "").split(".")]
             whence = "/".join(part for part in base if part)
@@ -63,9 +54,10 @@ def imports_in(text: str, path: Path, *, for_types: bool = True) -> list[tuple[s
     return found
 
 
-def imports_of(path: Path, *, for_types: bool = True) -> list[tuple[str, str]]:
-    """`imports_in` a module of the package."""
-    return imports_in((ROOT / path).read_text(encoding="utf-8"), path, for_types=for_types)
+@functools.cache
+def imports_of(path: Path) -> list[tuple[str, str]]:
+    """`imports_in` a module of the package; read once, however many tests follow its imports."""
+    return imports_in((ROOT / path).read_text(encoding="utf-8"), path)
 
 
 def file_of(target: str) -> str:
@@ -83,13 +75,12 @@ def circle_of(imports: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def test_imports_form_no_circle_not_even_by_way_of_functions() -> None:
+def test_imports_form_no_circle_not_even_by_way_of_functions_or_for_types_alone() -> None:
+    # The root's own module is none of them: it names, for types alone, what it loads when it is asked.
     graph = {
-        str(path): {
-            file_of(target) for target, _ in imports_of(path, for_types=False) if not target.startswith("external:")
-        }
+        str(path): {file_of(target) for target, _ in imports_of(path) if not target.startswith("external:")}
         - {str(path)}
-        for path in [*modules(), Path("__init__.py"), Path("__main__.py")]
+        for path in [*modules(), Path("__main__.py")]
     }
     assert len(graph) > 300
     assert not circle_of(graph)
@@ -101,9 +92,8 @@ def test_circles_and_what_is_imported_are_found() -> None:
     lines = "from .. import mixture, __all__\ndef f():\n    from ... import sim, __version__\n    import torch.nn\n"
     targets = {target for target, _ in imports_in(lines, here)}
     assert targets == {"kernels/mixture", "kernels", "sim", "__init__", "external:torch.nn"}
-    hidden = "if TYPE_CHECKING:\n    from ..mixture import mixture\n"
-    assert [target for target, _ in imports_in(hidden, here)] == ["kernels/mixture"]
-    assert not imports_in(hidden, here, for_types=False)
+    for_types = "if TYPE_CHECKING:\n    from ..mixture import mixture\n"
+    assert [target for target, _ in imports_in(for_types, here)] == ["kernels/mixture"]
 
 
 ONLY_FROM = {
@@ -138,10 +128,11 @@ def test_a_module_imports_only_what_the_table_allows(path: Path) -> None:
         if folder == "sim" and target.startswith("actors/"):
             file = target.split("/")[-1]
             # `explain` reads a core's state, `sizing` is what the engine's start computes, `percentile` what is said of
-            # figures, measured or not; the fault harness drives the mailboxes as well, to find faults in them.
+            # figures, measured or not; the fault harness drives the mailboxes as well, to find faults in them, and an
+            # engine's reports with the watch that hears them.
             known = {"core", "config", "routes", "clock", "explain", "percentile", "sizing"}
             if path.parts[:2] == ("sim", "faults"):
-                known |= {"in_process"}
+                known |= {"in_process", "lost_steps", "report"}
             assert file in known, f"{path}: sim drives cores alone: {statement}"
 
 

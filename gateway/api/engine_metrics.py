@@ -176,6 +176,19 @@ class EngineCollector(Collector):
             ),
             ("octavo:actor_restarts", "Times an actor was started anew.", "actor", restarts),
             (
+                "octavo:engine_requests",
+                "Sequences that engines accepted, and what became of them; the others run or wait. One that was lost "
+                "with its engine is accepted again by the next.",
+                "event",
+                {
+                    "accepted": stats.num_accepted,
+                    "finished": stats.num_completed,
+                    "failed": stats.num_failed,
+                    "cancelled": stats.num_cancelled,
+                    "lost": stats.num_lost,
+                },
+            ),
+            (
                 "octavo:messages_dropped",
                 "Messages that were dropped.",
                 "reason",

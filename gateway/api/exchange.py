@@ -11,11 +11,11 @@ import msgspec
 
 from ...messages.errors import OctavoError
 from ...messages.ids import RequestId
-from ...messages.request import ChatPrompt, FinishReason, PromptReady, RequestEnded, TextDelta, TokenLogprobs
+from ...messages.request import ChatPrompt, FinishReason, PromptReady, RequestEnded, TextDelta
 from ...messages.sampling import SamplingParams
+from .choice import Choice, PromptState
 from .engine_protocol import EngineEvent, EngineLike
 from .http_errors import ApiError, from_ended, from_public_error
-from .logprobs import TextOffsets
 from .metrics import GatewayMetrics
 from .protocol import PromptTokensDetails, Usage
 
@@ -33,91 +33,6 @@ class SubmitOptions(msgspec.Struct, frozen=True, kw_only=True):
     truncate_prompt_tokens: int = 0
     timeout_s: float | None = None
     seeds: tuple[int, ...] = ()
-
-
-class PromptState:
-    """A prompt, and what became known of it.
-
-    Attributes:
-        num_unfinished: of its sequences.
-        num_longest: tokens of the longest of those that have finished.
-    """
-
-    __slots__ = (
-        "echo_text",
-        "is_admitted",
-        "num_cached_tokens",
-        "num_longest",
-        "num_unfinished",
-        "prompt",
-        "prompt_logprobs",
-        "token_ids",
-    )
-
-    def __init__(self, prompt: str | Sequence[int] | ChatPrompt, echo_text: str = "") -> None:
-        self.prompt = prompt
-        self.echo_text = echo_text
-        self.is_admitted = False
-        self.token_ids: tuple[int, ...] = ()
-        self.num_cached_tokens = 0
-        self.num_unfinished = 0
-        self.num_longest = 0
-        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
-
-
-class Choice:
-    """One sequence: its place in the answer, and what it gained so far.
-
-    Attributes:
-        head, tail: bytes before and behind a chunk's text, made once.
-        stream: where its texts go by themselves, once they need nothing but these; else None.
-        has_begun: whether a chunk of it was written.
-        last_token_ns: when its last token came; 0 before the first.
-    """
-
-    __slots__ = (
-        "finish_reason",
-        "first_token_ns",
-        "has_begun",
-        "head",
-        "index",
-        "last_token_ns",
-        "logprobs",
-        "num_tokens",
-        "offsets",
-        "prompt",
-        "stop_reason",
-        "stream",
-        "tail",
-        "text_offsets",
-        "texts",
-        "token_ids",
-    )
-
-    def __init__(self, index: int, prompt: PromptState) -> None:
-        self.index = index
-        self.prompt = prompt
-        self.head = b""
-        self.tail = b""
-        self.stream: TextSink | None = None
-        self.has_begun = False
-        self.num_tokens = 0
-        self.first_token_ns = 0
-        self.last_token_ns = 0
-        self.finish_reason: FinishReason | None = None
-        self.stop_reason: str | int | None = None
-        self.texts: list[str] = []
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
-        self.text_offsets: TextOffsets | None = None
-        self.offsets: list[int] = []
-
-
-class TextSink(Protocol):
-    """Where texts go that need nothing but a head and a tail; `EventStream` is one."""
-
-    def write_text(self, head: bytes, text: str, tail: bytes) -> int:
-        """Returns when this counts as written, monotonic ns."""
 
 
 class ChunkSink(Protocol):
@@ -270,11 +185,7 @@ class Exchange:
 
     def cancel(self) -> None:
         """Nobody waits any more. Safe to call at any time, any number of times."""
-        now_ns = time.monotonic_ns()
-        for request_id, choice in self._live.items():
-            self._engine.cancel(request_id)
-            self._metrics.sequence_ended(self, choice, "abort", None, now_ns)
-        self._live.clear()
+        self._abort()
         for future in (self.started, self.done):
             if not future.done():
                 future.cancel()
@@ -318,7 +229,7 @@ class Exchange:
                 choice.prompt.num_cached_tokens = max(choice.prompt.num_cached_tokens, ended.num_cached_tokens)
             choice.prompt.num_unfinished -= 1
             choice.prompt.num_longest = max(choice.prompt.num_longest, choice.num_tokens)
-            self._metrics.sequence_ended(self, choice, event.finish_reason, ended, now_ns)
+            self._count_end(choice, event.finish_reason, ended, now_ns)
 
     def _count_time(self, choice: Choice, now_ns: int) -> None:
         if choice.last_token_ns:
@@ -328,6 +239,17 @@ class Exchange:
             choice.first_token_ns = now_ns
             self._metrics.first_token((now_ns - self.arrival_ns) * 1e-9)
         choice.last_token_ns = now_ns
+
+    def _count_end(self, choice: Choice, reason: FinishReason, ended: RequestEnded | None, now_ns: int) -> None:
+        self._metrics.sequence_ended(choice, reason, ended, arrival_ns=self.arrival_ns, now_ns=now_ns)
+
+    def _abort(self) -> None:
+        """Cancel the sequences that have not ended."""
+        now_ns = time.monotonic_ns()
+        for request_id, choice in self._live.items():
+            self._engine.cancel(request_id)
+            self._count_end(choice, "abort", None, now_ns)
+        self._live.clear()
 
     def _finish(self) -> None:
         if self._chunks is not None:
@@ -349,11 +271,7 @@ class Exchange:
         """End the request with an error that its client gets to see. Nothing happens if it is over."""
         if self.done.done():
             return
-        now_ns = time.monotonic_ns()
-        for request_id, choice in self._live.items():
-            self._engine.cancel(request_id)
-            self._metrics.sequence_ended(self, choice, "abort", None, now_ns)
-        self._live.clear()
+        self._abort()
         if self._is_open:
             assert self._chunks is not None
             self._chunks.failed(error)

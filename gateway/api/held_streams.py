@@ -25,7 +25,8 @@ import structlog
 from aiohttp import web
 
 from ...messages.request import TextDelta
-from .exchange import Choice, ChunkSink, Exchange
+from .choice import Choice
+from .exchange import ChunkSink, Exchange
 from .http_errors import ApiError
 from .sse import EventSink, EventStream, StreamPump, json_text
 from .stream_journal import StreamJournal, StreamRecord

@@ -23,6 +23,8 @@ from prometheus_client.registry import Collector
 from ...messages.errors import ModelNumericsError
 from ...messages.request import FinishReason, RequestEnded
 from ...messages.samples import SampleFamily
+from ...messages.sampling import SamplingParams
+from .choice import Choice
 from .engine_metrics import LABELS, EngineCollector, ReadCounter
 from .engine_protocol import EngineLike
 from .service_account import OF_PROCESSES, Collected, families_of, labelled, summed
@@ -30,7 +32,6 @@ from .service_account import OF_PROCESSES, Collected, families_of, labelled, sum
 if TYPE_CHECKING:
     from ..stats import EngineStats
     from .connections import ConnectionTable
-    from .exchange import Choice, Exchange
     from .sse import StreamPump
 
 TTFT_BUCKETS: Final = (
@@ -225,18 +226,23 @@ class GatewayMetrics:
         yield from self._engine.collect()
         yield from self.registry.collect()
 
-    def submitted(self, exchange: Exchange) -> None:
+    def submitted(self, params: SamplingParams) -> None:
         """A request was admitted."""
-        self._n.observe(exchange.params.n)
-        if exchange.params.max_tokens is not None:
-            self._max_tokens.observe(exchange.params.max_tokens)
+        self._n.observe(params.n)
+        if params.max_tokens is not None:
+            self._max_tokens.observe(params.max_tokens)
 
     def sequence_ended(
-        self, exchange: Exchange, choice: Choice, reason: FinishReason, ended: RequestEnded | None, now_ns: int
+        self, choice: Choice, reason: FinishReason, ended: RequestEnded | None, *, arrival_ns: int, now_ns: int
     ) -> None:
-        """A sequence had its one end, `ended` being the engine's account of it if there is one."""
+        """A sequence had its one end.
+
+        Args:
+            ended: the engine's account of it, if there is one.
+            arrival_ns: of its request, monotonic.
+        """
         self._success[reason].inc()
-        self._e2e.observe((now_ns - exchange.arrival_ns) * 1e-9)
+        self._e2e.observe((now_ns - arrival_ns) * 1e-9)
         self._prompt_tokens.observe(len(choice.prompt.token_ids))
         self._generation_tokens.observe(choice.num_tokens)
         if choice.num_tokens > 1 and choice.first_token_ns:
@@ -251,9 +257,9 @@ class GatewayMetrics:
         self._preemptions.observe(ended.num_preemptions)
         scheduled_ns = ended.first_scheduled_ns
         # A simulated engine's clock is not ours; times across the two would be nonsense.
-        if not 0 <= (scheduled_ns - exchange.arrival_ns) * 1e-9 < MAX_PLAUSIBLE_S:
+        if not 0 <= (scheduled_ns - arrival_ns) * 1e-9 < MAX_PLAUSIBLE_S:
             return
-        self._queue.observe((scheduled_ns - exchange.arrival_ns) * 1e-9)
+        self._queue.observe((scheduled_ns - arrival_ns) * 1e-9)
         self._inference.observe((now_ns - scheduled_ns) * 1e-9)
         if choice.first_token_ns:
             self._prefill.observe(max(choice.first_token_ns - scheduled_ns, 0) * 1e-9)

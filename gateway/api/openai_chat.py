@@ -11,17 +11,18 @@ from aiohttp import web
 from ...messages.errors import InvalidRequestError, OctavoError
 from ...messages.request import ChatPrompt, TextDelta
 from .chat_messages import chat_prompt
-from .context import CONTEXT, GatewayContext
+from .choice import Choice, PromptState
+from .chunks import Chunks
+from .context import GatewayContext
 from .engine_protocol import EngineLike
-from .exchange import Choice, Exchange, PromptState, SubmitOptions
-from .held_streams import last_event
-from .http_errors import ApiError, from_public_error
-from .json_body import BodyDecoder, read_bytes
+from .exchange import Exchange, SubmitOptions
+from .http_errors import from_public_error
+from .json_body import BodyDecoder
 from .logprobs import chat_logprobs, prompt_logprobs
 from .protocol import ChatRequest
-from .respond import StreamPlan, new_response_id, respond_again, respond_stream, respond_whole
+from .respond import AnswerPlan, new_response_id, respond
 from .sampling_fields import check_common, sampling_params
-from .sse import DONE, EventSink, json_line, json_text
+from .sse import EventSink, json_line, json_text
 from .stream_journal import StreamRecord
 
 _DECODER = BodyDecoder(ChatRequest)
@@ -29,32 +30,19 @@ _DECODER = BodyDecoder(ChatRequest)
 
 async def handle_chat_completions(http_request: web.Request) -> web.StreamResponse:
     """Serve one request, whole or as a stream."""
-    context = http_request.app[CONTEXT]
-    settings = context.settings
-    context.refuse_if_not_serving()
-    body = await read_bytes(http_request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    request = await _DECODER.decode_in_turns(body)
-    position = last_event(http_request)
-    if position is not None:
-        return await respond_again(http_request, position, body)
-    answer, plan = _plan(context, request)
-    if request.stream:
-        return await respond_stream(http_request, plan, body)
-    return await respond_whole(context, plan.exchange, plan.prompts, plan.options, answer.body)
+    return await respond(http_request, _DECODER, _plan)
 
 
-async def plan_chat_again(context: GatewayContext, record: StreamRecord) -> StreamPlan:
+async def plan_chat_again(context: GatewayContext, record: StreamRecord) -> AnswerPlan:
     """How to generate once more what another server was asked for.
 
     Raises:
         ApiError: this server would refuse it.
     """
-    return _plan(context, _DECODER.decode(record.body), record)[1]
+    return await _plan(context, _DECODER.decode(record.body), record)
 
 
-def _plan(
-    context: GatewayContext, request: ChatRequest, record: StreamRecord | None = None
-) -> tuple[ChatAnswer, StreamPlan]:
+async def _plan(context: GatewayContext, request: ChatRequest, record: StreamRecord | None = None) -> AnswerPlan:
     model = context.model_name(request.model)
     try:
         answer, prompt = _prepare(request, context, model, record)
@@ -68,16 +56,16 @@ def _plan(
         timeout_s=context.settings.request_timeout_s,
         seeds=record.seeds if record is not None else (),
     )
-    plan = StreamPlan(
+    return AnswerPlan(
         answer.exchange,
         [PromptState(prompt, answer.echo_text)],
         options,
+        answer.body,
         lambda sink: ChatChunks(answer, request, sink),
         answer.id,
         answer.created,
         "chat",
     )
-    return answer, plan
 
 
 def _prepare(
@@ -185,27 +173,15 @@ class ChatAnswer:
         }
 
 
-class ChatChunks:
-    """Writes the chunks of a stream: for each choice its role, its text, its end.
-
-    Args:
-        answer: what is told.
-        stream: where to.
-    """
+class ChatChunks(Chunks):
+    """For each choice its role, its text, its end."""
 
     def __init__(self, answer: ChatAnswer, request: ChatRequest, stream: EventSink) -> None:
+        super().__init__(answer.exchange, answer.header("chat.completion.chunk"), request.stream_options, stream)
         self._answer = answer
         self._request = request
-        self._stream = stream
-        self._exchange = answer.exchange
-        options = request.stream_options
-        self._with_usage = bool(options and options.include_usage)
-        self._with_running_usage = bool(options and options.continuous_usage_stats)
         self._is_plain = not (self._with_running_usage or request.logprobs or request.return_token_ids)
         self._has_told_prompt_ids = not request.return_token_ids
-        self._header = b"data: " + json_line(answer.header("chat.completion.chunk"))[:-1]
-        self._head = self._header + b',"choices":[{"index":'
-        self._end = b',"usage":null}\n\n' if self._with_usage else b"}\n\n"
         self._tail = b'},"logprobs":null,"finish_reason":null}]' + self._end
 
     def delta(self, choice: Choice, delta: TextDelta) -> None:
@@ -231,17 +207,6 @@ class ChatChunks:
                     ]
                 )
             )
-
-    def finished(self) -> None:
-        """Every choice has ended: usage if it was asked for, and the end mark."""
-        if self._with_usage:
-            usage = msgspec.json.encode(self._exchange.usage())
-            self._stream.write(b"".join([self._header, b',"choices":[],"usage":', usage, b"}\n\n"]))
-        self._stream.write(DONE)
-
-    def failed(self, error: ApiError) -> None:
-        """The request failed after its first token."""
-        self._stream.write(b"data: " + error.body() + b"\n\n" + DONE)
 
     def _begin(self, choice: Choice) -> None:
         choice.has_begun = True
@@ -273,9 +238,3 @@ class ChatChunks:
             parts += [b',"token_ids":', json_line(delta.token_ids)]
         parts += [b"}]", self._usage_or_end()]
         self._stream.write(b"".join(parts))
-
-    def _usage_or_end(self, num_output_tokens: int | None = None) -> bytes:
-        if not self._with_running_usage:
-            return self._end
-        usage = self._exchange.usage(num_output_tokens=num_output_tokens)
-        return b',"usage":' + msgspec.json.encode(usage) + b"}\n\n"

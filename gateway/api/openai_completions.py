@@ -6,22 +6,22 @@ import time
 from collections.abc import Sequence
 from typing import Any, cast
 
-import msgspec
 from aiohttp import web
 
 from ...messages.errors import ContextLengthExceededError, InvalidRequestError, OctavoError
 from ...messages.request import TextDelta, TokenLogprobs
-from .context import CONTEXT, GatewayContext
+from .choice import Choice, PromptState
+from .chunks import Chunks
+from .context import GatewayContext
 from .engine_protocol import EngineLike
-from .exchange import Choice, Exchange, PromptState, SubmitOptions
-from .held_streams import last_event
-from .http_errors import ApiError, from_public_error
-from .json_body import BodyDecoder, read_bytes
+from .exchange import Exchange, SubmitOptions
+from .http_errors import from_public_error
+from .json_body import BodyDecoder
 from .logprobs import TextOffsets, completion_logprobs, prompt_logprobs
 from .protocol import CompletionRequest
-from .respond import StreamPlan, new_response_id, respond_again, respond_stream, respond_whole
+from .respond import AnswerPlan, new_response_id, respond
 from .sampling_fields import check_common, sampling_params
-from .sse import DONE, EventSink, json_line, json_text
+from .sse import EventSink, json_line, json_text
 from .stream_journal import StreamRecord
 
 DEFAULT_MAX_TOKENS = 16
@@ -31,32 +31,19 @@ _DECODER = BodyDecoder(CompletionRequest)
 
 async def handle_completions(http_request: web.Request) -> web.StreamResponse:
     """Serve one request, whole or as a stream."""
-    context = http_request.app[CONTEXT]
-    settings = context.settings
-    context.refuse_if_not_serving()
-    body = await read_bytes(http_request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    request = await _DECODER.decode_in_turns(body)
-    position = last_event(http_request)
-    if position is not None:
-        return await respond_again(http_request, position, body)
-    answer, plan = await _plan(context, request)
-    if request.stream:
-        return await respond_stream(http_request, plan, body)
-    return await respond_whole(context, plan.exchange, plan.prompts, plan.options, answer.body)
+    return await respond(http_request, _DECODER, _plan)
 
 
-async def plan_completion_again(context: GatewayContext, record: StreamRecord) -> StreamPlan:
+async def plan_completion_again(context: GatewayContext, record: StreamRecord) -> AnswerPlan:
     """How to generate once more what another server was asked for.
 
     Raises:
         ApiError: this server would refuse it.
     """
-    return (await _plan(context, _DECODER.decode(record.body), record))[1]
+    return await _plan(context, _DECODER.decode(record.body), record)
 
 
-async def _plan(
-    context: GatewayContext, request: CompletionRequest, record: StreamRecord | None = None
-) -> tuple[CompletionAnswer, StreamPlan]:
+async def _plan(context: GatewayContext, request: CompletionRequest, record: StreamRecord | None = None) -> AnswerPlan:
     model = context.model_name(request.model)
     try:
         answer, prompts = await _prepare(request, context, model, record)
@@ -70,16 +57,16 @@ async def _plan(
         timeout_s=context.settings.request_timeout_s,
         seeds=record.seeds if record is not None else (),
     )
-    plan = StreamPlan(
+    return AnswerPlan(
         answer.exchange,
         prompts,
         options,
+        answer.body,
         lambda sink: CompletionChunks(answer, request, sink),
         answer.id,
         answer.created,
         "completion",
     )
-    return answer, plan
 
 
 async def _prepare(
@@ -262,28 +249,17 @@ class CompletionAnswer:
         return completion_logprobs(all_entries, all_ids, offsets, self.engine, bool(request.return_tokens_as_token_ids))
 
 
-class CompletionChunks:
-    """Writes the chunks of a stream.
-
-    Args:
-        answer: what is told.
-        stream: where to.
-    """
+class CompletionChunks(Chunks):
+    """For each choice its text, the first after the prompt if that is echoed."""
 
     def __init__(self, answer: CompletionAnswer, request: CompletionRequest, stream: EventSink) -> None:
+        super().__init__(answer.exchange, answer.header, request.stream_options, stream)
         self._answer = answer
         self._request = request
-        self._stream = stream
-        self._exchange = answer.exchange
-        options = request.stream_options
-        self._with_usage = bool(options and options.include_usage)
-        self._with_running_usage = bool(options and options.continuous_usage_stats)
         self._is_plain = not (
             self._with_running_usage or request.logprobs is not None or request.return_token_ids or answer.is_scoring
         )
-        self._head = b"data: " + json_line(answer.header)[:-1] + b',"choices":[{"index":'
-        self._end = b'}],"usage":null}\n\n' if self._with_usage else b"}]}\n\n"
-        self._tail = b',"logprobs":null,"finish_reason":null,"stop_reason":null' + self._end
+        self._tail = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]' + self._end
 
     def delta(self, choice: Choice, delta: TextDelta) -> None:
         """Tell what a choice gained."""
@@ -321,22 +297,8 @@ class CompletionChunks:
             parts += [b',"token_ids":', json_line(token_ids)]
             if is_first:
                 parts += [b',"prompt_token_ids":', json_line(choice.prompt.token_ids)]
-        if self._with_running_usage:
-            parts += [b'}],"usage":', self._usage(), b"}\n\n"]
-        else:
-            parts.append(self._end)
+        parts += [b"}]", self._usage_or_end()]
         self._stream.write(b"".join(parts))
 
-    def finished(self) -> None:
-        """Every choice has ended: usage if it was asked for, and the end mark."""
-        if self._with_usage:
-            header = json_line(self._answer.header)[:-1]
-            self._stream.write(b"".join([b"data: ", header, b',"choices":[],"usage":', self._usage(), b"}\n\n"]))
-        self._stream.write(DONE)
-
-    def failed(self, error: ApiError) -> None:
-        """The request failed after its first token."""
-        self._stream.write(b"data: " + error.body() + b"\n\n" + DONE)
-
-    def _usage(self) -> bytes:
-        return msgspec.json.encode(self._exchange.usage(num_output_tokens=0 if self._answer.is_scoring else None))
+    def _usage(self, num_output_tokens: int | None = None) -> bytes:
+        return super()._usage(0 if self._answer.is_scoring else num_output_tokens)

@@ -10,6 +10,9 @@ Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 
+_LEFT_OUT: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+"""Default of a field whose value is kept undecoded."""
+
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """How a stream is told.
@@ -28,26 +31,26 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class Unsupported(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Fields of other servers that are refused by name, unless their value asks for nothing (see `HARMLESS`)."""
 
-    best_of: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    use_beam_search: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    length_penalty: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    early_stopping: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    response_format: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    structured_outputs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    guided_json: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    guided_regex: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    guided_choice: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    guided_grammar: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    thinking_token_budget: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    repetition_detection: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    kv_transfer_params: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    ec_transfer_params: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    vllm_xargs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    logprob_token_ids: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    truncation_side: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    stream_interval: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    return_token_offsets: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    mm_processor_kwargs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    best_of: msgspec.Raw = _LEFT_OUT
+    use_beam_search: msgspec.Raw = _LEFT_OUT
+    length_penalty: msgspec.Raw = _LEFT_OUT
+    early_stopping: msgspec.Raw = _LEFT_OUT
+    response_format: msgspec.Raw = _LEFT_OUT
+    structured_outputs: msgspec.Raw = _LEFT_OUT
+    guided_json: msgspec.Raw = _LEFT_OUT
+    guided_regex: msgspec.Raw = _LEFT_OUT
+    guided_choice: msgspec.Raw = _LEFT_OUT
+    guided_grammar: msgspec.Raw = _LEFT_OUT
+    thinking_token_budget: msgspec.Raw = _LEFT_OUT
+    repetition_detection: msgspec.Raw = _LEFT_OUT
+    kv_transfer_params: msgspec.Raw = _LEFT_OUT
+    ec_transfer_params: msgspec.Raw = _LEFT_OUT
+    vllm_xargs: msgspec.Raw = _LEFT_OUT
+    logprob_token_ids: msgspec.Raw = _LEFT_OUT
+    truncation_side: msgspec.Raw = _LEFT_OUT
+    stream_interval: msgspec.Raw = _LEFT_OUT
+    return_token_offsets: msgspec.Raw = _LEFT_OUT
+    mm_processor_kwargs: msgspec.Raw = _LEFT_OUT
 
 
 HARMLESS: dict[str, tuple[bytes, ...]] = {
@@ -95,7 +98,7 @@ class SamplingFields(Unsupported, kw_only=True, forbid_unknown_fields=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    logit_bias: msgspec.Raw = _LEFT_OUT
     allowed_token_ids: list[TokenId] | None = None
     bad_words: list[str] | None = None
     max_tokens: Int | None = None
@@ -119,12 +122,12 @@ class SamplingFields(Unsupported, kw_only=True, forbid_unknown_fields=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     user: str | None = None
-    metadata: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    store: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    service_tier: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    safety_identifier: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    prompt_cache_key: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    prompt_cache_retention: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    metadata: msgspec.Raw = _LEFT_OUT
+    store: msgspec.Raw = _LEFT_OUT
+    service_tier: msgspec.Raw = _LEFT_OUT
+    safety_identifier: msgspec.Raw = _LEFT_OUT
+    prompt_cache_key: msgspec.Raw = _LEFT_OUT
+    prompt_cache_retention: msgspec.Raw = _LEFT_OUT
 
 
 class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
@@ -138,8 +141,8 @@ class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
 
     prompt: str | list[str | TokenId | list[TokenId]] | None = None
     logprobs: Int | None = None
-    suffix: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    prompt_embeds: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    suffix: msgspec.Raw = _LEFT_OUT
+    prompt_embeds: msgspec.Raw = _LEFT_OUT
 
 
 class ContentPart(msgspec.Struct, kw_only=True):
@@ -181,18 +184,18 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
-    tools: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    tool_choice: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    functions: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    function_call: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    documents: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    chat_template: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    modalities: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    audio: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    prediction: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    web_search_options: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    verbosity: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
-    media_io_kwargs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    tools: msgspec.Raw = _LEFT_OUT
+    tool_choice: msgspec.Raw = _LEFT_OUT
+    functions: msgspec.Raw = _LEFT_OUT
+    function_call: msgspec.Raw = _LEFT_OUT
+    documents: msgspec.Raw = _LEFT_OUT
+    chat_template: msgspec.Raw = _LEFT_OUT
+    modalities: msgspec.Raw = _LEFT_OUT
+    audio: msgspec.Raw = _LEFT_OUT
+    prediction: msgspec.Raw = _LEFT_OUT
+    web_search_options: msgspec.Raw = _LEFT_OUT
+    verbosity: msgspec.Raw = _LEFT_OUT
+    media_io_kwargs: msgspec.Raw = _LEFT_OUT
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

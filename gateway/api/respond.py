@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 from aiohttp import HttpVersion11, web
 
+from .choice import PromptState
 from .context import CONTEXT, CORS, REQUEST_ID, SERVER_NAME, GatewayContext
-from .exchange import ChunkSink, Exchange, PromptState, SubmitOptions
-from .held_streams import HELD_STREAMS, EventPosition, HeldStream, HeldStreams, owner_of
+from .exchange import ChunkSink, Exchange, SubmitOptions
+from .held_streams import HELD_STREAMS, EventPosition, HeldStream, HeldStreams, last_event, owner_of
 from .http_errors import ApiError
+from .json_body import BodyDecoder, read_bytes
+from .protocol import SamplingFields
 from .sse import EventResponse, EventSink, EventStream
 from .stream_journal import StreamRecord
+
+_Body = TypeVar("_Body", bound=SamplingFields)
 
 KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
 
@@ -32,32 +37,11 @@ def json_response(value: Any) -> web.Response:
     return web.Response(body=_encode(value), content_type="application/json")
 
 
-async def respond_whole(
-    context: GatewayContext,
-    exchange: Exchange,
-    prompts: Sequence[PromptState],
-    options: SubmitOptions,
-    make_body: Callable[[], Any],
-) -> web.Response:
-    """Wait for every sequence, then answer. Leaving early, by an error or a disconnect, cancels what is left.
-
-    Raises:
-        ApiError: the request was refused or failed.
-    """
-    with context.following(exchange):
-        try:
-            exchange.submit(prompts, options)
-            context.metrics.submitted(exchange)
-            await exchange.done
-        finally:
-            exchange.cancel()
-    return json_response(make_body())
-
-
-class StreamPlan(NamedTuple):
-    """What it takes to generate a streamed response, and to do so again.
+class AnswerPlan(NamedTuple):
+    """What it takes to generate a response, and to do so again if it is streamed.
 
     Attributes:
+        make_body: of a whole response, once every sequence has ended.
         make_chunks: gives the exchange somewhere to tell its deltas, which writes events to the sink it is given.
         response_id, created: as the client is told.
         kind: which endpoint's request it answers.
@@ -66,20 +50,56 @@ class StreamPlan(NamedTuple):
     exchange: Exchange
     prompts: Sequence[PromptState]
     options: SubmitOptions
+    make_body: Callable[[], Any]
     make_chunks: Callable[[EventSink], ChunkSink]
     response_id: str
     created: int
     kind: Literal["chat", "completion"]
 
 
-async def respond_stream(request: web.Request, plan: StreamPlan, body: bytes) -> web.StreamResponse:
+async def respond(
+    request: web.Request,
+    decoder: BodyDecoder[_Body],
+    make_plan: Callable[[GatewayContext, _Body], Awaitable[AnswerPlan]],
+) -> web.StreamResponse:
+    """Answer a request whole, as a stream, or from where its client was in one.
+
+    Args:
+        decoder: of its body.
+
+    Raises:
+        ApiError: the request was refused, or failed before its first token.
+    """
+    context = request.app[CONTEXT]
+    settings = context.settings
+    context.refuse_if_not_serving()
+    body = await read_bytes(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    decoded = await decoder.decode_in_turns(body)
+    position = last_event(request)
+    if position is not None:
+        return await respond_again(request, position, body)
+    plan = await make_plan(context, decoded)
+    return await (_respond_stream(request, plan, body) if decoded.stream else _respond_whole(context, plan))
+
+
+async def _respond_whole(context: GatewayContext, plan: AnswerPlan) -> web.Response:
+    """Wait for every sequence, then answer. Leaving early, by an error or a disconnect, cancels what is left."""
+    exchange = plan.exchange
+    with context.following(exchange):
+        try:
+            exchange.submit(plan.prompts, plan.options)
+            context.metrics.submitted(exchange.params)
+            await exchange.done
+        finally:
+            exchange.cancel()
+    return json_response(plan.make_body())
+
+
+async def _respond_stream(request: web.Request, plan: AnswerPlan, body: bytes) -> web.StreamResponse:
     """Answer as a stream of events. The headers wait for the first token, so that a refusal is a plain HTTP error.
 
     With a journal of streams the events are numbered and held, and the client may go on where it was
     (`respond_again`). Where that cannot be (`HeldStreams.may_hold`) they are sent without numbers, and not held.
-
-    Raises:
-        ApiError: the request was refused or failed before its first token.
     """
     streams = request.app.get(HELD_STREAMS)
     if streams is not None and streams.may_hold(plan.response_id, plan.exchange.params.n * len(plan.prompts)):
@@ -91,7 +111,7 @@ async def respond_stream(request: web.Request, plan: StreamPlan, body: bytes) ->
     with context.following(exchange):
         try:
             exchange.submit(plan.prompts, plan.options)
-            context.metrics.submitted(exchange)
+            context.metrics.submitted(exchange.params)
             await exchange.started
             response = _event_response(request)
             await stream.open(request, response)
@@ -105,7 +125,7 @@ async def respond_stream(request: web.Request, plan: StreamPlan, body: bytes) ->
 
 
 async def _respond_held(
-    request: web.Request, streams: HeldStreams, plan: StreamPlan, body: bytes
+    request: web.Request, streams: HeldStreams, plan: AnswerPlan, body: bytes
 ) -> web.StreamResponse:
     context = request.app[CONTEXT]
     exchange, options = plan.exchange, plan.options
@@ -121,7 +141,7 @@ async def _respond_held(
     with _following(context, held):
         try:
             exchange.submit(plan.prompts, options)
-            context.metrics.submitted(exchange)
+            context.metrics.submitted(exchange.params)
             held.note()
             await exchange.started
             await held.noted()

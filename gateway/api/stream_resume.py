@@ -16,7 +16,7 @@ from .held_streams import HELD_STREAMS, EventPosition, HeldStreams, HoldLimits, 
 from .http_errors import ApiError
 from .openai_chat import plan_chat_again
 from .openai_completions import plan_completion_again
-from .respond import StreamPlan, respond_again
+from .respond import AnswerPlan, respond_again
 from .stream_journal import StreamJournal, StreamRecord
 
 log = structlog.get_logger("octavo.streams")
@@ -26,7 +26,7 @@ RETRY_S: Final = 0.5
 
 _NOT_NOW: Final = (429, 503)
 
-_PlanAgain = Callable[[GatewayContext, StreamRecord], Awaitable[StreamPlan]]
+_PlanAgain = Callable[[GatewayContext, StreamRecord], Awaitable[AnswerPlan]]
 _PLAN_AGAIN: Final[dict[Literal["chat", "completion"], _PlanAgain]] = {
     "chat": plan_chat_again,
     "completion": plan_completion_again,
@@ -112,7 +112,7 @@ async def _begin(app: web.Application, record: StreamRecord) -> bool:
         log.error("stream.refused_again", response_id=record.response_id, code=error.code, why=error.message)
         streams.drop(held)
         return True
-    context.metrics.submitted(plan.exchange)
+    context.metrics.submitted(plan.exchange.params)
     held.release()
     streams.taken_up(held)
     return True

@@ -17,8 +17,8 @@ def add_sim(commands: argparse._SubParsersAction[Parser]) -> None:
     sim = commands.add_parser(
         "sim", help="capacity planning, replay and faults: the engine's own scheduler under virtual time"
     )
-    sim.set_defaults(run=_help, parser=sim)
-    kinds = sim.add_subparsers(title="commands", metavar="KIND", parser_class=Parser)
+    sim.set_defaults(run=_sim, parser=sim)
+    kinds = sim.add_subparsers(title="commands", dest="kind", metavar="KIND", parser_class=Parser)
     _add_run(kinds)
     _add_plan(kinds)
     _add_trace(kinds)
@@ -66,7 +66,7 @@ def _add_run(kinds: argparse._SubParsersAction[Parser]) -> None:
     )
     _add_output(run)
     run.add_argument("--requests-out", metavar="FILE", help="write a line for each request to this CSV file")
-    run.set_defaults(run=_run, parser=run)
+    run.set_defaults(parser=run)
 
 
 def _add_plan(kinds: argparse._SubParsersAction[Parser]) -> None:
@@ -109,7 +109,7 @@ def _add_plan(kinds: argparse._SubParsersAction[Parser]) -> None:
         help="simulate what binds, and what more of each thing would give",
     )
     _add_output(plan)
-    plan.set_defaults(run=_plan, parser=plan)
+    plan.set_defaults(parser=plan)
 
 
 def _add_trace(kinds: argparse._SubParsersAction[Parser]) -> None:
@@ -117,19 +117,19 @@ def _add_trace(kinds: argparse._SubParsersAction[Parser]) -> None:
     add_load_flags(trace)
     trace.add_argument("--max-model-len", type=positive, help="for --context")
     trace.add_argument("--json", action="store_true", help="JSON on standard output, and nothing else")
-    trace.set_defaults(run=_trace, parser=trace)
+    trace.set_defaults(parser=trace)
 
 
 def _add_calibrate(kinds: argparse._SubParsersAction[Parser]) -> None:
     calibrate = kinds.add_parser("calibrate", help="time this engine's steps on this machine, and fit a profile")
     add_calibrate_flags(calibrate)
-    calibrate.set_defaults(run=_calibrate, parser=calibrate)
+    calibrate.set_defaults(parser=calibrate)
 
 
 def _add_validate(kinds: argparse._SubParsersAction[Parser]) -> None:
     validate = kinds.add_parser("validate", help="simulated against measured requests, error for each percentile")
     add_validate_flags(validate)
-    validate.set_defaults(run=_validate, parser=validate)
+    validate.set_defaults(parser=validate)
 
 
 def _add_replay(kinds: argparse._SubParsersAction[Parser]) -> None:
@@ -139,7 +139,7 @@ def _add_replay(kinds: argparse._SubParsersAction[Parser]) -> None:
     replay.add_argument("--why", type=int, metavar="REQUEST", help="what kept this request waiting, step by step")
     replay.add_argument("--diff", metavar="OTHER", help="instead: the first message in which another journal differs")
     replay.add_argument("--json", action="store_true", help="JSON on standard output, and nothing else")
-    replay.set_defaults(run=_replay, parser=replay)
+    replay.set_defaults(parser=replay)
 
 
 def _add_fuzz(kinds: argparse._SubParsersAction[Parser]) -> None:
@@ -148,7 +148,7 @@ def _add_fuzz(kinds: argparse._SubParsersAction[Parser]) -> None:
     fuzz.add_argument("--seed", type=int, default=0, help="the first")
     fuzz.add_argument("--jobs", type=positive, help="processes; default: one for each core")
     fuzz.add_argument("--json", action="store_true", help="JSON on standard output, and nothing else")
-    fuzz.set_defaults(run=_fuzz, parser=fuzz)
+    fuzz.set_defaults(parser=fuzz)
 
 
 def _add_output(parser: Parser) -> None:
@@ -157,48 +157,24 @@ def _add_output(parser: Parser) -> None:
     group.add_argument("--html", metavar="FILE", help="write a report with plots to this file")
 
 
-def _help(arguments: argparse.Namespace) -> int:
-    arguments.parser.print_help()
-    return 0
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    from .run import sim_run
-
-    return sim_run(arguments)
-
-
-def _plan(arguments: argparse.Namespace) -> int:
-    from .plan import sim_plan
-
-    return sim_plan(arguments)
-
-
-def _trace(arguments: argparse.Namespace) -> int:
-    from .trace import sim_trace
-
-    return sim_trace(arguments)
-
-
-def _calibrate(arguments: argparse.Namespace) -> int:
-    from .calibrate import sim_calibrate
-
-    return sim_calibrate(arguments)
-
-
-def _validate(arguments: argparse.Namespace) -> int:
-    from .validate import sim_validate
-
-    return sim_validate(arguments)
-
-
-def _replay(arguments: argparse.Namespace) -> int:
-    from .replay import sim_replay
-
-    return sim_replay(arguments)
-
-
-def _fuzz(arguments: argparse.Namespace) -> int:
-    from .fuzz import sim_fuzz
-
-    return sim_fuzz(arguments)
+def _sim(arguments: argparse.Namespace) -> int:
+    """Import what was chosen, and do it."""
+    match arguments.kind:
+        case "run":
+            from .run import sim_run as command
+        case "plan":
+            from .plan import sim_plan as command
+        case "trace":
+            from .trace import sim_trace as command
+        case "calibrate":
+            from .calibrate import sim_calibrate as command
+        case "validate":
+            from .validate import sim_validate as command
+        case "replay":
+            from .replay import sim_replay as command
+        case "fuzz":
+            from .fuzz import sim_fuzz as command
+        case _:
+            arguments.parser.print_help()
+            return 0
+    return command(arguments)

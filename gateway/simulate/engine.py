@@ -61,36 +61,53 @@ def _listed(read: Callable[[str], _Value]) -> Callable[[str], tuple[_Value, ...]
 
 def add_replica_flags(parser: Parser, *, is_sweep: bool) -> None:
     """Flags of a replica; with `is_sweep` those that may vary take lists."""
-    lists = ", a list to choose from" if is_sweep else ""
+    _add_hardware_flags(_Group(parser, "replica", is_sweep))
+    _add_scheduling_flags(_Group(parser, "memory and scheduling, as of octavo serve", is_sweep))
+    _add_cluster_flags(_Group(parser, "cluster", is_sweep))
 
-    def add(flag: str, read: Callable[[str], object], default: object, text: str, *more: str, dest: str) -> None:
-        group.add_argument(
-            flag,
-            *more,
+
+class _Group:
+    """Flags under one heading.
+
+    Attributes:
+        add: a flag that is the same for all candidates of a sweep.
+    """
+
+    def __init__(self, parser: Parser, title: str, is_sweep: bool) -> None:
+        group = parser.add_argument_group(title)
+        self.add = group.add_argument
+        self._is_sweep = is_sweep
+
+    def vary(self, *names: str, dest: str, read: Callable[[str], object], default: object, text: str) -> None:
+        """A flag that takes one value, or in a sweep a list to choose from."""
+        text += ", a list to choose from" if self._is_sweep else ""
+        self.add(
+            *names,
             dest=dest,
-            type=_listed(read) if is_sweep else read,
-            default=(default,) if is_sweep else default,
-            help=text + lists + f" (default: {default})" if default is not None else text + lists,
-            metavar=("A,B,..." if is_sweep else "X"),
+            type=_listed(read) if self._is_sweep else read,
+            default=(default,) if self._is_sweep else default,
+            help=text if default is None else f"{text} (default: {default})",
+            metavar="A,B,..." if self._is_sweep else "X",
         )
 
-    group = parser.add_argument_group("replica")
-    add("--gpu", str, DEFAULT_GPU, "GPU by name", dest="gpu")
-    group.add_argument(
+
+def _add_hardware_flags(group: _Group) -> None:
+    group.vary("--gpu", dest="gpu", read=str, default=DEFAULT_GPU, text="GPU by name")
+    group.add(
         "--model",
         default=DEFAULT_MODEL,
         help="known name, config.json, or folder with one (of weights nothing is read)",
     )
-    add("--tensor-parallel-size", positive, 1, "GPUs of a replica", "--tp", dest="tp")
-    group.add_argument("--dtype", default="auto", help="of weights: auto, bfloat16, fp8, ...")
-    group.add_argument("--kv-cache-dtype", default="auto", help="of the KV cache; auto: as octavo serve chooses it")
-    group.add_argument(
+    group.vary("--tensor-parallel-size", "--tp", dest="tp", read=positive, default=1, text="GPUs of a replica")
+    group.add("--dtype", default="auto", help="of weights: auto, bfloat16, fp8, ...")
+    group.add("--kv-cache-dtype", default="auto", help="of the KV cache; auto: as octavo serve chooses it")
+    group.add(
         "--profile",
         default="",
         metavar="PATH",
         help="fitted profile or folder of measured tables; without: closed form",
     )
-    group.add_argument(
+    group.add(
         "--price",
         action="append",
         type=price,
@@ -98,48 +115,64 @@ def add_replica_flags(parser: Parser, *, is_sweep: bool) -> None:
         metavar="GPU=DOLLARS",
         help="of one GPU an hour, instead of the table's; may be repeated",
     )
-    group = parser.add_argument_group("memory and scheduling, as of octavo serve")
-    group.add_argument("--max-model-len", type=number, help="longest prompt plus output")
-    add("--max-num-seqs", positive, 256, "requests in one step", dest="max_num_seqs")
-    add("--max-num-batched-tokens", positive, 2048, "tokens in one step", dest="max_num_batched_tokens")
-    add("--block-size", positive, 16, "tokens in a KV block", dest="block_size")
-    add(
+
+
+def _add_scheduling_flags(group: _Group) -> None:
+    group.add("--max-model-len", type=number, help="longest prompt plus output")
+    group.vary("--max-num-seqs", dest="max_num_seqs", read=positive, default=256, text="requests in one step")
+    group.vary(
+        "--max-num-batched-tokens",
+        dest="max_num_batched_tokens",
+        read=positive,
+        default=2048,
+        text="tokens in one step",
+    )
+    group.vary("--block-size", dest="block_size", read=positive, default=16, text="tokens in a KV block")
+    group.vary(
         "--num-gpu-blocks-override",
-        positive,
-        None,
-        "exact number of KV blocks; default: what the memory holds",
         "--num-blocks",
         dest="num_blocks",
+        read=positive,
+        default=None,
+        text="exact number of KV blocks; default: what the memory holds",
     )
-    add(
+    group.vary(
         "--gpu-memory-utilization",
-        memory_share,
-        0.9,
-        "part of the memory that the engine takes",
         "--memory-utilization",
         dest="memory_utilization",
+        read=memory_share,
+        default=0.9,
+        text="part of the memory that the engine takes",
     )
-    group.add_argument(
+    group.add(
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="reuse KV of equal prefixes",
     )
-    group.add_argument("--max-num-queued-reqs", dest="max_num_queued_requests", type=positive, default=4096)
-    group.add_argument("--max-num-queued-tokens", type=positive, default=8_000_000)
-    group.add_argument(
+    group.add("--max-num-queued-reqs", dest="max_num_queued_requests", type=positive, default=4096)
+    group.add("--max-num-queued-tokens", type=positive, default=8_000_000)
+    group.add(
         "--long-prefill-token-threshold",
         dest="long_prefill_threshold",
         type=number,
         default=0,
         help="most tokens of one prompt in a step; 0: no limit but the step's",
     )
-    group = parser.add_argument_group("cluster")
-    add("--routing", routing, "least_loaded", "router's policy: " + ", ".join(ROUTING_POLICIES), dest="routing")
-    group.add_argument(
+
+
+def _add_cluster_flags(group: _Group) -> None:
+    group.vary(
+        "--routing",
+        dest="routing",
+        read=routing,
+        default="least_loaded",
+        text="router's policy: " + ", ".join(ROUTING_POLICIES),
+    )
+    group.add(
         "--ingress-ms", type=float, default=0.0, help="from a request's arrival to the scheduler (HTTP, tokenizer)"
     )
-    group.add_argument("--egress-ms", type=float, default=0.0, help="from a step's end to the client")
+    group.add("--egress-ms", type=float, default=0.0, help="from a step's end to the client")
 
 
 def base_deployment(arguments: argparse.Namespace) -> Deployment:

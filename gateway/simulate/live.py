@@ -15,9 +15,9 @@ from ...messages.base import Message
 from ...messages.errors import InvalidConfigError
 from ...messages.request import PromptReady, TextDelta
 from ...messages.sampling import SamplingParams
-from ...sim.cluster import simulate
 from ...sim.config import SimConfig
 from ...sim.results import RequestRecord
+from ...sim.simulation import simulate
 from ...sim.step_time.fitted import FittedModel, Profile, fit
 from ...sim.workload.request import TraceRequest, Workload, WorkloadCounts
 from ..config import EngineConfig

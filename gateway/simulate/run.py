@@ -15,9 +15,9 @@ from .load import Load, load_source
 from .progress import check_writable, progress_bar
 
 if TYPE_CHECKING:
-    from ...sim.cluster import Simulation
     from ...sim.config import Outage
     from ...sim.results import RunResult
+    from ...sim.simulation import Simulation
 
 _NS = 1_000_000_000
 
@@ -45,9 +45,9 @@ def sim_run(arguments: argparse.Namespace) -> int:
 
 def simulate_flags(arguments: argparse.Namespace) -> Simulation:
     """The simulation that the flags ask for."""
-    from ...sim.cluster import simulate
     from ...sim.config import SimConfig
     from ...sim.plan.simulated import Surroundings, deployment_of
+    from ...sim.simulation import simulate
     from ...sim.slo import Slo, parse_slo
 
     slo = parse_slo(arguments.slo) if arguments.slo is not None else None

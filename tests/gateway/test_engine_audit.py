@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engines import engine_on, save_servable
+from engines import engine_on, save_servable, tokens_of_all
+from nursery_hooks import run_first
 from process_family import named
-
-from octavo import Engine
-from octavo.messages.sampling import SamplingParams
 
 PATIENCE_S = 240.0
 NUM_STREAMS = 6
@@ -40,29 +37,18 @@ if any(part.endswith("runtime.nursery") for part in sys.orig_argv):
 """Put where every Python looks at its start: once a file is there, the engine has one reference too many."""
 
 
-async def tokens_of(engine: Engine, index: int, on_token: Callable[[], None] = lambda: None) -> list[int]:
-    params = SamplingParams(temperature=0.8, seed=index, max_tokens=90, ignore_eos=True)
-    tokens: list[int] = []
-    async for delta in engine.stream(list(range(10 + index, 30 + index)), params):
-        tokens += delta.token_ids
-        on_token()
-    return tokens
-
-
 def test_f_22_an_allocator_whose_books_are_wrong_costs_its_engine_and_no_stream(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hook, model, wanted = tmp_path / "hook", tmp_path / "model", tmp_path / "wanted"
-    hook.mkdir()
+    model, wanted = tmp_path / "model", tmp_path / "wanted"
     model.mkdir()
-    (hook / "sitecustomize.py").write_text(CORRUPTS)
-    monkeypatch.syspath_prepend(str(hook))  # the nursery looks where this process looks
+    run_first(CORRUPTS, tmp_path / "hook", monkeypatch)
     monkeypatch.setenv("CORRUPT", str(wanted))
     save_servable("llama", model)
 
     async def scenario() -> None:
         async with engine_on(model, in_process=False) as engine:
-            expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS)))
+            expected = await tokens_of_all(engine, NUM_STREAMS, max_tokens=90)
             assert engine.stats().actor_restarts["engine"] == 0, "books that are right are left alone"
             (before,) = named("engine")
             is_corrupted = False
@@ -73,12 +59,12 @@ def test_f_22_an_allocator_whose_books_are_wrong_costs_its_engine_and_no_stream(
                     is_corrupted = True
                     wanted.touch()
 
-            got = await asyncio.gather(*(tokens_of(engine, index, corrupt) for index in range(NUM_STREAMS)))
+            got = await tokens_of_all(engine, NUM_STREAMS, corrupt, max_tokens=90)
             assert got == expected
             await asyncio.to_thread(before.wait)
             while engine.stats().actor_restarts["engine"] == 0:
                 await asyncio.sleep(0.01)
-            assert await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS))) == expected
+            assert await tokens_of_all(engine, NUM_STREAMS, max_tokens=90) == expected
             assert engine.stats().actor_restarts["engine"] == 1
             assert engine.stats().num_quarantined == 0
 

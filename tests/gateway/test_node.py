@@ -22,7 +22,8 @@ from octavo.actors.runtime.asyncio_port import attach
 from octavo.actors.runtime.port import Port
 from octavo.actors.runtime.processes import ProcessExit, ProcessSpec, ProcessStartError
 from octavo.gateway import node
-from octavo.gateway.node import Membership, NodeSettings
+from octavo.gateway.node_membership import Membership
+from octavo.gateway.node_settings import NodeSettings
 from octavo.messages.base import Message
 from octavo.messages.ids import Epoch
 from octavo.messages.nodes import NodeJoined, StartOnNode

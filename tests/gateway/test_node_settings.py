@@ -9,7 +9,7 @@ import pytest
 from octavo.actors.runtime.curve import make_keys
 from octavo.gateway.cli import build_parser
 from octavo.gateway.config import NodesConfig
-from octavo.gateway.node import NodeSettings, node_settings
+from octavo.gateway.node_settings import NodeSettings, node_settings
 from octavo.gateway.server_flags import nodes_fields
 from octavo.messages.errors import InvalidConfigError
 

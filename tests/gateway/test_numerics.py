@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines import engine_on, save_servable
+from engines import engine_on, save_servable, tokens_of, tokens_of_all
 from launch_tools import ThreadStream
+from nursery_hooks import run_first
 from process_family import named
 
 from octavo import Engine
@@ -22,7 +23,6 @@ from octavo.gateway.api.metrics import ERROR_CODES
 from octavo.messages.errors import ModelNumericsError
 from octavo.messages.ids import RequestId
 from octavo.messages.request import RequestEnded
-from octavo.messages.sampling import SamplingParams
 
 PATIENCE_S = 120.0
 NUM_STREAMS = 8
@@ -59,28 +59,9 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    hook = tmp_path / "hook"
-    hook.mkdir()
-    (hook / "sitecustomize.py").write_text(IS_SICK)
-    monkeypatch.syspath_prepend(str(hook))  # the nursery looks where this process looks
+    run_first(IS_SICK, tmp_path / "hook", monkeypatch)
     monkeypatch.setenv("SICK", str(tmp_path / "sick"))
     return tmp_path / "sick"
-
-
-async def tokens_of(
-    engine: Engine, index: int, on_token: Callable[[], None] = lambda: None, *, max_tokens: int = 60
-) -> list[int]:
-    temperature = 0.0 if index % 2 else 0.8  # greedy and sampled
-    params = SamplingParams(temperature=temperature, seed=index, max_tokens=max_tokens, ignore_eos=True)
-    tokens: list[int] = []
-    async for delta in engine.stream(list(range(10 + index, 30 + index)), params):
-        tokens += delta.token_ids
-        on_token()
-    return tokens
-
-
-async def all_tokens(engine: Engine) -> list[list[int]]:
-    return await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS)))
 
 
 def spoil(engine: Engine, choose: Callable[[int], slice | int]) -> None:
@@ -119,7 +100,7 @@ def run(coroutine: Any) -> None:
 def test_f_14_a_request_for_which_the_model_computes_nan_ends_alone(model: Path) -> None:
     async def scenario() -> None:
         async with engine_on(model) as engine:
-            expected = await all_tokens(engine)
+            expected = await tokens_of_all(engine, NUM_STREAMS)
             runner: Any = engine._graph.executor._runner
             choose_tokens, poison = runner._sampler.sample, []
 
@@ -153,7 +134,7 @@ def test_f_15_a_model_that_computes_only_nan_costs_one_retry_then_clear_errors_a
     async def scenario() -> None:
         async with engine_on(model) as engine:
             assert isinstance(engine._graph.executor._runner, GpuRunner) == launches_ahead
-            expected = await all_tokens(engine)
+            expected = await tokens_of_all(engine, NUM_STREAMS)
             served: Any = engine._graph.executor._runner.device.model
             compute = served.compute_logits
             spoil(engine, lambda num_rows: slice(0, num_rows))
@@ -165,7 +146,7 @@ def test_f_15_a_model_that_computes_only_nan_costs_one_retry_then_clear_errors_a
             assert (stats.num_numerics_losses, stats.actor_restarts["executor"]) == (1, 1)
             assert stats.num_quarantined == 0
             served.compute_logits = compute
-            assert await all_tokens(engine) == expected
+            assert await tokens_of_all(engine, NUM_STREAMS) == expected
 
     run(scenario())
 
@@ -175,21 +156,20 @@ def test_f_15_an_executor_that_computes_only_nan_is_replaced_by_another_process_
 ) -> None:
     async def scenario() -> None:
         async with engine_on(model, in_process=False) as engine:
-            expected = await all_tokens(engine)
+            expected = await tokens_of_all(engine, NUM_STREAMS)
             (executor,) = named("executor 0")
 
             def sicken() -> None:
                 sick.with_suffix(".new").write_text(str(executor.pid))
                 sick.with_suffix(".new").rename(sick)
 
-            streams = asyncio.gather(*(tokens_of(engine, index, sicken) for index in range(NUM_STREAMS)))
-            assert await streams == expected
+            assert await tokens_of_all(engine, NUM_STREAMS, sicken) == expected
             await asyncio.to_thread(executor.wait)
             while engine.stats().num_numerics_losses != 1:  # told a few times a second
                 await asyncio.sleep(0.01)
             assert engine.stats().actor_restarts["executor"] == 1
             assert engine.stats().num_quarantined == 0
-            assert await all_tokens(engine) == expected
+            assert await tokens_of_all(engine, NUM_STREAMS) == expected
 
     run(scenario())
 

@@ -8,8 +8,8 @@ import pytest
 
 from octavo.actors.runtime.curve import make_keys
 from octavo.gateway.flag_parser import Parser
-from octavo.gateway.node import node_settings
 from octavo.gateway.node_flags import add_node_flags
+from octavo.gateway.node_settings import node_settings
 from octavo.gateway.ray_nodes import _node_command, _num_gpus
 
 FLAGS = ["--join=tcp://10.0.0.1:7000", "--keys=keys", f"--server-key={make_keys().public}", "--slots=2", "--offline"]

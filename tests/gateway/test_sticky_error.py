@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engines import engine_on, save_servable
+from engines import engine_on, save_servable, tokens_of_all
+from nursery_hooks import run_first
 from process_family import named
-
-from octavo import Engine
-from octavo.messages.sampling import SamplingParams
 
 PATIENCE_S = 240.0
 NUM_STREAMS = 8
@@ -41,37 +38,25 @@ if any(part.endswith("runtime.nursery") for part in sys.orig_argv):
 as all calls do after a sticky error."""
 
 
-async def tokens_of(engine: Engine, index: int, on_token: Callable[[], None] = lambda: None) -> list[int]:
-    params = SamplingParams(temperature=0.8, seed=index, max_tokens=60, ignore_eos=True)
-    tokens: list[int] = []
-    async for delta in engine.stream(list(range(10 + index, 30 + index)), params):
-        tokens += delta.token_ids
-        on_token()
-    return tokens
-
-
 def test_f_12_a_process_whose_device_is_broken_for_good_is_replaced_and_streams_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hook, model, broken = tmp_path / "hook", tmp_path / "model", tmp_path / "broken"
-    hook.mkdir()
+    model, broken = tmp_path / "model", tmp_path / "broken"
     model.mkdir()
-    (hook / "sitecustomize.py").write_text(BREAKS)
-    monkeypatch.syspath_prepend(str(hook))  # the nursery looks where this process looks
+    run_first(BREAKS, tmp_path / "hook", monkeypatch)
     monkeypatch.setenv("BROKEN", str(broken))
     save_servable("llama", model)
 
     async def scenario() -> None:
         async with engine_on(model, in_process=False) as engine:
-            expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS)))
+            expected = await tokens_of_all(engine, NUM_STREAMS)
             (executor,) = named("executor 0")
 
             def break_executor() -> None:
                 broken.with_suffix(".new").write_text(str(executor.pid))
                 broken.with_suffix(".new").rename(broken)
 
-            streams = asyncio.gather(*(tokens_of(engine, index, break_executor) for index in range(NUM_STREAMS)))
-            assert await streams == expected
+            assert await tokens_of_all(engine, NUM_STREAMS, break_executor) == expected
             await asyncio.to_thread(executor.wait)
             # A new epoch in the old process first, which cannot even begin it; then another process.
             assert engine.stats().actor_restarts["executor"] == 2

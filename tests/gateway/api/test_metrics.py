@@ -85,6 +85,20 @@ def test_restarts_requeues_drops_and_quarantines_are_told_each_by_its_kind() -> 
     }
 
 
+def test_what_engines_accepted_is_told_with_what_became_of_it() -> None:
+    engine = CountingEngine(num_accepted=20, num_completed=9, num_failed=1, num_cancelled=2, num_lost=3, num_running=5)
+    told = lines_of(engine, "octavo:engine_requests_total")
+    assert told == {
+        'event="accepted"': 20.0,
+        'event="finished"': 9.0,
+        'event="failed"': 1.0,
+        'event="cancelled"': 2.0,
+        'event="lost"': 3.0,
+    }
+    (num_running,) = lines_of(engine, "vllm:num_requests_running").values()
+    assert told.pop('event="accepted"') == sum(told.values()) + num_running
+
+
 def test_no_fact_is_told_under_two_names_but_for_vllm_s_older_ones() -> None:
     async def run() -> str:
         async with serving(CountingEngine(num_dropped_messages=4711, actor_restarts={"executor": 4712})) as client:
