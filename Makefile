@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 BRINGS_TRITON := $(BIN)/python -c \
   'import sys; from importlib import metadata; sys.exit("triton" not in " ".join(metadata.requires("torch")))'
 
-.PHONY: install serve test lint fuzz bench clean
+.PHONY: install serve test lint fuzz soak bench clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,10 @@ test: lint
 # Run by .ci/run after `test`: eight to ten minutes on two cores.
 fuzz: install
 	$(BIN)/octavo sim fuzz --seeds 100000 --jobs 2
+
+# Likewise: four minutes of clients, faults and disconnects, after which nothing may be held that was not before.
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m octavo.gateway.soak --for 3m --warm-up 1m
 
 bench: install
 	$(BIN)/octavo bench offline
