@@ -47,12 +47,14 @@ test: lint
 fuzz: install
 	$(BIN)/octavo sim fuzz --seeds 100000 --jobs 2
 
-# Likewise: four minutes of clients, faults and disconnects, after which nothing may be held that was not before.
+# Likewise: four minutes of clients, faults and disconnects, after which nothing may be held that was not before. What the
+# faults log is shown only if it fails.
 soak: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m octavo.gateway.soak --for 3m --warm-up 1m
+	OMP_NUM_THREADS=1 $(BIN)/python -m octavo.gateway.soak --for 3m --warm-up 1m 2>.soak.log || { \
+	  tail -n 20 .soak.log | cut -c 1-2000; exit 1; }
 
 bench: install
 	$(BIN)/octavo bench offline
 
 clean:
-	rm -rf $(VENV) .view build *.egg-info
+	rm -rf $(VENV) .view .soak.log build *.egg-info
