@@ -95,9 +95,7 @@ def test_f_31_a_poison_request_is_found_refused_and_remembered_and_the_others_lo
         async with engine_on(model, in_process=False) as engine:
             expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_BESIDE)))
             assert engine.stats().actor_restarts["executor"] == 0
-            *got, why = await asyncio.gather(
-                *(tokens_of(engine, index) for index in range(NUM_BESIDE)), poison(engine)
-            )
+            *got, why = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_BESIDE)), poison(engine))
             assert got == expected
             assert "times in a row" in why
             num_restarts = engine.stats().actor_restarts["executor"]
