@@ -77,15 +77,7 @@ class Supervision:
     ) -> None:
         self._on_change_of_replica = on_change
         self._on_give_up_of_replica = on_give_up
-        self.port = _make_port(footing.incarnation, nodes, footing.tcp)
-        try:
-            self.port.bind(endpoint_of(run_dir, EDGE, footing.incarnation))
-            if nodes is not None:
-                nodes = msgspec.structs.replace(nodes, listen=self.port.bind(nodes.listen))
-                log.info("nodes.listening", endpoint=nodes.listen)
-        except BaseException:
-            self.port.close()
-            raise
+        self.port, nodes = _open_port(run_dir, footing, nodes)
         self._failed_because = ""
         loop = asyncio.get_running_loop()
         self._carrier = AsyncioPort(loop, self.port, self._take, log_link_event, on_failure=self._fail)
@@ -285,6 +277,20 @@ def _engine_names(config: EngineConfig) -> list[str]:
     if config.data_parallel_size == 1:
         return ["engine"]
     return [f"engine {index}" for index in range(config.data_parallel_size)]
+
+
+def _open_port(run_dir: str, footing: Footing, nodes: NodesConfig | None) -> tuple[Port, NodesConfig | None]:
+    """Edge 0's port, listening, and where other hosts find it."""
+    port = _make_port(footing.incarnation, nodes, footing.tcp)
+    try:
+        port.bind(endpoint_of(run_dir, EDGE, footing.incarnation))
+        if nodes is not None:
+            nodes = msgspec.structs.replace(nodes, listen=port.bind(nodes.listen))
+            log.info("nodes.listening", endpoint=nodes.listen)
+    except BaseException:
+        port.close()
+        raise
+    return port, nodes
 
 
 def _make_port(incarnation: int, nodes: NodesConfig | None, tcp: TcpSettings | None) -> Port:

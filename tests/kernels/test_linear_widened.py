@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from c_library import needs_c
 
 from octavo.kernels import linear_widened as module
@@ -97,6 +98,21 @@ def test_inputs_in_another_order_mean_the_same_products() -> None:
     )
     x = torch.randn(40, 128, generator=generator(4)).bfloat16()
     assert torch.equal(linear_widened(x, ordered), linear_widened(x[:, order], plain))
+
+
+@needs_c
+def test_parts_are_multiplied_as_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WIDENED_AT_ONCE", 16)
+    weight = random_weight(37, 256, bits=8, group_size=32, factors="symmetric")
+    x = torch.randn(40, 256, generator=generator(6)).bfloat16()
+    parts: list[torch.Tensor] = []
+
+    def doubled(x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        parts.append(part.clone())
+        return 2 * F.linear(x, part)
+
+    assert torch.equal(linear_widened(x, weight, doubled), 2 * linear_widened(x, weight))
+    assert torch.equal(torch.cat(parts), weight.dequantize().bfloat16())
 
 
 @needs_c

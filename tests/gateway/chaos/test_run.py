@@ -145,6 +145,21 @@ def test_clients_that_hear_nothing_any_more_fail_the_run() -> None:
     assert any("heard nothing" in problem for problem in report.problems)
 
 
+def test_who_has_recovered_by_the_last_moment_counts_though_nobody_had_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    async def slow_at_first(injector: ScriptedInjector) -> bool:
+        looks.append(len(injector.hit))
+        if looks.count(2) == 1 and looks[-1] == 2:
+            await asyncio.sleep(60)  # until it is given up
+        return True
+
+    monkeypatch.setattr(ScriptedInjector, "has_recovered", slow_at_first)
+    report, _ = run_against(FakeEngine(), lambda: None, give_up_s=1.0)
+    assert report.is_passed and report.problems == [] and report.num_faults == 5
+    assert looks.count(2) == 2
+
+
 def test_a_fault_that_hits_nobody_fails_the_run() -> None:
     def miss() -> None:
         raise FaultNotDeliveredError("nobody there")
