@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from engines import engine_on, save_servable
+from engines import Logprobs, engine_on, save_servable
 from process_family import living, title, until
 
 from octavo import Engine
@@ -54,11 +54,11 @@ async def answers(engine: Engine, on_token: Callable[[int], None] = lambda count
         params = params_of(index)
         tokens: list[list[int]] = [[] for _ in range(params.n)]
         texts = ["" for _ in range(params.n)]
-        logprobs: list[list[float]] = [[] for _ in range(params.n)]
+        logprobs = [Logprobs() for _ in range(params.n)]
         async for delta in engine.stream(list(range(10 + index, 30 + index)), params):
             tokens[delta.index] += delta.token_ids
             texts[delta.index] += delta.text
-            logprobs[delta.index] += [round(entry.logprob, 3) for entry in delta.logprobs]
+            logprobs[delta.index] += [entry.logprob for entry in delta.logprobs]
             count += len(delta.token_ids)
             on_token(count)
         return [tokens, texts, logprobs]
@@ -120,6 +120,22 @@ def test_whoever_is_killed_or_hangs_every_stream_goes_on_with_its_own_tokens(mod
             check_accounts(engine)
             assert engine.stats().num_lost > 0
         assert psutil.Process().children(recursive=True) == []
+
+    run(scenario())
+
+
+def test_deterministic_streams_go_on_with_the_same_bits_in_bfloat16(model: Path) -> None:
+    def bits(streams: list[list[Any]]) -> list[list[Any]]:
+        return [[tokens, texts, [list(sequence) for sequence in logprobs]] for tokens, texts, logprobs in streams]
+
+    async def scenario() -> None:
+        async with engine_on(model, in_process=False, dtype="bfloat16", deterministic=True) as engine:
+            expected = bits(await answers(engine))
+            for name, after in (("executor 0", 40), ("engine", 150), ("executor 0", 250)):
+                victim = await living(name)
+                assert bits(await disturbed(engine, after, victim.kill)) == expected, name
+                await living(name, other_than=victim.pid)
+                await until(lambda: engine.is_ready)
 
     run(scenario())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import engine_on, save_servable
+from engines import Logprobs, engine_on, save_servable
 from process_family import living, until
 
 from octavo import Engine
@@ -68,7 +68,7 @@ def params_of(index: int) -> SamplingParams:
 async def answer(engine: Engine, index: int) -> list[Any]:
     output = await engine.generate(list(range(10 + index, 30 + index)), params_of(index))
     return [
-        (sequence.token_ids, sequence.text, [round(entry.logprob, 3) for entry in sequence.logprobs or ()])
+        (sequence.token_ids, sequence.text, Logprobs(entry.logprob for entry in sequence.logprobs or ()))
         for sequence in output.outputs
     ]
 
