@@ -133,7 +133,7 @@ def _add_peers(parser: Parser) -> None:
         nargs="*",
         metavar="ENGINE",
         help=f"measure beside these, or beside all that are installed: {', '.join(PEERS)}; "
-        "octavo-deterministic; module:Class for your own",
+        "octavo-deterministic, octavo-not-deterministic; module:Class for your own",
     )
     group.add_argument("--peer-gguf", metavar="FILE", help="the same model as GGUF, for peers that read nothing else")
     group.add_argument("--peer-openvino", metavar="FOLDER", help="the same model as an OpenVINO IR")

@@ -45,7 +45,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         dtype: of weights and KV; `auto` takes the checkpoint's (float32 where the CPU is slower otherwise).
         model_impl: `auto` prefers our own implementation, `transformers` never uses it.
         quantization: `int8` or `int4` quantises floating weights at load; `auto` takes them as they are stored.
-        deterministic: a row's logits are the same bits alone and in any batch, for native implementations.
+        deterministic: a row's logits are the same bits alone and in any batch, for native implementations; None: where
+            that costs nothing (`Engine.is_deterministic` says whether it does).
         kv_cache_dtype: of keys and values; `int8` and `fp8` halve them, at a small error.
         cpu_affinity: `auto` binds each computing thread to a core unless that would do harm; `off`; or cores, `0-3,8`,
             shared out evenly among the ranks and replicas on this host.
@@ -123,7 +124,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     journal: str | None = None
     journal_prompts: bool = False
     quantization: Literal["auto", "int8", "int4"] = "auto"
-    deterministic: bool = False
+    deterministic: bool | None = None
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "int8", "fp8"] = "auto"
     cpu_affinity: str = "auto"
     in_process: bool = True

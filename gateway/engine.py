@@ -55,6 +55,7 @@ class Engine:
 
     Attributes:
         request_defaults: what a request takes that names no parameters, once the engine is started.
+        is_deterministic: a request's logits are the same bits alone and in any batch, once the engine is started.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Engine:
         self.dtype = ""
         self.model_folder = ""
         self.load_seconds = 0.0
+        self.is_deterministic = False
         self.kv_cache_bytes = 0
         self._clock = MonotonicClock()
         self._is_open = False
@@ -159,6 +161,7 @@ class Engine:
         self.vocab_size = facts.vocab_size
         self.dtype = facts.dtype
         self.load_seconds = facts.load_seconds
+        self.is_deterministic = facts.is_deterministic
         self.kv_cache_bytes = facts.kv_cache_bytes
         self.scheduler_config = scheduler_config(self.config, facts)
         self.request_defaults = request_defaults(

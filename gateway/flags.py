@@ -43,9 +43,9 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--deterministic",
-        action="store_true",
-        help="a request's logits are the same bits alone and in any batch (what that costs here is measured by "
-        "octavo bench offline --peers octavo-deterministic)",
+        action=argparse.BooleanOptionalAction,
+        help="a request's logits are the same bits alone and in any batch; default: where that costs nothing (what it "
+        "costs here is measured by octavo bench offline --peers octavo-deterministic octavo-not-deterministic)",
     )
     group.add_argument(
         "--load-format",

@@ -40,6 +40,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
         kv_cache_bytes: their size.
         dtype: of weights and KV.
         load_seconds: it took to load the weights.
+        is_deterministic: a row's logits are the same bits alone and in any batch.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int
     dtype: str
     load_seconds: float
+    is_deterministic: bool = False
 
 
 class Graph(Protocol):

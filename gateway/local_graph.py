@@ -137,6 +137,7 @@ class LocalGraph:
             kv_cache_bytes=device.kv_cache_bytes,
             dtype=str(device.model.dtype).removeprefix("torch."),
             load_seconds=device.load_seconds,
+            is_deterministic=device.is_deterministic,
         )
         graph = cls(config, executor, facts, tokenizer, tap)
         runtimes.append(graph._runtime)

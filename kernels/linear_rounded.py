@@ -66,24 +66,29 @@ def multiplies_whole_numbers() -> bool:
     return kernels is not None and kernels.octavo_rounded_size(_GROUP, _PANEL) > 0
 
 
-def round_weight(weight: torch.Tensor) -> RoundedWeight | None:
-    """`weight` rounded; None where it is to be multiplied in floats: by its dtype and sizes, and what the CPU has.
+def round_weight(*parts: torch.Tensor) -> RoundedWeight | None:
+    """A matrix rounded; None where it is to be multiplied in floats: by its dtype and sizes, and what the CPU has.
 
     Args:
-        weight: `[out_features, in_features]`.
+        parts: each `[some of out_features, in_features]`, behind each other; they are read where they lie.
     """
     kernels = _kernels()
-    if kernels is None or weight.dtype is not torch.bfloat16 or weight.device.type != "cpu":
+    if kernels is None or any(part.dtype is not torch.bfloat16 or part.device.type != "cpu" for part in parts):
         return None
-    num_rows, num_inputs = weight.shape
+    if any(part.shape[0] % _PANEL for part in parts[:-1]):
+        parts = (torch.cat(parts),)
+    num_rows, num_inputs = sum(part.shape[0] for part in parts), parts[0].shape[1]
     size: int = kernels.octavo_rounded_size(num_inputs, num_rows)
     if size == 0:
         return None
-    weight = weight.contiguous()
     memory = huge_pages.empty((size,), torch.int16)
-    kernels.octavo_round_weights(
-        *(weight.data_ptr(), memory.data_ptr(), num_inputs, num_rows, torch.get_num_threads()),
-    )
+    first = 0
+    for part in map(torch.Tensor.contiguous, parts):
+        kernels.octavo_round_weights(
+            *(part.data_ptr(), memory.data_ptr(), num_inputs, num_rows, first, part.shape[0]),
+            torch.get_num_threads(),
+        )
+        first += part.shape[0]
     huge_pages.merge_pages(memory)
     return RoundedWeight(memory, (num_rows, num_inputs))
 
@@ -121,6 +126,6 @@ def linear_rounded(x: torch.Tensor, weight: RoundedWeight) -> torch.Tensor:
 
 _kernels = cpu_build.declared(
     octavo_rounded_size=(SIZE, SIZE, SIZE),
-    octavo_round_weights=(None, POINTER, POINTER, SIZE, SIZE, CODE),
+    octavo_round_weights=(None, POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, CODE),
     octavo_linear_rounded=(CODE, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, CODE),
 )

@@ -13,6 +13,7 @@ class ExecutorLoaded(Message, frozen=True):
     Attributes:
         child, incarnation: which executor process.
         vocab_size, max_model_len, num_blocks, kv_cache_bytes, dtype, load_seconds: of the model and the KV cache.
+        is_deterministic: a row's logits are the same bits alone and in any batch.
     """
 
     child: str
@@ -23,6 +24,7 @@ class ExecutorLoaded(Message, frozen=True):
     kv_cache_bytes: int
     dtype: str
     load_seconds: float
+    is_deterministic: bool = False
 
 
 class LoadFailed(Message, frozen=True):
@@ -85,24 +87,29 @@ class RememberQuarantined(Message, frozen=True):
 
 
 class EngineStuck(Message, frozen=True):
-    """Other edge -> edge 0: this incarnation of an engine takes no more messages; only a new one can help."""
+    """Other edge -> edge 0: this incarnation of an engine takes no more messages; only a new one can help.
+
+    Said again with every beat until there is a new one.
+    """
 
     name: str
     incarnation: int
 
 
 class EngineFailed(Message, frozen=True):
-    """Engine -> edge, its last word: scheduler or KV allocator raised at a message about one request of the edge's.
+    """Engine -> edge, its last word: scheduler or KV allocator raised at a message about requests of the edge's.
 
     Attributes:
         incarnation: of the engine.
-        request_id: what the message was about.
+        request_id: at which; -1 if the message was about several, and nothing tells which of them it was.
         why: type and text of the exception.
+        suspects: the edge's requests among those several.
     """
 
     incarnation: int
     request_id: RequestId
     why: str
+    suspects: tuple[RequestId, ...] = ()
 
 
 class EdgeShed(Message, frozen=True):

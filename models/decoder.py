@@ -89,6 +89,9 @@ class Decoder(ABC):
     take_gain: TakeGain = staticmethod(take_gain)
     """How a norm's factor is read."""
 
+    is_deterministic = False
+    """A row's logits are the same bits alone and in any batch: see `deterministic.make_deterministic`."""
+
     def __init__(
         self,
         folder: Path,

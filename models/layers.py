@@ -12,8 +12,10 @@ import torch.nn.functional as F
 
 from ..kernels import linear_dense as dense_kernels
 from ..kernels import linear_deterministic as deterministic_kernels
+from ..kernels.fp8_weight import Fp8Weight
 from ..kernels.gated_activation import GatedActivation, gelu_tanh_and_mul, silu_and_mul
 from ..kernels.linear_dense import linear_dense, linear_dense_quick
+from ..kernels.linear_fp8 import linear_fp8
 from ..kernels.linear_packed import FEW_ROWS, PackedWeight, linear_packed
 from ..kernels.linear_quantized import linear_quantized
 from ..kernels.linear_rounded import RoundedWeight, linear_rounded, multiplies_whole_numbers
@@ -39,6 +41,7 @@ class WeightKind(Enum):
     PACKED = auto()
     ROUNDED = auto()
     QUANTIZED = auto()
+    FP8 = auto()
 
 
 def weight_kinds(weights: Iterable[LinearWeight], dtype: torch.dtype) -> frozenset[WeightKind]:
@@ -51,6 +54,8 @@ def weight_kinds(weights: Iterable[LinearWeight], dtype: torch.dtype) -> frozens
             kinds.add(WeightKind.DENSE if weight.dtype is dtype else WeightKind.OTHER_DTYPE)
         elif isinstance(weight, PackedWeight):
             kinds.add(WeightKind.PACKED)
+        elif isinstance(weight, Fp8Weight):
+            kinds.add(WeightKind.FP8)
         else:
             kinds.add(WeightKind.ROUNDED if isinstance(weight, RoundedWeight) else WeightKind.QUANTIZED)
     return frozenset(kinds)
@@ -85,6 +90,8 @@ class Linear:
                 out = linear_packed(x, weight)
             case RoundedWeight():
                 out = linear_rounded(x, weight)
+            case Fp8Weight():
+                out = linear_fp8(x, weight, quick=self.quick)
             case _ if self._widens(x.shape[0]):
                 out = linear_widened(x, weight, lambda x, part: self.dense(x, part, None))
             case _:
@@ -108,6 +115,8 @@ class Linear:
                 return not self._widens(num_rows)
             case WeightKind.ROUNDED:
                 return True
+            case WeightKind.FP8:
+                return False
             case WeightKind.PACKED:
                 return self.packs and num_rows <= FEW_ROWS
             case _:
@@ -157,13 +166,18 @@ def cpu_multiplies_in(dtype: torch.dtype) -> bool:
             return True
 
 
+def rounds_weights(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a model multiplies quickest by matrices that are rounded to whole numbers as they are read."""
+    return device.type == "cpu" and dtype is torch.bfloat16 and multiplies_whole_numbers() and not _has_tiles()
+
+
 def linear_for(dtype: torch.dtype, device: torch.device) -> Linear:
     """The quickest `F.linear` for weights of `dtype` on `device`."""
     if device.type not in ("cpu", "cuda"):
         return Linear(F.linear, quick=True)
     if device.type == "cuda":
         return Linear(linear_dense, quick=True)
-    if dtype is torch.bfloat16 and multiplies_whole_numbers() and not _has_tiles():
+    if rounds_weights(dtype, device):
         return Linear(linear_dense_quick, quick=True, widens_from=_ROWS_TO_WIDEN_IN_WHOLE if _torch_has_avx512() else 0)
     if not cpu_multiplies_in(dtype) or (dtype is torch.float32 and not _torch_has_avx512()):
         return Linear(linear_dense_quick, quick=True)

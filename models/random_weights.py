@@ -26,11 +26,14 @@ class RandomWeights:
 
     Attributes:
         quantized_to: what linear layers' weights are quantised to, as floating ones of a checkpoint would be; or
-            "mxfp4", in which a mixture's experts alone are stored.
+            "mxfp4", in which a mixture's experts alone are stored; or "fp8", where a GPU multiplies that.
+        by_block, static_inputs: of fp8: scales are of blocks; inputs have one scale for all.
     """
 
     seed: int = 0
-    quantized_to: Literal["int8", "int4", "mxfp4"] | None = None
+    quantized_to: Literal["int8", "int4", "mxfp4", "fp8"] | None = None
+    by_block: bool = False
+    static_inputs: bool = False
 
 
 class RandomReader(WeightReader):
@@ -63,6 +66,9 @@ class RandomReader(WeightReader):
 
     def _placed(self, parts: list[torch.Tensor], *, is_matrix: bool = False) -> torch.Tensor:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _release(self, floating: torch.Tensor) -> None:
+        """See `WeightReader._release`; there is no file whose pages it would be."""
 
     def _made(self, name: str, shape: Sequence[int], part: Part) -> torch.Tensor:
         """The tensor, or the part of it: made whole and cut, as the numbers must not depend on who asks."""

@@ -9,7 +9,7 @@ import torch
 
 from ..kernels import cpu_build
 from .decoder import Decoder
-from .deterministic import make_deterministic
+from .deterministic import costs_nothing, make_deterministic
 from .errors import ModelNotFoundError, QuantizedModelError, UnsupportedModelError
 from .gemma import GemmaForCausalLM
 from .gguf.config import read_config
@@ -166,7 +166,7 @@ def dummy_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
 
 
 def _random_weights(config: Any, folder: Path, quantization: Quantization, *, native: bool) -> RandomWeights:
-    """Asks for random weights where they can be had; a checkpoint's own quantisation is left aside, but for MXFP4.
+    """Asks for random weights where they can be had; of a checkpoint's own quantisations MXFP4 and fp8 are kept to.
 
     Raises:
         UnsupportedModelError: they cannot.
@@ -176,8 +176,22 @@ def _random_weights(config: Any, folder: Path, quantization: Quantization, *, na
         raise UnsupportedModelError(f"--load-format dummy: {why_not}")
     if quantization != "auto":
         return RandomWeights(quantized_to=quantization)
+    scheme = _stated_fp8(config, folder)
+    if scheme is not None:
+        return RandomWeights(quantized_to="fp8", by_block=scheme.group_size > 0, static_inputs=scheme.static_inputs)
     is_mxfp4 = config.model_type == "gpt_oss" and _stated_method(config) == "mxfp4"
     return RandomWeights(quantized_to="mxfp4" if is_mxfp4 else None)
+
+
+def _stated_fp8(config: Any, folder: Path) -> Scheme | None:
+    """The scheme of a checkpoint in fp8; None for others, and for those that cannot be read."""
+    if _stated_method(config) not in ("fp8", "compressed-tensors"):
+        return None
+    try:
+        scheme = read_scheme(folder)
+    except QuantizedModelError:
+        return None
+    return scheme if scheme is not None and scheme.method == "fp8" else None
 
 
 def _why_none_random(folder: Path, *, native: bool) -> str:
@@ -220,7 +234,7 @@ def load_model(
     device: str = "cpu",
     max_model_len: int | None = None,
     quantization: Quantization = "auto",
-    deterministic: bool = False,
+    deterministic: bool | None = None,
     group: ParallelGroup | None = None,
     load_format: LoadFormat = "auto",
 ) -> CausalLM:
@@ -234,7 +248,8 @@ def load_model(
         device: where the weights go.
         max_model_len: longest context that will be served; None takes the checkpoint's.
         quantization: `int8` or `int4` quantises floating weights at load; `auto` takes them as they are stored.
-        deterministic: a row's logits are the same bits alone and in any batch; native implementations only.
+        deterministic: a row's logits are the same bits alone and in any batch; native implementations only. None:
+            where that costs nothing.
         group: the ranks that serve the model together, each its part; None: this process alone.
         load_format: `dummy` makes random weights on the device, from config.json alone, and quantises them where that
             was asked for; native implementations only.
@@ -294,7 +309,7 @@ def _load_native(
     device: torch.device,
     max_model_len: int | None,
     weights_are: WeightsAre,
-    deterministic: bool,
+    deterministic: bool | None,
     group: ParallelGroup | None,
     may_fall_back: bool,
 ) -> CausalLM | None:
@@ -320,7 +335,7 @@ def _load_native(
         if may_fall_back:
             return None
         raise UnsupportedModelError(f"{folder} cannot be served natively: {error}") from error
-    if deterministic:
+    if deterministic or (deterministic is None and costs_nothing(model)):
         return make_deterministic(model)
     model.pack()
     return model
@@ -338,7 +353,7 @@ def _configuration(folder: Path, model_impl: ModelImpl, *, trust_remote_code: bo
 
 
 def _check_needs_no_native(
-    config: Any, folder: Path, *, must_be_native: bool, deterministic: bool, is_parallel: bool
+    config: Any, folder: Path, *, must_be_native: bool, deterministic: bool | None, is_parallel: bool
 ) -> None:
     """Refuse what was asked for and cannot be had of a model that is served through `transformers`."""
     if deterministic:

@@ -42,7 +42,7 @@ class Vocabulary:
             assert self.embedding is not None
             self.head = reader.tied_head(self.embedding, rows)
         elif group.is_last_stage:
-            head = reader.take_linear(_HEAD, *shape, rows=rows)
+            head = reader.take_linear(_HEAD, *shape, rows=rows, is_compared=tied)
             if tied:
                 reader.settle()  # they are compared
             is_same = (

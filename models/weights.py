@@ -16,10 +16,12 @@ from safetensors import SafetensorError, safe_open
 from ..kernels import cpu_build
 from ..kernels.expert_codes import ExpertCodes
 from ..kernels.huge_pages import place, release_file_pages
-from ..kernels.quantized_weight import LinearWeight, QuantizedWeight, concatenate
+from ..kernels.linear_rounded import round_weight
+from ..kernels.quantized_weight import LinearWeight, WeightPart, concatenate
 from .device_loading import CudaStagingMaker, DeviceLoader
 from .errors import WeightsError
 from .gguf.reader import is_gguf
+from .layers import rounds_weights
 from .stored_tensors import FileRange, byte_ranges
 
 _INDEX = "model.safetensors.index.json"
@@ -115,6 +117,7 @@ class WeightReader:
         self._mismatched: list[str] = []
         self._problems: list[str] = []
         self._loader = loader_for(device)
+        self._rounds = rounds_weights(dtype, device)
         self._ranges: dict[str, FileRange] = {}
         for path in weight_files(folder) if files is None else files:
             try:
@@ -167,9 +170,18 @@ class WeightReader:
             ]
         )
 
-    def take_linear(self, name: str, *shape: int, rows: slice = ALL, columns: slice = ALL) -> LinearWeight:
-        """The matrix of a linear layer, or some of its outputs or inputs: as `take` gives it, or quantised."""
-        return self.take_fused_linear((name,), (shape,), (rows,), columns)
+    def take_linear(
+        self, name: str, *shape: int, rows: slice = ALL, columns: slice = ALL, is_compared: bool = False
+    ) -> LinearWeight:
+        """The matrix of a linear layer, or some of its outputs or inputs: as it is multiplied by.
+
+        Args:
+            is_compared: where it is floating, it is to be a tensor of the numbers that are stored.
+        """
+        part = self._read_linear(name, (shape[0], shape[1]), (rows, columns))
+        if not isinstance(part, torch.Tensor):
+            return part
+        return self._placed([part], is_matrix=True) if is_compared else self._laid_out([part])
 
     def take_fused_linear(
         self,
@@ -185,7 +197,7 @@ class WeightReader:
         ]
         floating = [part for part in parts if isinstance(part, torch.Tensor)]
         if len(floating) == len(parts):
-            return self._placed(floating, is_matrix=True)
+            return self._laid_out(floating)
         return concatenate(
             [self._placed([part], is_matrix=True) if isinstance(part, torch.Tensor) else part for part in parts]
         )
@@ -227,9 +239,13 @@ class WeightReader:
         """
         return None
 
-    def tied_head(self, embedding: torch.Tensor, rows: slice = ALL) -> torch.Tensor | QuantizedWeight:
-        """The output projection that shares its weights with the token embedding, of which `rows` were taken."""
-        return embedding
+    def tied_head(self, embedding: torch.Tensor, rows: slice = ALL) -> LinearWeight:
+        """The output projection that shares its weights with the token embedding, of which `rows` were taken.
+
+        Where matrices are rounded it is a copy: an embedding is what is stored, and the projection is most of a small
+        model's step.
+        """
+        return (round_weight(embedding) if self._rounds else None) or embedding
 
     def settle(self) -> None:
         """Wait for the contents of what was taken so far.
@@ -269,9 +285,7 @@ class WeightReader:
             )
         self.settle()
 
-    def _read_linear(
-        self, name: str, shape: tuple[int, int], part: Part = (ALL, ALL)
-    ) -> torch.Tensor | QuantizedWeight:
+    def _read_linear(self, name: str, shape: tuple[int, int], part: Part = (ALL, ALL)) -> WeightPart:
         """One matrix, quantised or as it was read."""
         return self._read(name, shape, part)
 
@@ -283,7 +297,20 @@ class WeightReader:
 
     def _made_linear(self, name: str, parts: list[torch.Tensor]) -> LinearWeight:
         """A linear layer's matrix of floating parts behind each other."""
-        return self._placed(parts, is_matrix=True)
+        return self._laid_out(parts)
+
+    def _laid_out(self, parts: list[torch.Tensor]) -> LinearWeight:
+        """The same, rounded to whole numbers where the CPU multiplies by those: read once, where they lie."""
+        rounded = round_weight(*(part.to(self.dtype) for part in parts)) if self._rounds else None
+        if rounded is None:
+            return self._placed(parts, is_matrix=True)
+        for part in parts:
+            self._release(part)
+        return rounded
+
+    def _release(self, floating: torch.Tensor) -> None:
+        """Done with what was read."""
+        release_file_pages(floating)
 
     def _placed(self, parts: list[torch.Tensor], *, is_matrix: bool = False) -> torch.Tensor:
         """What was read, behind each other, in memory of our own; of a file that is mapped no page stays resident.
@@ -299,7 +326,7 @@ class WeightReader:
             return self._loader.place(parts, dtype, self.device)
         placed = place(parts, dtype).to(self.device)
         for part in parts:
-            release_file_pages(part)
+            self._release(part)
         return placed
 
     def _read(self, name: str, shape: tuple[int, ...], part: Part = (ALL,)) -> torch.Tensor:

@@ -30,7 +30,7 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
         num_threads: to compute with; None takes the physical cores of one NUMA node, or what a quota is worth.
         trust_remote_code: run code that the checkpoint brings.
         quantization: `int8` or `int4` quantises floating weights at load; `auto` takes them as they are stored.
-        deterministic: a row's logits are the same bits alone and in any batch.
+        deterministic: a row's logits are the same bits alone and in any batch; None: where that costs nothing.
         kv_cache_dtype: `auto` keeps keys and values in the model's dtype; `int8` and `fp8` (e4m3) with a scale for each
             token and head.
         cpu_affinity: `auto` binds each thread to a core of its own unless that would do harm, `off` never; or the
@@ -64,7 +64,7 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int | None = None
     trust_remote_code: bool = False
     quantization: Literal["auto", "int8", "int4"] = "auto"
-    deterministic: bool = False
+    deterministic: bool | None = None
     kv_cache_dtype: KVCacheDtype = "auto"
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1

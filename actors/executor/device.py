@@ -104,6 +104,7 @@ class Device:
     Args:
         config: what to load and how much to hold.
         group: the ranks that serve the model together; None: this process alone.
+        on_placed: is called with what will be computed on, and the number of ranks on this host, before loading.
         on_loaded: is called when the weights are there, before anything is computed.
     """
 
@@ -112,6 +113,7 @@ class Device:
         config: ExecutorConfig,
         group: ParallelGroup | None = None,
         *,
+        on_placed: Callable[[torch.device, int], object] = lambda _where, _num_ranks: None,
         on_loaded: Callable[[], object] = lambda: None,
     ) -> None:
         self.group = group or alone()
@@ -122,6 +124,7 @@ class Device:
         started = time.monotonic()
         gpu = config.gpu if config.gpu is not None or ranks == 1 else place[0]
         where = resolve_device(config.device, gpu)
+        on_placed(where, ranks)
         before = memory_now(where) if where.type == "cuda" else None
         try:
             with self._affinity.near_memory():
@@ -148,9 +151,14 @@ class Device:
         self.plan = self._plan(config)
         self.reset()
 
+    @property
+    def is_deterministic(self) -> bool:
+        """A row's logits are the same bits alone and in any batch: as asked, or as costs nothing."""
+        return bool(getattr(self.model, "is_deterministic", False))
+
     def bind_threads(self) -> None:
         """Bind the calling thread and its workers to their cores; to be called once, on the thread that will step."""
-        self._affinity.apply()
+        self._affinity.apply(computes=self.model.device.type == "cpu")
 
     def _share_out(self, config: ExecutorConfig, before: ExecutorMemory) -> GpuMemoryPlan:
         """Measure the largest step on the GPU and give the KV cache what is left.

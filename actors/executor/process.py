@@ -122,6 +122,7 @@ class _ExecutorProcess:
                     kv_cache_bytes=facts.kv_cache_bytes,
                     dtype=facts.dtype,
                     load_seconds=facts.load_seconds,
+                    is_deterministic=facts.is_deterministic,
                 ),
             )
             port.send(EDGE, ExecutorReady(spec.epoch))

@@ -24,6 +24,7 @@ class ExecutorFacts(msgspec.Struct, frozen=True):
         num_blocks: of KV, on each rank.
         kv_cache_bytes: on this rank.
         load_seconds: of this rank's weights.
+        is_deterministic: a row's logits are the same bits alone and in any batch.
         speaks: this rank answers steps.
     """
 
@@ -33,6 +34,7 @@ class ExecutorFacts(msgspec.Struct, frozen=True):
     kv_cache_bytes: int
     dtype: str
     load_seconds: float
+    is_deterministic: bool
     speaks: bool
 
 
@@ -93,6 +95,7 @@ class RankExecutor:
             kv_cache_bytes=device.kv_cache_bytes,
             dtype=str(device.model.dtype).removeprefix("torch."),
             load_seconds=device.load_seconds,
+            is_deterministic=device.is_deterministic,
             speaks=self._group.speaks,
         )
 

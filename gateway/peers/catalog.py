@@ -13,6 +13,7 @@ OURS = "octavo"
 ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     OURS: ("ours", "Octavo", {}),
     "octavo-deterministic": ("ours", "Octavo", {"deterministic": True}),
+    "octavo-not-deterministic": ("ours", "Octavo", {"deterministic": False}),
     "transformers-sequential": ("transformers_generate", "TransformersGenerate", {"batch_size": 1}),
     "transformers-static": ("transformers_generate", "TransformersGenerate", {"batch_size": None}),
     "transformers-continuous": ("transformers_batching", "TransformersBatching", {}),

@@ -20,11 +20,11 @@ class Octavo:
     """An `Engine` on an event loop of its own.
 
     Args:
-        deterministic: with `--deterministic`, to compare with itself.
+        deterministic: with `--deterministic` or without, to compare with itself; None: as the engine sees fit.
     """
 
-    def __init__(self, deterministic: bool = False) -> None:
-        self._more = {"deterministic": True} if deterministic else {}
+    def __init__(self, deterministic: bool | None = None) -> None:
+        self._more = {} if deterministic is None else {"deterministic": deterministic}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
         self._temperature = 0.0
@@ -49,6 +49,7 @@ class Octavo:
             "weights_s": engine.load_seconds,
             "kv_bytes_per_token": engine.kv_cache_bytes / (engine.num_blocks * config.block_size),
             "threads_bound_to": bound_cores() or "no core",
+            "deterministic": "yes" if engine.is_deterministic else "no",
         }
 
     def run(self, requests: Sequence[Request]) -> list[list[int]]:

@@ -108,7 +108,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"left out: {name}: {why}", markup=False)
 
 
-_SHOWN_FACTS = ("attention", "file", "model", "threads_bound_to")
+_SHOWN_FACTS = ("attention", "deterministic", "file", "model", "threads_bound_to")
 
 
 def _figures(cell: Cell) -> tuple[str, str, str, str, str]:

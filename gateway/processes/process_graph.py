@@ -124,6 +124,7 @@ class ProcessGraph(EdgeGraph):
             kv_cache_bytes=min(one.kv_cache_bytes for one in loaded),
             dtype=loaded[0].dtype,
             load_seconds=max(one.load_seconds for one in loaded),
+            is_deterministic=all(one.is_deterministic for one in loaded),
         )
         capacity = self._add_actors(facts, tokenizer).capacity
         for replica in self.replicas:

@@ -177,12 +177,14 @@ INLINE uint16_t *scales_behind(const void *packed, int64_t in_features, int64_t 
     return (uint16_t *)packed + panels_of(out_features) * PANEL * in_features;
 }
 
-void octavo_round_weights(const void *w, void *packed, int64_t in_features, int64_t out_features, int num_threads) {
-    uint16_t *scales = scales_behind(packed, in_features, out_features);
+void octavo_round_weights(const void *w, void *packed, int64_t in_features, int64_t out_features, int64_t first,
+                          int64_t num_rows, int num_threads) {
+    int32_t *integers = (int32_t *)packed + first / 2 * in_features;
+    uint16_t *scales = scales_behind(packed, in_features, out_features) + first * (in_features / GROUP);
 #pragma omp parallel for num_threads(num_threads) if (num_threads > 1)
-    for (int64_t p = 0; p < panels_of(out_features); p++)
-        round_panel((int32_t *)packed + p * in_features / 2 * PANEL, scales + p * in_features / GROUP * PANEL, w,
-                    in_features, out_features, p * PANEL, 0, in_features / GROUP);
+    for (int64_t p = 0; p < panels_of(num_rows); p++)
+        round_panel(integers + p * in_features / 2 * PANEL, scales + p * in_features / GROUP * PANEL, w, in_features,
+                    num_rows, p * PANEL, 0, in_features / GROUP);
 }
 
 int octavo_linear_rounded(const void *x, const void *packed, void *out, int64_t num_rows, int64_t in_features,
@@ -202,8 +204,9 @@ int64_t octavo_rounded_size(int64_t in_features, int64_t out_features) {
     (void)in_features, (void)out_features;
     return 0;
 }
-void octavo_round_weights(const void *w, void *packed, int64_t in_features, int64_t out_features, int num_threads) {
-    (void)w, (void)packed, (void)in_features, (void)out_features, (void)num_threads;
+void octavo_round_weights(const void *w, void *packed, int64_t in_features, int64_t out_features, int64_t first,
+                          int64_t num_rows, int num_threads) {
+    (void)w, (void)packed, (void)in_features, (void)out_features, (void)first, (void)num_rows, (void)num_threads;
 }
 int octavo_linear_rounded(const void *x, const void *packed, void *out, int64_t num_rows, int64_t in_features,
                         int64_t out_features, int num_threads) {

@@ -60,8 +60,10 @@ int octavo_linear_quick(const void *x, const void *w, void *out, int64_t num_row
  * floats. */
 int64_t octavo_rounded_size(int64_t in_features, int64_t out_features);
 
-/* `packed`: so many numbers, from bfloat16 w [out_features, in_features]: see linear_whole.c. */
-void octavo_round_weights(const void *w, void *packed, int64_t in_features, int64_t out_features, int num_threads);
+/* `packed`: so many numbers, of which these are the rows from `first` on, a multiple of 16, from bfloat16
+ * w [num_rows, in_features]: see linear_whole.c. */
+void octavo_round_weights(const void *w, void *packed, int64_t in_features, int64_t out_features, int64_t first,
+                          int64_t num_rows, int num_threads);
 
 /* x packed^T of bfloat16: the same bits for any number of rows. 0, or -1 when out of memory. */
 int octavo_linear_rounded(const void *x, const void *packed, void *out, int64_t num_rows, int64_t in_features,

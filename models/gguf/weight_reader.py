@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...kernels import cpu_build
-from ...kernels.quantized_weight import QuantizedWeight
+from ...kernels.quantized_weight import LinearWeight, QuantizedWeight, WeightPart
 from ..errors import UnsupportedModelError
 from ..quantization.partition import part_of
 from ..weights import ALL, Part, WeightReader
@@ -40,9 +40,7 @@ class GGUFReader(WeightReader):
         tensor: torch.Tensor = handle.get_tensor(name)
         return tensor if all(s == ALL for s in part) else tensor[part].clone()
 
-    def _read_linear(
-        self, name: str, shape: tuple[int, int], part: Part = (ALL, ALL)
-    ) -> torch.Tensor | QuantizedWeight:
+    def _read_linear(self, name: str, shape: tuple[int, int], part: Part = (ALL, ALL)) -> WeightPart:
         handle = self._handles.get(name)
         if self._keeps_packed and handle is not None and handle.get_slice(name).get_shape() == list(shape):
             packed: QuantizedWeight | None = handle.get_packed(name)
@@ -51,7 +49,7 @@ class GGUFReader(WeightReader):
                 return self._part(name, packed, part)
         return super()._read_linear(name, shape, part)
 
-    def tied_head(self, embedding: torch.Tensor, rows: slice = ALL) -> torch.Tensor | QuantizedWeight:
+    def tied_head(self, embedding: torch.Tensor, rows: slice = ALL) -> LinearWeight:
         """See `WeightReader.tied_head`. The embedding's own quantised bytes, at the price of holding them too."""
         if embedding.dim() == 2 and _EMBEDDING in self:
             packed = self._handles[_EMBEDDING].get_packed(_EMBEDDING) if self._keeps_packed else None

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from ...kernels import cpu_build
-from ...kernels.huge_pages import release_file_pages
-from ...kernels.quantized_weight import LinearWeight, QuantizedWeight
+from ...kernels.fp8_weight import BLOCK
+from ...kernels.quantized_weight import LinearWeight, QuantizedWeight, WeightPart
 from ...kernels.weight_quantization import quantize
 from ..errors import UnsupportedModelError, WeightsError
 from ..gguf.reader import is_gguf
 from ..gguf.weight_reader import GGUFReader
 from ..random_weights import RandomReader, RandomWeights
 from ..weights import ALL, Part, WeightReader
-from .formats import MalformedError, is_quantized, read_layer
+from .formats import Factors, MalformedError, Take, is_quantized, read_factors, read_layer
+from .fp8 import Fp8Reader, RandomFp8Reader
 from .mxfp4 import MXFP4Reader, RandomMXFP4Reader
 from .partition import part_of
 from .scheme import Scheme
@@ -31,6 +33,9 @@ HEAD = "lm_head.weight"
 # Inputs that share a scale when floating weights are quantised at load: 8.25 and 4.5 bits a weight.
 _BITS_AND_GROUP = {"int8": (8, 64), "int4": (4, 32)}
 _LONGEST_GGUF_GROUP = 32
+
+T = TypeVar("T")
+_Read = Callable[[Take, Callable[[str], bool], tuple[int, int], Scheme], T]
 
 
 class QuantizingReader(WeightReader):
@@ -55,10 +60,6 @@ class QuantizingReader(WeightReader):
         self._release(floating)
         return quantized
 
-    def _release(self, floating: torch.Tensor) -> None:
-        """Done with what was read."""
-        release_file_pages(floating)
-
     def _made_linear(self, name: str, parts: list[torch.Tensor]) -> LinearWeight:
         """See `WeightReader._made_linear`."""
         return self._quantize(name, torch.cat(parts), *_BITS_AND_GROUP[self._to])
@@ -69,7 +70,7 @@ class QuantizingReader(WeightReader):
         except ValueError as error:
             raise WeightsError(f"{name} in {self._folder}: {error}") from error
 
-    def tied_head(self, embedding: torch.Tensor, rows: slice = ALL) -> torch.Tensor | QuantizedWeight:
+    def tied_head(self, embedding: torch.Tensor, rows: slice = ALL) -> LinearWeight:
         """See `WeightReader.tied_head`."""
         self.settle()
         return self._quantize(HEAD, embedding, *_BITS_AND_GROUP["int8"])
@@ -77,9 +78,6 @@ class QuantizingReader(WeightReader):
 
 class RandomQuantizingReader(QuantizingReader, RandomReader):
     """Quantises random weights: what a checkpoint's would take, in time and memory, without one."""
-
-    def _release(self, floating: torch.Tensor) -> None:
-        """There is no file whose pages it would be."""
 
 
 class QuantizedReader(WeightReader):
@@ -90,13 +88,31 @@ class QuantizedReader(WeightReader):
         self._scheme = scheme
         self._layers: list[str] = []
 
-    def _read_linear(
-        self, name: str, shape: tuple[int, int], part: Part = (ALL, ALL)
-    ) -> torch.Tensor | QuantizedWeight:
-        layer = name.removesuffix(".weight")
-        if not is_quantized(layer, self.__contains__, self._scheme):
+    def _read_linear(self, name: str, shape: tuple[int, int], part: Part = (ALL, ALL)) -> WeightPart:
+        if not self._is_quantized(name):
             return super()._read_linear(name, shape, part)
+        layer = name.removesuffix(".weight")
         self._layers.append(layer)
+        whole = self._stored(name, read_layer, shape)
+        try:
+            return part_of(whole, *part).to(self.device)
+        except ValueError as error:
+            raise UnsupportedModelError(f"{layer} in {self._folder} cannot be divided among ranks: {error}") from error
+
+    def factors(self, name: str, shape: tuple[int, int]) -> Factors | None:
+        """Of a linear layer's weight all but its codes, on the host; None where it is stored floating.
+
+        Raises:
+            WeightsError: what is stored is not such a weight's.
+        """
+        return self._stored(name, read_factors, shape) if self._is_quantized(name) else None
+
+    def _is_quantized(self, name: str) -> bool:
+        return is_quantized(name.removesuffix(".weight"), self.__contains__, self._scheme)
+
+    def _stored(self, name: str, read: _Read[T], shape: tuple[int, int]) -> T:
+        """What is read of the layer whose weight has this name."""
+        layer = name.removesuffix(".weight")
 
         def take(suffix: str, expected: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
             return self._read_stored(f"{layer}.{suffix}", expected, dtypes)
@@ -105,16 +121,12 @@ class QuantizedReader(WeightReader):
             return f"{layer}.{suffix}" in self
 
         try:
-            whole = read_layer(take, has, shape, self._scheme)
+            return read(take, has, shape, self._scheme)
         except MalformedError as error:
             raise WeightsError(
                 f"the quantised weights of {layer} in {self._folder} cannot be used: {error}. "
                 "Check that config.json is of the same checkpoint and that the download is whole."
             ) from error
-        try:
-            return part_of(whole, *part).to(self.device)
-        except ValueError as error:
-            raise UnsupportedModelError(f"{layer} in {self._folder} cannot be divided among ranks: {error}") from error
 
     def _read_stored(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
         self._taken.add(name)
@@ -147,6 +159,8 @@ def inseparable_inputs(folder: Path, quantization: Scheme | RandomWeights | Lite
     if isinstance(quantization, Scheme):
         return max(1, quantization.group_size)  # -1: all inputs share one, of which each rank has a copy
     to = quantization.quantized_to if isinstance(quantization, RandomWeights) else quantization
+    if to == "fp8":
+        return BLOCK if isinstance(quantization, RandomWeights) and quantization.by_block else 1
     return 1 if to is None or to == "mxfp4" else _BITS_AND_GROUP[to][1]
 
 
@@ -163,6 +177,8 @@ def open_weights(
             return RandomReader(folder, dtype=dtype, device=device, seed=quantization.seed)
         if quantization.quantized_to == "mxfp4":
             return RandomMXFP4Reader(folder, dtype=dtype, device=device, seed=quantization.seed)
+        if quantization.quantized_to == "fp8":
+            return RandomFp8Reader(folder, dtype=dtype, device=device, asked=quantization)
         return RandomQuantizingReader(
             folder, dtype=dtype, device=device, to=quantization.quantized_to, seed=quantization.seed
         )
@@ -172,6 +188,8 @@ def open_weights(
         return WeightReader(folder, dtype=dtype, device=device)
     if isinstance(quantization, Scheme) and quantization.method == "mxfp4":
         return MXFP4Reader(folder, dtype=dtype, device=device)
+    if isinstance(quantization, Scheme) and quantization.method == "fp8":
+        return Fp8Reader(folder, dtype=dtype, device=device, scheme=quantization)
     _warn_of_slow_products(device)
     if isinstance(quantization, Scheme):
         return QuantizedReader(folder, dtype=dtype, device=device, scheme=quantization)

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ...kernels import fp8_weight
 from ..errors import QuantizedModelError, WeightsError
 from . import mxfp4
 
-Method = Literal["gptq", "awq", "compressed-tensors", "mxfp4"]
+Method = Literal["gptq", "awq", "compressed-tensors", "mxfp4", "fp8"]
+
+_LAYOUTS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
 
 _SUPPORTED = (
-    "supported are gptq (4 and 8 bits), awq (4 bits, gemm), compressed-tensors (weight-only int4 and int8) and mxfp4 "
-    "(GPT-OSS's experts). "
+    "supported are gptq (4 and 8 bits), awq (4 bits, gemm), compressed-tensors (weight-only int4 and int8, and fp8), "
+    "fp8 (e4m3) and mxfp4 (GPT-OSS's experts). "
     "Take such a checkpoint, or the one in bfloat16 with --quantization int8 or int4"
 )
 
@@ -29,7 +32,8 @@ class Scheme:
         group_size: consecutive inputs that share a scale; -1 for all inputs of an output.
         symmetric: there are no zero points: codes are signed.
         zeros_minus_one: GPTQ's first format, which stores each zero point less one.
-        packed: codes share 32-bit words; False: one int8 each.
+        packed: codes share 32-bit words; False: one int8 each, or one e4m3.
+        static_inputs: of fp8: the checkpoint has a scale for a layer's inputs; False: each token gets its own.
     """
 
     method: Method
@@ -38,6 +42,7 @@ class Scheme:
     symmetric: bool
     zeros_minus_one: bool = False
     packed: bool = True
+    static_inputs: bool = False
 
 
 def read_scheme(folder: Path) -> Scheme | None:
@@ -66,6 +71,8 @@ def read_scheme(folder: Path) -> Scheme | None:
             return _awq(stated)
         case "compressed-tensors":
             return _compressed_tensors(stated)
+        case "fp8":
+            return _fp8(stated)
         case "mxfp4" if config.get("model_type") == "gpt_oss":
             return Scheme(method="mxfp4", bits=4, group_size=mxfp4.GROUP, symmetric=True)
         case other:
@@ -120,8 +127,10 @@ def _compressed_tensors(stated: Mapping[str, Any]) -> Scheme:
 def _compressed_group(stated: Mapping[str, Any], group: Mapping[str, Any]) -> Scheme:
     name = "compressed-tensors"
     layout = group.get("format") or stated.get("format")
-    if layout not in ("pack-quantized", "int-quantized", "naive-quantized"):
-        raise _refused(name, "format", layout, "supported are pack-quantized, int-quantized and naive-quantized")
+    if layout == "float-quantized":
+        return _compressed_fp8(group)
+    if layout not in _LAYOUTS:
+        raise _refused(name, "format", layout, f"supported are {', '.join(_LAYOUTS)}")
     for field in ("input_activations", "output_activations"):
         if group.get(field) is not None:
             raise _refused(name, field, group[field], "supported are weight-only schemes, where it is null")
@@ -140,6 +149,56 @@ def _compressed_group(stated: Mapping[str, Any], group: Mapping[str, Any]) -> Sc
         symmetric=bool(_one_of(name, weights, "symmetric", (True, False), default=True)),
         packed=packed,
     )
+
+
+def _compressed_fp8(group: Mapping[str, Any]) -> Scheme:
+    """Weights and inputs in e4m3: of inputs a scale a token, one of all, or of blocks one a token and 128 of them."""
+    name = "compressed-tensors"
+    weights, inputs = group.get("weights"), group.get("input_activations")
+    for field, args in (("weights", weights), ("input_activations", inputs)):
+        if not isinstance(args, dict):
+            raise _refused(name, field, args, "with float-quantized weights and inputs are of 8 bits")
+        _one_of(name, args, "type", ("float",))
+        _one_of(name, args, "num_bits", (8,))
+        _one_of(name, args, "symmetric", (True,), default=True)
+    assert isinstance(weights, dict) and isinstance(inputs, dict)
+    if group.get("output_activations") is not None:
+        raise _refused(name, "output_activations", group["output_activations"], "supported is null")
+    _one_of(name, weights, "dynamic", (False,), default=False)
+    by_block = _one_of(name, weights, "strategy", ("tensor", "channel", "block")) == "block"
+    if by_block:
+        _check_block(name, weights, "block_structure")
+        _one_of(name, inputs, "strategy", ("group",))
+        _one_of(name, inputs, "group_size", (fp8_weight.BLOCK,))
+        is_static = not _one_of(name, inputs, "dynamic", (True,))
+    else:
+        is_static = _one_of(name, inputs, "strategy", ("token", "tensor")) == "tensor"
+        _one_of(name, inputs, "dynamic", (not is_static,), default=False)
+    return _fp8_scheme(by_block=by_block, static_inputs=is_static)
+
+
+def _fp8(stated: Mapping[str, Any]) -> Scheme:
+    """As `transformers` writes it, with scales of blocks, and AutoFP8, with one of a matrix."""
+    _one_of("fp8", stated, "fmt", ("e4m3",), default="e4m3")
+    _one_of("fp8", stated, "scale_fmt", ("float",), default="float")
+    is_static = _one_of("fp8", stated, "activation_scheme", ("dynamic", "static"), default="dynamic") == "static"
+    by_block = stated.get("weight_block_size") is not None
+    if by_block:
+        _check_block("fp8", stated, "weight_block_size")
+        _one_of("fp8", stated, "activation_scheme", ("dynamic",), default="dynamic")
+    if stated.get("kv_cache_scheme") is not None:
+        raise _refused("fp8", "kv_cache_scheme", stated["kv_cache_scheme"], "a quantised KV cache is not supported")
+    return _fp8_scheme(by_block=by_block, static_inputs=is_static)
+
+
+def _fp8_scheme(*, by_block: bool, static_inputs: bool) -> Scheme:
+    group_size = fp8_weight.BLOCK if by_block else -1
+    return Scheme("fp8", bits=8, group_size=group_size, symmetric=True, packed=False, static_inputs=static_inputs)
+
+
+def _check_block(method: str, stated: Mapping[str, Any], field: str) -> None:
+    if stated.get(field) != [fp8_weight.BLOCK] * 2:
+        raise _refused(method, field, stated.get(field), f"supported is {[fp8_weight.BLOCK] * 2}")
 
 
 def _group_size(method: str, stated: Mapping[str, Any], field: str, bits: int) -> int:

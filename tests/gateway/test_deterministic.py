@@ -83,13 +83,24 @@ def test_a_model_without_native_implementation_is_refused_at_start(tmp_path: Pat
         asyncio.run(start())
 
 
-def test_the_flag_reaches_the_configuration_and_is_off_by_default() -> None:
+def test_the_flag_reaches_the_configuration_and_by_default_the_model_decides() -> None:
     for argv, expected in (
-        (["serve"], False),
+        (["serve"], None),
+        (["serve", "--no-deterministic"], False),
         (["serve", "--deterministic"], True),
         (["run", "--deterministic"], True),
     ):
         assert make_config(engine_fields(build_parser().parse_args(argv))).deterministic is expected
+
+
+def test_an_engine_says_whether_it_keeps_the_promise(tmp_path: Path) -> None:
+    save_servable("llama", tmp_path)
+
+    async def says(is_asked: bool) -> bool:
+        async with engine_on(tmp_path, dtype="bfloat16", deterministic=is_asked) as engine:
+            return engine.is_deterministic
+
+    assert [asyncio.run(says(is_asked)) for is_asked in (True, False)] == [True, False]
 
 
 def test_the_command_line_says_why_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,9 +23,9 @@ from octavo.kernels.mixture import mixture_ref
 from octavo.kernels.paged_attention import paged_attention
 from octavo.models import attention as attention_of_layers
 from octavo.models import deterministic as deterministic_module
-from octavo.models import layers
+from octavo.models import layers, weights
 from octavo.models.decoder import Decoder
-from octavo.models.deterministic import make_deterministic
+from octavo.models.deterministic import costs_nothing, make_deterministic
 from octavo.models.errors import UnsupportedModelError
 from octavo.models.gemma import softcap_
 from octavo.models.interface import CausalLM
@@ -111,14 +111,15 @@ def test_logits_are_the_same_bits_in_every_company(folder: Path, dtype: str, thr
 
 def test_they_are_the_fast_paths_logits_up_to_rounding(folder: Path) -> None:
     ours = run_paged(deterministic(folder), PROMPT)
-    torch.testing.assert_close(ours, run_paged(load_model(folder, dtype="float32"), PROMPT), rtol=1e-3, atol=1e-3)
+    fast = load_model(folder, dtype="float32", deterministic=False)
+    torch.testing.assert_close(ours, run_paged(fast, PROMPT), rtol=1e-3, atol=1e-3)
 
 
 def test_with_torchs_product_of_floats_they_do_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise nothing above would prove anything."""
     monkeypatch.setattr(layers, "linear_dense_quick", F.linear)
     save_tiny_model("llama", tmp_path, seed=3, hidden_size=256, intermediate_size=512)
-    model = load_model(tmp_path, dtype="float32")
+    model = load_model(tmp_path, dtype="float32", deterministic=False)
     alone = run_paged(model, PROMPT, [1] * len(PROMPT))
     assert any(not torch.equal(other, alone) for other in (run_paged(model, PROMPT), batched(model, 5)))
     check_every_way(deterministic(tmp_path))
@@ -161,7 +162,8 @@ def test_matrices_of_bfloat16_are_rounded_where_groups_of_64_inputs_fill_them(
     save_tiny_model("qwen3", tmp_path, seed=6, **overrides)
     model: Any = deterministic(tmp_path, dtype)
     assert [isinstance(matrix, RoundedWeight) for matrix in matrices(model)] == expected
-    assert isinstance(model.vocabulary.head, torch.Tensor)
+    assert isinstance(model.vocabulary.embedding, torch.Tensor)
+    assert isinstance(model.vocabulary.head, RoundedWeight) == expected[0]
     assert model.stack is not None and model.linear.is_in_c(1, model._kinds) and model.linear.is_in_c(99, model._kinds)
     in_one_call = check_every_way(model)
     model.stack = None
@@ -169,10 +171,34 @@ def test_matrices_of_bfloat16_are_rounded_where_groups_of_64_inputs_fill_them(
 
 
 @pytest.mark.usefixtures("whole_numbers")
-def test_rounded_matrices_take_the_place_of_those_that_were_loaded(
+def test_matrices_are_rounded_as_they_are_read_and_no_other_copy_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny_model("llama", tmp_path, seed=6)
+    placed: list[bool] = []
+    place = weights.WeightReader._placed
+
+    def watched(self: Any, parts: list[torch.Tensor], *, is_matrix: bool = False) -> torch.Tensor:
+        placed.append(is_matrix)
+        return place(self, parts, is_matrix=is_matrix)
+
+    monkeypatch.setattr(weights.WeightReader, "_placed", watched)
+    model: Any = load_model(tmp_path, dtype="bfloat16", deterministic=False)
+    assert all(isinstance(matrix, RoundedWeight) for matrix in (*matrices(model), model.vocabulary.head))
+    assert placed.count(True) == 1, "the embedding"
+    stored = load_model(tmp_path, dtype="float32").layers[1].attention.qkv.float()  # type: ignore[attr-defined]
+    largest = stored.view(len(stored), -1, 64).abs().amax(dim=-1, keepdim=True).expand(-1, -1, 64).reshape(stored.shape)
+    off = (model.layers[1].attention.qkv.dequantize() - stored.bfloat16().float()).abs()
+    assert (off <= largest * 2**-12).all()
+
+
+@pytest.mark.usefixtures("whole_numbers")
+def test_where_torch_is_quicker_rounded_matrices_take_the_place_of_those_that_were_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model("llama", tmp_path, seed=6)
+    monkeypatch.setattr(layers, "_has_tiles", lambda: True)
+    assert not costs_nothing(load_model(tmp_path, dtype="bfloat16", deterministic=False))
     originals: list[weakref.ref[torch.Tensor]] = []
     most = 0
 
@@ -196,7 +222,7 @@ def test_rounded_matrices_take_the_place_of_those_that_were_loaded(
 def test_a_prompt_has_the_bits_that_it_has_without_the_flag(model_type: str, tmp_path: Path) -> None:
     save_tiny_model(model_type, tmp_path, seed=7)
     assert len(PROMPT) >= 24  # from which on all products of the other are in whole numbers
-    models: list[Any] = [deterministic(tmp_path, "bfloat16"), load_model(tmp_path, dtype="bfloat16")]
+    models: list[Any] = [load_model(tmp_path, dtype="bfloat16", deterministic=is_asked) for is_asked in (True, False)]
     for model in models:
         model.compute_logits = lambda hidden: hidden
     ours, theirs = (run_paged(model, PROMPT) for model in models)
@@ -204,6 +230,46 @@ def test_a_prompt_has_the_bits_that_it_has_without_the_flag(model_type: str, tmp
     memory = models[0].layers[1].mlp.down.memory
     memory[-16:].view(torch.bfloat16)[3] *= 2  # a power of a group of inputs, for one output
     assert not torch.equal(run_paged(models[0], PROMPT), theirs)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "expected"),
+    [
+        ({}, {"dtype": "bfloat16"}, True),
+        ({"tie_word_embeddings": True}, {"dtype": "bfloat16"}, True),
+        (
+            {"intermediate_size": 96},
+            {"dtype": "bfloat16"},
+            False,
+        ),  # no groups of 64: many rows are rounded, few are not
+        ({}, {"dtype": "bfloat16", "quantization": "int8"}, False),
+        ({}, {"dtype": "bfloat16", "group": member(0, 2)}, False),
+    ],
+)
+@pytest.mark.usefixtures("whole_numbers")
+def test_the_promise_is_kept_unasked_where_that_costs_nothing(
+    overrides: dict[str, Any], options: dict[str, Any], expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_has_tiles", lambda: False)
+    save_tiny_model("qwen3", tmp_path, seed=8, **overrides)
+    assert costs_nothing(load_model(tmp_path, deterministic=False, **options)) is expected
+    model: Any = load_model(tmp_path, **options)
+    assert model.is_deterministic is expected
+    assert not load_model(tmp_path, deterministic=False, **options).is_deterministic  # type: ignore[attr-defined]
+    if expected:
+        check_every_way(model)
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_floats_are_summed_in_one_order_unasked_where_our_kernels_are_the_quickest(
+    is_ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_torch_has_avx512", lambda: not is_ours)
+    save_tiny_model("llama", tmp_path, seed=8)
+    model: Any = load_model(tmp_path, dtype="float32")
+    assert model.is_deterministic is is_ours
+    if is_ours:
+        check_every_way(model)
 
 
 def test_a_model_served_through_transformers_is_refused(tmp_path: Path) -> None:

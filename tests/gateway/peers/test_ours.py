@@ -39,8 +39,8 @@ def test_an_engine_is_bound_to_the_cores_that_another_one_has_while_it_is_stoppe
     fields = {**given, "cpu_affinity": cores}
     make_config(fields)
     options = LoadOptions(folder="", dtype="auto", num_threads=2, engine_fields=fields)
-    for name in ("octavo", "octavo-deterministic"):
+    for name, says in (("octavo-not-deterministic", "no"), ("octavo-deterministic", "yes")):
         processes.append(PeerProcess(name, timeout_s=120, num_threads=2))
         facts = processes[-1].load(options)["facts"]
         processes[-1].pause()
-        assert facts["threads_bound_to"] == cores
+        assert facts["threads_bound_to"] == cores and facts["deterministic"] == says

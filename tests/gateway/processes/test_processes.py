@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import signal
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -12,8 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-from engines import Logprobs, engine_on, save_servable
-from process_family import living, title, until
+from engines import FIRST_SEED, Logprobs, engine_on, save_servable
+from process_family import descendants, living, title, until
 
 from octavo import Engine
 from octavo.gateway.processes.process_graph import ProcessGraph
@@ -37,7 +38,7 @@ def params_of(index: int) -> SamplingParams:
     """Greedy and seeded, with and without log-probabilities, one or two sequences."""
     return SamplingParams(
         temperature=0.0 if index % 2 else 0.9,
-        seed=index,
+        seed=FIRST_SEED + index,
         max_tokens=90,
         ignore_eos=True,
         n=2 if index % 4 == 2 else 1,
@@ -95,6 +96,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_whoever_is_killed_or_hangs_every_stream_goes_on_with_its_own_tokens(model: Path) -> None:
+    others = descendants()
+
     async def scenario() -> None:
         async with engine_on(model, in_process=False) as engine:
             expected = await answers(engine)
@@ -119,7 +122,7 @@ def test_whoever_is_killed_or_hangs_every_stream_goes_on_with_its_own_tokens(mod
             await until(lambda: engine.stats().kv_cache_usage == 0.0 and engine.is_ready)
             check_accounts(engine)
             assert engine.stats().num_lost > 0
-        assert psutil.Process().children(recursive=True) == []
+        assert descendants(but=others) == []
 
     run(scenario())
 
@@ -130,6 +133,7 @@ def test_deterministic_streams_go_on_with_the_same_bits_in_bfloat16(model: Path)
 
     async def scenario() -> None:
         async with engine_on(model, in_process=False, dtype="bfloat16", deterministic=True) as engine:
+            assert engine.is_deterministic
             expected = bits(await answers(engine))
             for name, after in (("executor 0", 40), ("engine", 150), ("executor 0", 250)):
                 victim = await living(name)
@@ -174,6 +178,27 @@ def test_an_incident_is_replayed_decision_by_decision(model: Path, tmp_path: Pat
     assert first.end is not None and not first.end.is_complete, "it was killed"
     assert second.end is not None and second.end.is_complete
     assert 0 <= second.num_requests <= sum(params_of(index).n for index in range(NUM_STREAMS))
+
+
+def test_f_45_engines_are_replaced_though_the_journal_s_folder_is_gone_or_in_the_way(
+    model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "journal"
+
+    async def scenario() -> None:
+        async with engine_on(model, in_process=False, journal=str(folder)) as engine:
+            expected = await answers(engine)
+            shutil.rmtree(folder)
+            assert await disturbed(engine, 60, (await living("engine")).kill) == expected
+            await until(lambda: engine.is_ready and engine.stats().actor_restarts["engine"] == 1)
+            assert (folder / "engine.journal").exists(), "it is made again"
+            shutil.rmtree(folder)
+            folder.write_text("in the way")
+            assert await disturbed(engine, 60, (await living("engine")).kill) == expected
+            await until(lambda: engine.is_ready and engine.stats().actor_restarts["engine"] == 2)
+            assert await answers(engine) == expected
+
+    run(scenario())
 
 
 def test_the_same_tokens_come_out_of_one_process_and_of_several(model: Path) -> None:
@@ -246,11 +271,13 @@ def test_a_model_that_cannot_be_loaded_is_told_by_the_start(tmp_path: Path) -> N
     save_servable("llama", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
 
+    others = descendants()
+
     async def scenario() -> None:
         with pytest.raises(UnsupportedModelError):
             async with engine_on(tmp_path, in_process=False):
                 pass
-        assert psutil.Process().children(recursive=True) == []
+        assert descendants(but=others) == []
 
     run(scenario())
 
@@ -269,6 +296,7 @@ def test_an_engine_leaves_no_process_socket_descriptor_or_title(model: Path) -> 
             await answers(engine)
 
     folders: list[Path] = []
+    others = descendants()
     title_before = title(psutil.Process())
     run(start_and_stop())
     assert title(psutil.Process()) == title_before
@@ -276,7 +304,7 @@ def test_an_engine_leaves_no_process_socket_descriptor_or_title(model: Path) -> 
     run(start_and_stop())
     assert num_descriptors() == before
     assert not any(folder.exists() for folder in folders)
-    assert psutil.Process().children(recursive=True) == []
+    assert descendants(but=others) == []
 
 
 def num_descriptors() -> int:
