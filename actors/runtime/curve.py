@@ -1,7 +1,8 @@
 """CURVE keys: who a peer is on TCP, and who may connect.
 
 A key file holds a key pair and is readable by its owner alone. An allow-list has a line for each peer: its public key
-and, if the key may speak for one name only, that name; `#` begins a comment.
+and, if the key may speak for one name only, that name; `#` begins a comment. A key with several lines may speak for the
+names of all of them.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class AllowList:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._stamp: tuple[int, int, int] | None = None
-        self._names: dict[str, str] = {}
+        self._names: dict[str, tuple[str, ...]] = {}
         self.reload()
 
     def reload(self) -> bool:
@@ -119,16 +120,17 @@ class AllowList:
 
     def allows_name(self, key: str, name: str) -> bool:
         """Whether this public key may speak for `name`."""
-        return self._names.get(key) in ("", name)
+        names = self._names.get(key, ())
+        return "" in names or name in names
 
 
-def parse_allow_list(text: str) -> dict[str, str]:
-    """Public key -> the one name it may speak for, empty for any.
+def parse_allow_list(text: str) -> dict[str, tuple[str, ...]]:
+    """Public key -> the names that it may speak for, an empty one for any.
 
     Raises:
         InvalidConfigError: a line is none of these.
     """
-    names: dict[str, str] = {}
+    names: dict[str, tuple[str, ...]] = {}
     for number, line in enumerate(text.splitlines(), 1):
         # A key may hold "#", so a comment begins at the line's start or after a blank.
         words = re.split(r"(?:^|\s)#", line, maxsplit=1)[0].split(maxsplit=1)
@@ -136,5 +138,6 @@ def parse_allow_list(text: str) -> dict[str, str]:
             continue
         if not _KEY.fullmatch(words[0]):
             raise InvalidConfigError(f"line {number} of the allow-list does not begin with a public key")
-        names[words[0]] = words[1].strip() if len(words) > 1 else ""
+        name = words[1].strip() if len(words) > 1 else ""
+        names[words[0]] = (*names.get(words[0], ()), name)
     return names

@@ -203,10 +203,23 @@ def test_a_file_without_a_pair_is_refused(tmp_path: Path, text: str) -> None:
 def test_an_allow_list_names_keys_and_what_they_speak_for() -> None:
     any_name, one_name = make_keys().public, "#" + make_keys().public[1:]  # a key may begin like a comment
     names = parse_allow_list(f"# peers\n\n{any_name}\n{any_name[::-1]} edge 0 # the first\n")
-    assert names[any_name] == "" and names[any_name[::-1]] == "edge 0"
+    assert names[any_name] == ("",) and names[any_name[::-1]] == ("edge 0",)
     assert one_name not in names
     with pytest.raises(InvalidConfigError, match="line 2"):
         parse_allow_list("\nedge 0\n")
+
+
+def test_a_key_with_several_lines_speaks_for_the_names_of_all(tmp_path: Path) -> None:
+    path = tmp_path / "peers.allow"
+    key, other = make_keys().public, make_keys().public
+    path.write_text(f"{key} node ray.0\n{other} node b\n{key} node ray.1\n")
+    allow_list = AllowList(path)
+    names = ("node ray.0", "node ray.1", "node b", "edge 0")
+    assert [allow_list.allows_name(key, name) for name in names] == [True, True, False, False]
+    path.write_text(f"{other} node b\n{other}\n")
+    allow_list.reload()
+    assert [allow_list.allows_name(other, name) for name in names] == [True] * 4
+    assert not allow_list.allows_name(key, "node ray.0")
 
 
 def test_an_allow_list_that_cannot_be_read_allows_nobody(tmp_path: Path) -> None:
