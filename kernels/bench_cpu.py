@@ -26,7 +26,7 @@ from .gated_activation import silu_and_mul, silu_and_mul_ref
 from .kv_quantization import row_width
 from .linear_dense import linear_dense, linear_dense_quick
 from .linear_quantized import linear_quantized
-from .linear_rounded import linear_rounded, round_weight
+from .linear_rounded import RoundedWeight, linear_rounded, round_weight
 from .paged_attention import paged_attention, paged_attention_ref, write_kv
 from .quantized_weight import LinearWeight, QuantizedWeight
 from .rms_norm import rms_norm, rms_norm_ref
@@ -245,7 +245,9 @@ def _weights(nums_rows: list[int], repeats: int) -> None:
     int8_head = quantize(head, bits=8, group_size=64)  # with int4 as well
     layers = [weight for _ in range(_NUM_LAYERS) for weight in random.values()]
     kinds: dict[str, list[LinearWeight]] = {
-        "bfloat16": [huge_pages.place([weight], torch.bfloat16) for weight in (*layers, head)]
+        "bfloat16": [
+            round_weight(weight) or huge_pages.place([weight], torch.bfloat16) for weight in (*layers, head)
+        ]
     }
     for kind, (bits, group_size) in _BITS_AND_GROUP.items():
         kinds[kind] = [*(quantize(weight, bits=bits, group_size=group_size) for weight in layers), int8_head]
@@ -261,6 +263,8 @@ def _weights(nums_rows: list[int], repeats: int) -> None:
                 for weight in weights:
                     if isinstance(weight, QuantizedWeight):
                         linear_quantized(inputs[weight.in_features], weight, quick=True)
+                    elif isinstance(weight, RoundedWeight):
+                        linear_rounded(inputs[weight.shape[1]], weight)
                     elif isinstance(weight, torch.Tensor):
                         linear_dense_quick(inputs[weight.shape[1]], weight)
                 times[kind].append(time.thread_time_ns() - started)

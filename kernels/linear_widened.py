@@ -1,10 +1,8 @@
 """A quantised linear layer for many rows, on CPUs that multiply 16-bit floats quicker than quantised weights.
 
 With AMX a product of 16-bit floats is some six times as quick as one in float32, which is what `linear_quantized`
-computes: 1.58 and 0.26 TFLOP/s at 512 rows on a 2-core machine. In whole numbers, with AVX-512 and VNNI, it takes 0.5
-to 0.6 of the time of int8 and int4, and 0.6 to 0.8 with widening (`python -m octavo.kernels.bench_cpu --weights --rows
-128 512`). So weights are widened to 16 bits, some rows at a time, which then are multiplied by all rows of `x`; that
-pays from as many rows on as make up for widening.
+computes: 1.58 and 0.26 TFLOP/s at 512 rows on a 2-core machine. So weights are widened to 16 bits, some rows at a time,
+which then are multiplied by all rows of `x`; that pays from as many rows on as make up for widening.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ _ROWS_BOUND_BY_MEMORY = 4
 # those of Qwen3-0.6B) and then multiplied by AMX (0.6 TFLOP/s): an estimate, from rates of 2 cores that have AMX.
 # `python -m octavo.kernels.bench_packed` compares the two.
 _ROWS_WORTH_WIDENING = 32
-_ROWS_TO_WIDEN_IN_WHOLE = 96  # the same, where bfloat16 is multiplied in whole numbers with AVX-512
 
 DenseLinear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -177,9 +176,8 @@ def linear_for(dtype: torch.dtype, device: torch.device) -> Linear:
         return Linear(F.linear, quick=True)
     if device.type == "cuda":
         return Linear(linear_dense, quick=True)
-    if rounds_weights(dtype, device):
-        return Linear(linear_dense_quick, quick=True, widens_from=_ROWS_TO_WIDEN_IN_WHOLE if _torch_has_avx512() else 0)
-    if not cpu_multiplies_in(dtype) or (dtype is torch.float32 and not _torch_has_avx512()):
+    ours = rounds_weights(dtype, device) or not cpu_multiplies_in(dtype)
+    if ours or (dtype is torch.float32 and not _torch_has_avx512()):
         return Linear(linear_dense_quick, quick=True)
     # Few rows wait for memory alone, and ours reads it faster; for more torch has better instructions.
     return Linear(

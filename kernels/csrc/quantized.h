@@ -178,16 +178,22 @@ INLINE int64_t tile_start(int64_t tile, int64_t num_rows, int64_t num_tiles) {
 int octavo_linear_whole(const void *x, int dtype, const quantized *w, void *out, int64_t num_rows, int64_t in_features,
                         int num_threads);
 
+#if VL == 16 && defined(__AVX512VNNI__)
+#define HAS_WIDE_PRODUCTS 1 /* of whole numbers, twice as many at once as of floats */
+#else
+#define HAS_WIDE_PRODUCTS 0
+#endif
+
 #define REGISTER_ROWS 8 /* at most, whose codes octavo_linear_whole unpacks in registers: see most_few */
 /* Rows up to which that is quicker than a panel. */
 INLINE int64_t most_few(const quantized *w) {
     return w->bits == 8 && w->group_size % 32 == 0 ? REGISTER_ROWS : REGISTER_ROWS / 2;
 }
 
-/* Whether octavo_linear_whole can do it, and is quicker: for many rows floats have wider vectors with AVX-512. */
+/* Whether octavo_linear_whole can do it, and is quicker: with AVX-512 alone floats have wider vectors for many rows. */
 INLINE int whole_is_quick(const quantized *w, int64_t num_rows) {
 #if defined(__AVX2__)
-    return VL == 8 || (w->group_size % 32 == 0 && num_rows <= most_few(w));
+    return VL == 8 || HAS_WIDE_PRODUCTS || (w->group_size % 32 == 0 && num_rows <= most_few(w));
 #else
     (void)w;
     (void)num_rows;

@@ -6,9 +6,9 @@
  * X_BLOCK. Sums over X_BLOCK inputs, or SEGMENT where groups are as small, become floats, and are multiplied by both scales.
  *
  * A few rows wait for memory and for codes to be unpacked, which is done in registers; the lanes of a vector are inputs,
- * or columns with codes of 4 bits (quantized_nibbles.c). For more rows codes are unpacked once, into a panel in the L1 cache, by which all tiles are multiplied. There lanes are
- * columns, so that products of a whole segment become one float, and as many inputs as a word of 32 bits holds lie beside
- * each other, pairs of 16 bits, or four of 8 bits:
+ * or columns with codes of 4 bits (quantized_nibbles.c). For more rows codes are unpacked once, into a panel in the L1
+ * cache, by which all tiles are multiplied. There lanes are columns, so that products of a whole segment become one float,
+ * and as many inputs as a word of 32 bits holds lie beside each other, pairs of 16 bits, or four of 8 bits:
  *
  *   x [in / PANEL_K][tiles][words of PANEL_K][rows of the tile]
  *   w [words of PANEL_K][PANEL_COLS]
@@ -21,7 +21,6 @@
 #ifdef __AVX2__
 #define COLS 4 /* at most, multiplied at once, for a few rows */
 #define FEW_PARTS 4 /* of a thread's columns, or more: enough for it to find more when another is held up */
-#define TILE 4 /* rows, where there are many */
 #define PANEL_COLS 16
 #define PANEL_K 512 /* inputs of a panel, which is half an L1 cache; divides BLOCK_K */
 #define MAX_ROWS 96 /* that a thread takes at once */
@@ -414,6 +413,51 @@ INLINE void fill_panel(panel *p, const quantized *w, int64_t col, int64_t num_co
     }
 }
 
+#if HAS_WIDE_PRODUCTS
+#define TILE 12 /* rows, where there are many: as many sums as hide how long one takes */
+
+/* sums[r] += x[r] . w, for PANEL_COLS columns and inputs [k, k + size); x and the scales of its segments are a tile's. */
+INLINE void multiply_tile(float *sums, const panel *p, const whole *x, int64_t row, int64_t k, int64_t size, int shift,
+                          int has_offsets, int bits, int segment, int rows) {
+    int in_word = bits == 4 ? 4 : 2;
+    const int32_t *words = bits == 4 ? (const int32_t *)((const int8_t *)x->integers + k * x->num_rows + row * size)
+                                     : (const int32_t *)(x->integers + k * x->num_rows + row * size);
+    const float *x_scales = x->scale + row * (x->padded_in / X_BLOCK) + k / X_BLOCK;
+    const int32_t *zeros = x->zero + row * (x->padded_in / X_BLOCK) + k / X_BLOCK;
+    vf total[TILE];
+    UNROLL for (int r = 0; r < rows; r++) total[r] = load(sums, r * PANEL_COLS, F32);
+    for (int64_t i = 0; i < size; i += segment) {
+        __m512i acc[TILE];
+        const int32_t *w = p->codes + i / in_word * PANEL_COLS, *a = words + i / in_word * rows;
+        UNROLL for (int r = 0; r < rows; r++) {
+            int64_t block = r * (x->padded_in / X_BLOCK) + i / X_BLOCK;
+            acc[r] = _mm512_set1_epi32(bits == 4 && !has_offsets ? -zeros[block] : 0);
+        }
+        UNROLL for (int j = 0; j < segment / in_word; j++, w += PANEL_COLS, a += rows) {
+            __m512i codes = _mm512_loadu_si512(w);
+            UNROLL for (int r = 0; r < rows; r++) {
+                __m512i both = _mm512_set1_epi32(a[r]);
+                acc[r] = bits == 4 ? _mm512_dpbusd_epi32(acc[r], codes, both) : _mm512_dpwssd_epi32(acc[r], codes, both);
+            }
+        }
+        vf scale = load(p->scale[i >> shift], 0, F32);
+        UNROLL for (int r = 0; r < rows; r++) {
+            float x_scale = x_scales[r * (x->padded_in / X_BLOCK) + i / X_BLOCK];
+            total[r] = fma_f((vf)_mm512_cvtepi32_ps(acc[r]), scale * x_scale, total[r]);
+        }
+    }
+    for (int64_t n = 0; has_offsets && n <= (size - 1) >> shift; n++)
+        UNROLL for (int r = 0; r < rows; r++) {
+            vf sum = (vf){0} + x->sum[(row + r) * x->sums_stride + k / SEGMENT + n];
+            total[r] = fma_f(load(p->offset[n], 0, F32), sum, total[r]);
+        }
+    UNROLL for (int r = 0; r < rows; r++) store(sums, r * PANEL_COLS, total[r], F32);
+}
+#define EACH_HEIGHT(DO) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) /* of tiles: there are more rows than a few */
+#else
+#define TILE 4
+#define EACH_HEIGHT(DO) DO(2) DO(3) DO(4)
+
 /* sum += a * b of pairs. GCC left alone makes many products before it adds them, and moves them to memory. */
 INLINE void add_products(__m256i *sum, __m256i a, __m256i b) {
     __m256i product;
@@ -468,6 +512,7 @@ INLINE void multiply_tile(float *sums, const panel *p, const whole *x, int64_t r
             }
         }
 }
+#endif
 
 /* Rows of the tiles by the PANEL_COLS columns from col on, to p->sums; asks for the codes of those from `next` on. */
 INLINE void multiply_panel(panel *p, const whole *x, const quantized *w, int64_t first_tile, int64_t last_tile, int64_t col,
@@ -486,9 +531,9 @@ INLINE void multiply_panel(panel *p, const whole *x, const quantized *w, int64_t
             for (share++; asked < lines * share / shares; asked++)
                 __builtin_prefetch(w->codes + next * w->row_bytes + asked * LINE);
             switch (tile_start(t + 1, x->num_rows, x->num_tiles) - row) {
-            case 2: multiply_tile(sums, p, x, row, k, size, w->shift, has_offsets, bits, segment, 2); break;
-            case 3: multiply_tile(sums, p, x, row, k, size, w->shift, has_offsets, bits, segment, 3); break;
-            default: multiply_tile(sums, p, x, row, k, size, w->shift, has_offsets, bits, segment, TILE);
+#define TILE_OF(rows) \
+    case rows: multiply_tile(sums, p, x, row, k, size, w->shift, has_offsets, bits, segment, rows); break;
+                EACH_HEIGHT(TILE_OF)
             }
         }
     }

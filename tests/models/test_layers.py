@@ -54,7 +54,7 @@ def test_bfloat16_without_tiles_is_multiplied_in_whole_numbers_if_the_processor_
     monkeypatch.setattr(layers, "_has_tiles", lambda: False)
     monkeypatch.setattr(layers, "multiplies_whole_numbers", lambda: in_whole_numbers)
     linear = linear_for(torch.bfloat16, CPU)
-    assert (linear == Linear(linear_dense_quick, quick=True, widens_from=96)) == in_whole_numbers
+    assert (linear == Linear(linear_dense_quick, quick=True)) == in_whole_numbers
     assert linear.packs == (not in_whole_numbers)
     assert linear_for(torch.float32, CPU).dense is F.linear
 
