@@ -72,6 +72,7 @@ class SubmitRequest(Message, frozen=True):
         output_token_ids: int32; tokens already emitted, when a request is taken up again.
         is_taken_up_again: an earlier engine accepted it, so no bound on the queue refuses it now.
         num_losses: of executors that may have died of it at another replica, since its latest token; it has moved.
+        num_failures: of engines in a row that may have failed at it, since its latest token.
     """
 
     request_id: RequestId
@@ -86,6 +87,7 @@ class SubmitRequest(Message, frozen=True):
     output_token_ids: bytes = b""
     is_taken_up_again: bool = False
     num_losses: int = 0
+    num_failures: int = 0
 
 
 class CancelRequest(Message, frozen=True):

@@ -13,12 +13,12 @@ import msgspec
 import structlog
 
 from ...messages.base import Message
+from ...messages.errors import OctavoError
 from ...messages.ids import Epoch, RequestId
 from ...messages.kv import ResetPrefixCache
 from ...messages.nodes import Listening
 from ...messages.processes import (
     EdgeShed,
-    EngineFailed,
     EngineReport,
     PeerLeft,
     PeerStarted,
@@ -47,6 +47,8 @@ from .audit import Audit
 from .peers import Edges, Executors, Peers, edge_of, incarnation_of, is_of
 from .report import Reporter
 from .shed_edges import ShedEdges
+from .suspects import find_suspects, last_words
+from .trial import Trial
 
 log = structlog.get_logger("octavo.engine")
 
@@ -146,7 +148,10 @@ class EngineProcess:
         self._scheduler: SchedulerCore | None = None
         self._quarantine = Quarantine()
         self._num_messages = 0
-        self._failed_at: RequestId | None = None
+        self._handling: Message | None = None  # what scheduler or KV allocator were given last
+        self._taking: Message | None = None
+        self._trial = Trial()
+        self._last_words: list[str] = []  # edges that were told why it ends
         self._reporter = Reporter(spec.incarnation)
         allowed = {"edge": _FROM_EDGES, EDGE: _FROM_SUPERVISOR, "executor": (StepExecuted,)}
         keys = spec.tcp.read_keys() if spec.tcp is not None else None
@@ -169,7 +174,7 @@ class EngineProcess:
         self._executors = Executors([name for name, _ in spec.executors], self.send)
         for peer in spec.elsewhere:
             self._start_peer(peer)
-        self._carrier = AsyncioPort(loop, self._port, self._take, self._on_link, on_failure=lambda _: self.fail())
+        self._carrier = AsyncioPort(loop, self._port, self._take, self._on_link, on_failure=self._on_port_failure)
         if endpoint:
             self.send(EDGE, Listening(spec.name, spec.incarnation, endpoint))
         if spec.setup is not None:
@@ -179,8 +184,8 @@ class EngineProcess:
     async def close(self) -> None:
         self._ticker.cancel()
         self._carrier.close()
-        if self._failed_at is not None:
-            self._flush(edge_of(self._failed_at))
+        for edge in self._last_words:
+            self._flush(edge)
         if self._journal is not None:
             await self._journal.close()
         self._port.close()
@@ -233,23 +238,7 @@ class EngineProcess:
         self._scheduler = scheduler = SchedulerCore(setup.scheduler, self._spec.epoch, quarantine=self._quarantine)
         self._allocator = allocator = KVAllocatorCore(setup.allocator, self._spec.epoch)
         self._audit = Audit((scheduler, allocator), self._clock)
-        handle_scheduler: Callable[[Any, int], Any] = scheduler.handle
-        handle_allocator: Callable[[Any, int], Any] = allocator.handle
-        if setup.journal is not None:
-            header = JournalHeader(
-                octavo=setup.octavo,
-                model=setup.model,
-                started_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-                start_ns=self._clock.now_ns(),
-                has_tokens=setup.journal_prompts,
-                scheduler=setup.scheduler,
-                allocator=setup.allocator,
-                scheduler_epoch=self._spec.epoch,
-                allocator_epoch=self._spec.epoch,
-            )
-            self._journal = Journal(setup.journal, header)
-            handle_scheduler = self._journal.wrap_scheduler(handle_scheduler)
-            handle_allocator = self._journal.wrap_allocator(handle_allocator)
+        handle_scheduler, handle_allocator = self._recorded(setup, scheduler.handle, allocator.handle)
         handle_scheduler, handle_allocator = self._noting(handle_scheduler), self._noting(handle_allocator)
         local = {"scheduler", "kv_allocator"}
         routes = {route: receivers for route, receivers in ROUTES.items() if route[0] in local}
@@ -264,21 +253,53 @@ class EngineProcess:
         runtime.connect()
         self.send(EDGE, EngineReady(self._spec.incarnation))
 
+    def _recorded(
+        self,
+        setup: EngineSetup,
+        handle_scheduler: Callable[[Any, int], Any],
+        handle_allocator: Callable[[Any, int], Any],
+    ) -> tuple[Callable[[Any, int], Any], Callable[[Any, int], Any]]:
+        """The same, with a journal around them if one is asked for and can be made: without one it serves as well."""
+        if setup.journal is None:
+            return handle_scheduler, handle_allocator
+        header = JournalHeader(
+            octavo=setup.octavo,
+            model=setup.model,
+            started_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            start_ns=self._clock.now_ns(),
+            has_tokens=setup.journal_prompts,
+            scheduler=setup.scheduler,
+            allocator=setup.allocator,
+            scheduler_epoch=self._spec.epoch,
+            allocator_epoch=self._spec.epoch,
+        )
+        try:
+            self._journal = journal = Journal(setup.journal, header)
+        except (OctavoError, OSError) as error:  # the folder was there when the server was started
+            log.error("journal.not_made", path=setup.journal, why=str(error))
+            return handle_scheduler, handle_allocator
+        return journal.wrap_scheduler(handle_scheduler), journal.wrap_allocator(handle_allocator)
+
     def _noting(self, handle: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
-        """The same, but that it is known which request a message was about that it raised at."""
+        """The same, but that it is known which message it raised at, and a trial learns from the answers."""
 
-        def handle_or_note(message: Message, now_ns: int) -> Any:
-            try:
-                return handle(message, now_ns)
-            except Exception:
-                self._failed_at = getattr(message, "request_id", None)
-                raise
+        def note_and_handle(message: Message, now_ns: int) -> Any:
+            self._handling = message
+            answers = handle(message, now_ns)
+            if self._trial.is_on:
+                self._submit_all(self._trial.note(answers))
+            return answers
 
-        return handle_or_note
+        return note_and_handle
+
+    def _submit_all(self, submits: list[SubmitRequest]) -> None:
+        for submit in submits:
+            self._scheduler_mailbox.post(submit)
 
     def _take(self, messages: list[tuple[str, Message]]) -> None:
         self._num_messages += len(messages)
         for peer, message in messages:
+            self._taking = message
             if isinstance(message, SetUpEngine):
                 if self._scheduler is None:
                     self._set_up(msgspec.msgpack.decode(message.setup, type=EngineSetup))
@@ -302,8 +323,13 @@ class EngineProcess:
                 if peer in self._executors.names:
                     self._executors.note_answer(message)
                     self._scheduler_mailbox.post(message)
+            elif isinstance(message, SubmitRequest):
+                self._submit_all(self._trial.submit(message))
             else:
+                if self._trial.is_on and isinstance(message, CancelRequest | StopMatched):
+                    self._submit_all(self._trial.release(message.request_id))
                 self._scheduler_mailbox.post(message)
+        self._taking = None
 
     def _start_peer(self, peer: PeerStarted) -> None:
         if peer.incarnation <= self._peers.get(peer.name, 0):
@@ -333,7 +359,13 @@ class EngineProcess:
                 self._edges.names.remove(edge.name)
             self._shed.forget(edge.name)
         self._left[edge.name, edge.incarnation] = None
+        self._forget_held(edge.name, edge.incarnation)
         asyncio.get_running_loop().call_soon(self._cancel_left)
+
+    def _forget_held(self, edge: str, incarnation: int) -> None:
+        """Nobody waits any more for what an edge asked for and the scheduler has not heard of."""
+        if self._trial.is_on:
+            self._submit_all(self._trial.drop(lambda request_id: is_of(request_id, edge, incarnation)))
 
     def _cancel_left(self) -> None:
         """Cancel what edges asked for that have left, and what of it still waited in the mailbox the last time."""
@@ -358,6 +390,7 @@ class EngineProcess:
     def _shed_edge(self, name: str) -> None:
         """Go on without an edge until it says again what it waits for."""
         self._shed.add(name)
+        self._forget_held(name, self._peers[name])
         log.error("edge.shed", edge=name, num_untaken=self._port.num_queued(name), total=self._shed.num_shed)
         self._connect(name, self._peers[name])  # what it had not taken is dropped
 
@@ -382,11 +415,32 @@ class EngineProcess:
             self._shed.note_told(event.peer, is_told=False)
 
     def _on_actor_failure(self, address: Address, error: Exception) -> None:
-        log.error("actor.failed", actor=address, request_id=self._failed_at, exc_info=error)
-        if (request_id := self._failed_at) is not None:
-            why = f"{type(error).__name__}: {error}"
-            self.send(edge_of(request_id), EngineFailed(self._spec.incarnation, request_id, why))
+        log.error("actor.failed", actor=address, exc_info=error)
+        self._say_last_words(self._handling, error)
         self.fail()
+
+    def _on_port_failure(self, error: Exception) -> None:
+        self._say_last_words(self._taking, error)
+        self.fail()
+
+    def _say_last_words(self, message: Message | None, error: Exception) -> None:
+        """Tell the edges whose requests it may have failed at."""
+        if self._scheduler is None or self.ended.done():
+            return
+        try:
+            suspects = find_suspects(message, self._scheduler, self._trial)
+        except Exception:  # whatever state the scheduler is in
+            log.exception("engine.cannot_tell_why")
+            return
+        log.error(
+            "engine.failed_at",
+            message=type(message).__name__,
+            request_id=suspects.named,
+            num_suspects=len(suspects.among),
+        )
+        for edge, failed in last_words(suspects, self._spec.incarnation, error):
+            self.send(edge, failed)
+            self._last_words.append(edge)
 
     def _tick(self) -> None:
         now_ns = self._clock.now_ns()

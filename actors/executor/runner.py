@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,8 +16,9 @@ from ...messages.step import ExecuteStep, StartRequest, StepExecuted
 from ...models.errors import ModelLoadError, ModelNotFoundError
 from ...models.parallel import ParallelGroup
 from .config import ExecutorConfig
-from .device import Device, resolve_device
+from .device import Device
 from .gpu.runner import GpuRunner
+from .out_of_memory import is_out_of_memory
 from .pending_tokens import PendingTokens
 from .sampler import SampledTokens, Sampler
 from .say_memory import say_memory
@@ -38,27 +39,41 @@ def load_runner(config: ExecutorConfig, group: ParallelGroup | None = None) -> S
         UnsupportedModelError: the checkpoint cannot be served; the message names what is missing.
         KVCacheTooSmallError: the asked-for context does not fit.
     """
-    is_alone = group is None or group.world_size == 1  # what a rank launches follows from its place among the others
-    if config.device == "cpu" or not is_alone or not torch.cuda.is_available():
+    if config.device == "cpu" or not torch.cuda.is_available():
         return _load_runner(config, group)
     from .gpu.compile_ahead import CompileAhead  # triton need not be there without a GPU
     from .gpu.fake_cuda import GpuFacts
 
-    # The one that will be computed on: to ask another takes half a GiB of it, for as long as this process lives.
-    ahead = CompileAhead.begin(config, GpuFacts.of(resolve_device(config.device, config.gpu)))
+    begun: list[CompileAhead] = []
+
+    def begin(where: torch.device, num_ranks: int) -> None:
+        # The one that will be computed on: to ask another takes half a GiB of it, for as long as this process lives.
+        rank, num_sharing = group.rank if group else 0, num_ranks * config.num_replicas
+        begun.append(CompileAhead.begin(config, GpuFacts.of(where), rank=rank, num_sharing=num_sharing))
+
+    def finish() -> None:
+        for ahead in begun:
+            ahead.finish()
+
     try:
-        runner = _load_runner(config, group, on_loaded=ahead.finish)
+        runner = _load_runner(config, group, on_placed=begin, on_loaded=finish)
     finally:
-        ahead.cancel()
-    ahead.note()
+        for ahead in begun:
+            ahead.cancel()
+    for ahead in begun:
+        ahead.note()
     return runner
 
 
 def _load_runner(
-    config: ExecutorConfig, group: ParallelGroup | None, *, on_loaded: Callable[[], object] = lambda: None
+    config: ExecutorConfig,
+    group: ParallelGroup | None,
+    *,
+    on_placed: Callable[[torch.device, int], object] = lambda _where, _num_ranks: None,
+    on_loaded: Callable[[], object] = lambda: None,
 ) -> StepRunner | GpuRunner:
     try:
-        device = Device(config, group, on_loaded=on_loaded)
+        device = Device(config, group, on_placed=on_placed, on_loaded=on_loaded)
     except ModelNotFoundError as error:
         raise errors.ModelNotFoundError(str(error)) from error
     except ModelLoadError as error:
@@ -202,9 +217,18 @@ class StepRunner:
             return
         for start in step.start:
             token_ids = self._batch.token_ids(start.request_id)
-            self._sampler.add(start.request_id, start.params, token_ids, start.num_prompt_tokens, start.eos_token_ids)
+            self._add_to_sampler(start, token_ids)
             if start.params.prompt_logprobs is not None and len(token_ids) == start.num_prompt_tokens:
                 self._wants_prompt_logprobs[start.request_id] = (start.params.prompt_logprobs, start.num_prompt_tokens)
+
+    def _add_to_sampler(self, start: StartRequest, token_ids: Sequence[int]) -> None:
+        """Have a request sampled; what cannot be is no fault of the others in its step."""
+        try:
+            self._sampler.add(start.request_id, start.params, token_ids, start.num_prompt_tokens, start.eos_token_ids)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self._sampler.give_up(start.request_id, f"{type(error).__name__}: {error}")
 
     def _sample(self, arrays: StepArrays, hidden: torch.Tensor) -> tuple[tuple[RequestId, ...], SampledTokens]:
         """Sample the rows that are due; rows from which no token could be chosen are left out, as `failed`."""

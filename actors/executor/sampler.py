@@ -19,6 +19,7 @@ from ...kernels import sampling
 from ...messages.ids import RequestId
 from ...messages.request import TokenLogprobs
 from ...messages.sampling import SamplingParams
+from .out_of_memory import is_out_of_memory
 from .sampling_batch import BatchBuilder, SamplingBatch
 from .sampling_state import BadWords, Filtering, SamplingState, draw_ahead, left_to_do
 from .token_choice import choose, count, why_failed, why_no_numbers
@@ -43,6 +44,14 @@ class SampledTokens:
     failed: list[tuple[RequestId, str]]
     nonfinite: list[RequestId] = field(default_factory=list)
 
+    def extend(self, other: SampledTokens) -> None:
+        """Append other rows of the same step."""
+        self.token_ids.extend(other.token_ids)
+        self.stopped.extend(other.stopped)
+        self.logprobs.extend(other.logprobs)
+        self.failed.extend(other.failed)
+        self.nonfinite.extend(other.nonfinite)
+
 
 class Sampler:
     """Owner of every request's sampling state on one device.
@@ -59,6 +68,7 @@ class Sampler:
         self._device = torch.device(device)
         self._builder = BatchBuilder(self._device)
         self._requests: dict[RequestId, SamplingState] = {}
+        self._unusable: dict[RequestId, str] = {}  # that could not be added, and why
         self._batch: SamplingBatch | None = None
 
     def __len__(self) -> int:
@@ -118,8 +128,13 @@ class Sampler:
         self._requests[request_id] = request
         self._batch = None
 
+    def give_up(self, request_id: RequestId, why: str) -> None:
+        """Fail a request's rows from now on, for it could not be added."""
+        self._unusable[request_id] = why
+
     def remove(self, request_id: RequestId) -> None:
         """Forget a request; an unknown one is ignored."""
+        self._unusable.pop(request_id, None)
         if self._requests.pop(request_id, None) is not None:
             self._batch = None
 
@@ -131,6 +146,9 @@ class Sampler:
         self, logits: torch.Tensor, request_ids: Sequence[RequestId], *, raw: torch.Tensor | None = None
     ) -> SampledTokens:
         """Choose the next token of each row, and append it to its request's state.
+
+        Should anything raise, each row is sampled by itself, and those at which it raises again have failed; unless it
+        does so at all of several rows, or at the only one on a device that may be what is broken.
 
         Args:
             logits: `[N, V]` float32; not changed.
@@ -147,24 +165,82 @@ class Sampler:
             )
         if not request_ids:
             return SampledTokens([], [], [], [])
+        self._check_known(request_ids)
+        why: Exception | None = None
+        if not self._unusable:
+            try:
+                return self._sample_together(logits, request_ids, raw)
+            except Exception as error:
+                why = error
+        return self._sample_apart(logits, request_ids, raw, why)
+
+    def _sample_together(
+        self, logits: torch.Tensor, request_ids: Sequence[RequestId], raw: torch.Tensor | None
+    ) -> SampledTokens:
+        """Sample in one batch; if anything raises, no request's state has changed."""
         batch = self._batch_of(request_ids)
         draw_ahead(batch.drawing)
         tokens: torch.Tensor | None = None
+        chosen: list[torch.Tensor] = []
         for group in batch.groups:
-            chosen = choose(logits if group.rows is None else logits.index_select(0, group.rows), group)
+            chosen.append(choose(logits if group.rows is None else logits.index_select(0, group.rows), group))
             if group.rows is None:
-                tokens = chosen
+                tokens = chosen[-1]
             else:
                 if tokens is None:
                     tokens = torch.empty(len(request_ids), dtype=torch.int64, device=logits.device)
-                tokens[group.rows] = chosen
-            if group.processing is not None:
-                count(group.processing, chosen)
+                tokens[group.rows] = chosen[-1]
         assert tokens is not None
-        return self._record(batch, logits if raw is None else raw, tokens.tolist())
+        sampled = self._report(batch, logits if raw is None else raw, tokens.tolist())
+        self._record(batch, sampled.token_ids)
+        for group, of_group in zip(batch.groups, chosen, strict=True):
+            if group.processing is not None:
+                count(group.processing, of_group)
+        return sampled
 
-    def _record(self, batch: SamplingBatch, logits: torch.Tensor, token_ids: list[int]) -> SampledTokens:
-        """Append tokens to the requests' states and report; `logits` are the model's."""
+    def _sample_apart(
+        self,
+        logits: torch.Tensor,
+        request_ids: Sequence[RequestId],
+        raw: torch.Tensor | None,
+        why: Exception | None,
+    ) -> SampledTokens:
+        """Sample each row by itself, `why`: as all together raised."""
+        if why is not None and is_out_of_memory(why):
+            raise why
+        sampled = SampledTokens([], [], [], [])
+        num_tried = num_raised = 0
+        for row, request_id in enumerate(request_ids):
+            error = self._unusable.get(request_id, "")
+            if not error:
+                num_tried += 1
+                try:
+                    raw_row = None if raw is None else raw[row : row + 1]
+                    sampled.extend(self._sample_together(logits[row : row + 1], (request_id,), raw_row))
+                    continue
+                except Exception as raised:
+                    if is_out_of_memory(raised):
+                        raise
+                    num_raised += 1
+                    why, error = why or raised, f"{type(raised).__name__}: {raised}"
+            sampled.extend(SampledTokens([-1], [], [], [(request_id, f"its token could not be sampled: {error}")]))
+        if why is not None and num_raised == num_tried and (num_tried > 1 or self._device.type != "cpu"):
+            raise why
+        return sampled
+
+    def _record(self, batch: SamplingBatch, token_ids: list[int]) -> None:
+        """Append tokens to the requests' states, but for the penalties' tables."""
+        for request, token_id in zip(batch.requests, token_ids, strict=True):
+            if token_id < 0:
+                continue
+            request.num_output_tokens += 1
+            if request.bad_words is not None:
+                request.bad_words.append(token_id)
+            if request.num_output_tokens == request.params.min_tokens:
+                self._batch = None  # its end tokens are masked no longer
+
+    def _report(self, batch: SamplingBatch, logits: torch.Tensor, token_ids: list[int]) -> SampledTokens:
+        """What tokens to be appended mean; `logits` are the model's."""
         stopped: list[RequestId] = []
         failed: list[tuple[RequestId, str]] = []
         nonfinite: list[RequestId] = []
@@ -176,13 +252,7 @@ class Sampler:
                 if why_no_numbers(logits[row]):
                     nonfinite.append(request_id)
                 continue
-            request.num_output_tokens += 1
-            if request.bad_words is not None:
-                request.bad_words.append(token_id)
-            min_tokens = request.params.min_tokens
-            if request.num_output_tokens == min_tokens:
-                self._batch = None  # its end tokens are masked no longer
-            if token_id in request.stop_token_ids and request.num_output_tokens >= min_tokens:
+            if token_id in request.stop_token_ids and request.num_output_tokens + 1 >= request.params.min_tokens:
                 stopped.append(request_id)
         logprobs: list[tuple[RequestId, TokenLogprobs]] = []
         asked = [row for row in batch.logprob_rows if token_ids[row] >= 0]
@@ -202,14 +272,17 @@ class Sampler:
     def _batch_of(self, request_ids: Sequence[RequestId]) -> SamplingBatch:
         key = tuple(request_ids)
         if self._batch is None or self._batch.request_ids != key:
-            if len(set(key)) != len(key):
-                raise ValueError("a request occurs twice in one batch")
-            try:
-                requests = [self._requests[request_id] for request_id in key]
-            except KeyError as error:
-                raise ValueError(f"request {error.args[0]} is not being sampled: add it first") from None
-            self._batch = self._builder.build(key, requests)
+            self._batch = self._builder.build(key, [self._requests[request_id] for request_id in key])
         return self._batch
+
+    def _check_known(self, request_ids: Sequence[RequestId]) -> None:
+        if self._batch is not None and self._batch.request_ids == tuple(request_ids):
+            return
+        if len(set(request_ids)) != len(request_ids):
+            raise ValueError("a request occurs twice in one batch")
+        for request_id in request_ids:
+            if request_id not in self._requests and request_id not in self._unusable:
+                raise ValueError(f"request {request_id} is not being sampled: add it first")
 
     def _filtering(self, params: SamplingParams, is_greedy: bool) -> Filtering:
         has_top_k = 0 < params.top_k < self._vocab_size

@@ -21,6 +21,9 @@ LedgerOutbox = SubmitRequest | CancelRequest | StopMatched | StepExecuted | Requ
 
 _NOBODY = RequestId(-1)
 
+NUM_FAILURES_ON_TRIAL = 2
+"""So many engines in a row that may have failed at a request are no accident: the next one tries it apart."""
+
 _MAX_FAILURES = 1
 """Engines that may fail at a request, one after the other without a token between them: more are no accident."""
 
@@ -32,7 +35,7 @@ class _Recipe:
         submit: as the tokenizer made it.
         tokens: int32; the output that reached this edge.
         is_cancelled, is_stopped: what was said about it to an engine, and must be said again to the next.
-        num_failures: engines in a row that failed at it, with so many tokens as now.
+        num_failures: engines in a row that failed and may have done so at it, with `num_tokens_at_failure` tokens.
     """
 
     __slots__ = ("is_cancelled", "is_stopped", "num_failures", "num_tokens_at_failure", "submit", "tokens")
@@ -45,14 +48,17 @@ class _Recipe:
             self.tokens.byteswap()
         self.is_cancelled = False
         self.is_stopped = False
-        self.num_failures = 0
-        self.num_tokens_at_failure = -1
+        self.num_failures = submit.num_failures
+        self.num_tokens_at_failure = len(self.tokens) if submit.num_failures else -1
+
+    @property
+    def num_failures_now(self) -> int:
+        """Engines in a row that may have failed at it, since its latest token."""
+        return 0 if len(self.tokens) > self.num_tokens_at_failure else self.num_failures
 
     def note_failure(self) -> None:
-        """An engine failed at it."""
-        if len(self.tokens) > self.num_tokens_at_failure:
-            self.num_failures = 0
-        self.num_failures += 1
+        """An engine failed, and it may have been at this."""
+        self.num_failures = self.num_failures_now + 1
         self.num_tokens_at_failure = len(self.tokens)
 
     def as_submit(self, fork_of: RequestId) -> SubmitRequest:
@@ -61,7 +67,11 @@ class _Recipe:
             tokens = array("i", tokens)
             tokens.byteswap()
         return msgspec.structs.replace(
-            self.submit, output_token_ids=tokens.tobytes(), fork_of=fork_of, is_taken_up_again=True
+            self.submit,
+            output_token_ids=tokens.tobytes(),
+            fork_of=fork_of,
+            is_taken_up_again=True,
+            num_failures=self.num_failures_now,
         )
 
 
@@ -70,10 +80,11 @@ class LedgerCore:
 
     `handle` returns what goes on its way: the message itself, or nothing if it is of a dead engine or of no live
     request. To `EngineLost` it answers with what the new engine must hear: each live request again, in order of
-    arrival, with the tokens that reached this edge; then the cancels and stops that were said about them. What was
-    returned before `EngineLost` was for the old engine, and is dropped with it; what is returned from then on is for
-    the new one. To `EngineFailed` it answers with the end of the request that it names, to be taken like an engine's,
-    if engines fail at it again and again; the others are not to end with it.
+    arrival, with the tokens that reached this edge, but first those that engines may have failed at most often;
+    then the cancels and stops that were said about them. What was returned before `EngineLost` was for the old engine,
+    and is dropped with it; what is returned from then on is for the new one. To `EngineFailed` it answers with the end
+    of the request that it names, to be taken like an engine's, if engines fail at it again and again; the others are
+    not to end with it. Of suspects it takes note: the next engine tries them apart (`actors.engine.trial`).
 
     A request is live from its `SubmitRequest` to its `RequestEnded`, so it ends exactly once here: an end that comes a
     second time finds no live request. Requests that the tokenizer refuses are never live and never pass here. Memory
@@ -184,13 +195,18 @@ class LedgerCore:
         return self._everything()
 
     def _convict(self, failed: EngineFailed) -> list[LedgerOutbox]:
+        for request_id in dict.fromkeys((failed.request_id, *failed.suspects)):
+            if (suspect := self._recipes.get(request_id)) is not None:
+                suspect.note_failure()
         recipe = self._recipes.get(failed.request_id)
         if recipe is None:
-            self.num_dropped_messages += 1
+            self.num_dropped_messages += not failed.suspects
             return []
-        recipe.note_failure()
         if recipe.num_failures <= _MAX_FAILURES:
             return []
+        for other in self._recipes.values():
+            if other is not recipe:
+                other.num_failures = 0  # those failures are explained; the next ones may have another cause
         error = f"the engine failed {recipe.num_failures} times in a row at this request: {failed.why}"
         return [
             RequestEnded(
@@ -219,7 +235,8 @@ def _everything_of(recipes: dict[RequestId, _Recipe]) -> list[LedgerOutbox]:
 
 def _submits(recipes: dict[RequestId, _Recipe]) -> list[SubmitRequest]:
     """Each as it is to be submitted; `fork_of` names siblings among them only."""
-    return [
+    submits = [
         recipe.as_submit(recipe.submit.fork_of if recipe.submit.fork_of in recipes else _NOBODY)
         for recipe in recipes.values()
     ]
+    return sorted(submits, key=lambda submit: -submit.num_failures)

@@ -16,6 +16,7 @@ from typing import Any, Union
 
 import msgspec
 
+from ...messages.processes import EngineFailed
 from ...messages.request import StepTexts, SubmitPrompt, SubmitRequest, TokenLogprobs
 from ...messages.sampling import SamplingParams
 from ...messages.step import ExecuteStep, PlanStep, StepExecuted
@@ -25,6 +26,7 @@ Check = Callable[[Any], None]  # any value a decoder can make; raises `ValueErro
 MAX_INT = 2**63 - 1
 
 LOWEST: dict[tuple[type, str], int] = {
+    (EngineFailed, "request_id"): -1,
     (SubmitPrompt, "priority"): -MAX_INT,
     (SubmitPrompt, "truncate_prompt_tokens"): -1,
     (SubmitRequest, "priority"): -MAX_INT,

@@ -15,6 +15,7 @@ from .decode_stretch import advance, find_horizon
 from .ending import end, expire
 from .executor_loss import lose_executor
 from .quarantine import Quarantine
+from .sequence import State
 from .state import SchedulerOutbox, SchedulerState
 from .stats import SchedulerStats
 from .step_planning import plan_steps
@@ -89,6 +90,27 @@ class SchedulerCore:
     def live_request_ids(self) -> list[RequestId]:
         """Requests accepted and not ended, in the order in which they were submitted."""
         return list(self._state.sequences)
+
+    def num_new_tokens(self) -> dict[RequestId, int]:
+        """How many tokens each of those requests has sampled here, beside those that it was submitted with."""
+        return {
+            request_id: len(sequence.tokens) - sequence.num_prompt - len(sequence.submit.output_token_ids) // 4
+            for request_id, sequence in self._state.sequences.items()
+        }
+
+    @property
+    def expiring_id(self) -> RequestId:
+        """Which request's deadline is being kept, at a message that may be about others; -1: none's."""
+        return self._state.expiring_id
+
+    def request_ids_in_hand(self) -> list[RequestId]:
+        """Those that a step may be about: they have a seat, or would be the next to get one."""
+        head = self._state.waiting.peek()
+        return [
+            request_id
+            for request_id, sequence in self._state.sequences.items()
+            if sequence is head or sequence.state not in (State.WAITING, State.PARKED)
+        ]
 
     @property
     def next_deadline_ns(self) -> int:

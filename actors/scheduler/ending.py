@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...messages.request import FinishReason, RequestEnded
 from .preemption import leave_ready, stop_running
 from .sequence import Sequence, State
-from .state import SchedulerState
+from .state import NOBODY, SchedulerState
 
 
 def end(
@@ -68,4 +68,6 @@ def expire(state: SchedulerState) -> None:
     for request_id in state.deadlines.pop_due(state.now_ns):
         sequence = state.sequences.get(request_id)
         if sequence is not None:
+            state.expiring_id = request_id
             end(state, sequence, "abort")
+    state.expiring_id = NOBODY

@@ -20,6 +20,8 @@ from .step_in_flight import StepInFlight
 from .step_sizes import StepSizes
 from .waiting_queue import WaitingQueue
 
+NOBODY = RequestId(-1)
+
 SchedulerOutbox = PlanStep | MatchPrefix | ReleaseMatch | ResetBlocks | StepExecuted | RequestEnded | ExecutorFailed
 
 
@@ -58,6 +60,7 @@ class SchedulerState:
         self.decoding = DecodingRows()
         self.in_flight: deque[StepInFlight] = deque()
         self.deadlines = Deadlines()
+        self.expiring_id = NOBODY  # whose deadline is found to have passed, at a message about others
         self.seats_by_priority: dict[int, int] = {}
         self.seat_limit = config.max_num_seqs  # lowered after a loss of the executor, to find who causes it
         self.most_seats = config.max_num_seqs  # lowered for good when so many were too much for the device's memory

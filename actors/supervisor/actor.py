@@ -25,6 +25,7 @@ from ...messages.system import (
     SupervisorGaveUp,
     Tick,
 )
+from ..runtime.awake_time import wait_awake
 from ..runtime.clock import Clock, MonotonicClock
 from ..runtime.process_state import is_stopped
 from ..runtime.processes import Nursery, ProcessExit, ProcessRefusedError, ProcessSpec, ProcessStartError
@@ -36,6 +37,10 @@ log = structlog.get_logger("octavo.supervisor")
 
 _KILL_S = 10.0
 """After the grace, for SIGKILL to be obeyed."""
+
+
+_LAST_WORDS_S = 0.02
+"""What one said before it died may be read behind the news of its exit: above all, that it was ready."""
 
 
 class Process(Protocol):
@@ -156,7 +161,7 @@ class Supervisor:
             self.handle(StopAll(int(grace_s * 1e9)))
             # Those that run have a grace and then SIGKILL, those about to start are killed when they are there.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopped.wait(), grace_s + _KILL_S)
+                await wait_awake(self._stopped.wait(), grace_s + _KILL_S)
         for timer in (self._ticker, self._waker):
             if timer is not None:
                 timer.cancel()
@@ -213,6 +218,8 @@ class Supervisor:
         ended = await process.wait()
         del self._processes[message.child], self._incarnations[message.child]
         log.info("process.exited", child=message.child, incarnation=message.incarnation, why=ended.why)
+        if self.core.is_starting(message.child, message.incarnation):
+            await asyncio.sleep(_LAST_WORDS_S)
         self._note_exit(message, ended.why, is_innocent=ended.is_innocent)
 
     def _note_exit(

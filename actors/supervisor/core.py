@@ -51,6 +51,9 @@ SupervisorOutbox = (
 _RESEND_NS = 500_000_000
 """Between two `StartExecutor`s to an executor that still names an older epoch."""
 
+_MAX_INNOCENT_STARTS = 3
+"""Losses in a row, with no readiness between, up to which one that was starting is no request's doing."""
+
 _HALT_GAP_NS = 3 * TICK_NS
 """Between two `ProcessHalted`s about the same halt, at most."""
 
@@ -253,8 +256,7 @@ class SupervisorCore:
             self._note_ready(child, now_ns)
         if child.config.kind != "executor":
             return
-        if beat.longest_ns and not child.stalled.since(now_ns - beat.longest_ns):  # else it says nothing of other steps
-            self._step_times.observe(beat.longest_tokens, beat.longest_ns, beat.progress)
+        self._learn_step_time(child, beat, now_ns)
         busy_ns = beat.busy_ns - child.stalled.since(now_ns - beat.busy_ns)
         limit_ns = self._step_times.limit_ns(beat.busy_tokens, beat.progress)
         child.is_long_at_step = 2 * busy_ns > limit_ns
@@ -264,6 +266,16 @@ class SupervisorCore:
             self._condemn(child, verdict, now_ns)
         elif beat.epoch < self._epoch and now_ns - self._executor_told_ns >= _RESEND_NS:
             self._tell_executor(now_ns)
+
+    def _learn_step_time(self, executor: Child, beat: Beat, now_ns: int) -> None:
+        """Take note of the step that a beat tells of, as far as it says something of other steps.
+
+        One during which this process stood still does not; of one that was not let run, the rest of its time does.
+        """
+        since_ns = now_ns - beat.longest_ns
+        own_ns = beat.longest_ns - executor.hindered.since(since_ns)
+        if own_ns > 0 and not executor.stalled.since(since_ns):
+            self._step_times.observe(beat.longest_tokens, own_ns, beat.progress)
 
     def _handle_started(self, message: ProcessStarted, now_ns: int) -> None:
         child = self._current(message.child, message.incarnation)
@@ -303,15 +315,23 @@ class SupervisorCore:
         if child is None or child.state == "absent":
             self._num_late_messages += 1
             return
-        was_running = child.is_running
+        was_running, was_starting = child.is_running, child.state == "starting"
         child.state = "absent"
         if message.was_refused:
             self._restarts.note_refused(child, now_ns)
         elif was_running:
             self._restarts.note_run(child)
         if was_running:
-            is_innocent = message.is_innocent or child.cannot_load
+            is_innocent = message.is_innocent or child.cannot_load or (was_starting and self._is_start_innocent(child))
             self._lose(child, f"{child.config.name} {message.why}", now_ns, is_innocent=is_innocent)
+
+    def _is_start_innocent(self, child: Child) -> bool:
+        """Whether a child's end before it was ready is held against no request.
+
+        It has computed nothing, as far as is known; but it may have begun a step before anybody heard that it was
+        ready. If so many in a row end like that, rather all of them have.
+        """
+        return self._restarts.num_unready(child) <= _MAX_INNOCENT_STARTS
 
     def _find_hung(self, now_ns: int) -> None:
         are_all_silent = self._are_all_silent(now_ns)

@@ -44,6 +44,10 @@ class Restarts:
         """There was room for a child."""
         self._refused_since_ns.pop(child.streak, None)
 
+    def num_unready(self, child: Child) -> int:
+        """Its losses since it was ready the last time, the one after that included."""
+        return self._num_unready.get(child.streak, 0)
+
     def take(self, children: Sequence[Child], now_ns: int, useless_ns: int | None) -> bool:
         """Whether children of one kind (none: the executor) may be started again; counts it.
 

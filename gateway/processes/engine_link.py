@@ -13,7 +13,7 @@ from ...actors.runtime.clock import Clock, MonotonicClock
 from ...actors.runtime.port import UnsendableError
 from ...actors.scheduler.quarantine import REFUSAL, Quarantine
 from ...messages.base import Message
-from ...messages.errors import InvalidRequestError, RequestQuarantinedError
+from ...messages.errors import InvalidRequestError, RequestFailedError, RequestQuarantinedError
 from ...messages.ids import Epoch
 from ...messages.processes import EngineFailed, EngineReport, RememberQuarantined
 from ...messages.request import CancelRequest, FinishReason, RequestEnded, StopMatched, SubmitRequest
@@ -50,6 +50,7 @@ class EngineLink:
         drops: messages that engines' ports threw away.
         incarnation: of the engine that is talked to; 0 before the first.
         is_up: whether the engine listens; what is posted otherwise waits in the ledger.
+        is_stuck: whether this incarnation missed something, so that only its end can help.
         is_gone: whether there will never be an engine again.
         on_convicted: called with what other engines must hear of a request that this one convicted.
     """
@@ -72,6 +73,7 @@ class EngineLink:
         self.drops = DropTally()
         self.incarnation = 0
         self.is_up = False
+        self.is_stuck = False
         self.is_gone = False
         self.on_convicted: Callable[[RememberQuarantined], None] = lambda _: None
         self._is_draining = False
@@ -87,7 +89,7 @@ class EngineLink:
 
     def connect(self, incarnation: int) -> None:
         """Talk to this incarnation from now on, once it is up."""
-        self.is_up = False
+        self.is_up = self.is_stuck = False
         self.incarnation = incarnation
         self._moved.clear()
         self._carrier.port.connect(self.name, incarnation, endpoint_of(self._run_dir, self.name, incarnation))
@@ -126,8 +128,25 @@ class EngineLink:
             log.error("engine.does_not_take", engine=self.name, message=type(message).__name__)
             self._give_up_on_engine()
 
+    def refuse(self, submit: SubmitRequest, error: Exception) -> None:
+        """End a request that something here raised at: the others are not to end with it."""
+        reason: FinishReason = "error" if submit.output_token_ids else "refused"
+        ended = RequestEnded(
+            submit.request_id,
+            reason,
+            len(submit.output_token_ids) // 4,
+            error_code=RequestFailedError.code,
+            error=f"the request could not be given to the engine: {type(error).__name__}: {error}",
+        )
+        if self.ledger.submit_of(submit.request_id) is None:
+            self._deliver(ended)
+        else:
+            self.take(ended)
+            self.send(CancelRequest(submit.request_id))
+
     def _give_up_on_engine(self) -> None:
         self.is_up = False  # with one message missing, no other may follow
+        self.is_stuck = True
         self._on_stuck()
 
     def take(self, message: FromEngine | EngineReport | EngineFailed) -> None:

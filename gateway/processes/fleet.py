@@ -69,11 +69,18 @@ class Fleet:
                     self._router.handle(ReplicaDown(index), 0)
 
     def post(self, message: Message) -> None:
-        """Carry a message to the engine that it is about; one about no request goes to every engine."""
-        if len(self.links) == 1:
+        """Carry a message to the engine that it is about; one about no request goes to every engine.
+
+        A request that cannot be carried ends, and no other with it.
+        """
+        if isinstance(message, SubmitRequest):
+            try:
+                self._submit(message)
+            except Exception as error:
+                log.exception("request.not_submitted", request_id=message.request_id)
+                self._owners.get(message.request_id, self.links[0]).refuse(message, error)
+        elif len(self.links) == 1:
             self.links[0].post(message)
-        elif isinstance(message, SubmitRequest):
-            self._submit(message)
         elif isinstance(message, CancelRequest | StopMatched):
             if (owner := self._owners.get(message.request_id)) is not None:
                 owner.post(message)
@@ -146,6 +153,9 @@ class Fleet:
                 link.send(entry)
 
     def _submit(self, submit: SubmitRequest) -> None:
+        if len(self.links) == 1:
+            self.links[0].post(submit)
+            return
         for route in self._router.handle(submit, 0):
             owner = self.links[route.replica]
             if owner.is_gone:  # none is up: whichever comes back takes it

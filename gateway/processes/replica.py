@@ -47,6 +47,7 @@ from ...messages.system import (
     StartProcess,
     SupervisorGaveUp,
 )
+from ..accelerator import Device, resolve_device
 from ..config import EngineConfig
 from ..engine_setup import allocator_config, executor_process_spec, journal_file, scheduler_config
 from ..graph import ModelFacts
@@ -63,6 +64,11 @@ log = structlog.get_logger("octavo.replica")
 ENGINE_MODULE = "octavo.actors.engine.process"
 EXECUTOR_MODULE = "octavo.actors.executor.process"
 PRELOAD_MODULE = "octavo.actors.executor.preload"
+
+
+def preload_module(device: Device) -> str:
+    """What is imported before executors are forked; with the C kernels, but for a GPU, which can do without."""
+    return EXECUTOR_MODULE if resolve_device(device) == "cuda" else PRELOAD_MODULE
 
 
 def executor_names(config: EngineConfig, index: int) -> list[str]:
@@ -167,7 +173,7 @@ class Replica:
             supervisors,
             make_spec=self._make_spec,
             send=self._send,
-            modules=(PRELOAD_MODULE, ENGINE_MODULE),
+            modules=(preload_module(config.device), ENGINE_MODULE),
             elsewhere=nodes,
             on_change=self._take_note,
         )
@@ -188,9 +194,14 @@ class Replica:
         self._mailbox_capacity = mailbox_capacity
 
     def set_up(self, facts: ModelFacts, mailbox_capacity: int) -> None:
-        """Let the engine begin; `ready` is set once it has."""
+        """Let the engine begin; `ready` is set once it has.
+
+        Raises:
+            InvalidConfigError: its journal cannot be made.
+        """
         self.assume(facts, mailbox_capacity)
-        self._carrier.send(self.engine_name, SetUpEngine(msgspec.msgpack.encode(self._setup())))
+        setup = self._setup(journal_file(self._config.journal, self.engine_name))
+        self._carrier.send(self.engine_name, SetUpEngine(msgspec.msgpack.encode(setup)))
 
     def give_up(self, why: str) -> None:
         """Let nobody wait for it any more."""
@@ -429,13 +440,21 @@ class Replica:
             run_dir=self._run_dir,
             edges=((EDGE, self._edge_incarnation), *(self._others.running if self._others else ())),
             executors=tuple(executors),
-            setup=self._setup() if self._facts is not None else None,
+            setup=self._setup(self._journal_if_it_can_be()) if self._facts is not None else None,
             log_format=self._log_format,
             tcp=self._tcp if self._is_elsewhere else None,
             elsewhere=tuple(self._elsewhere[name] for name in self.executor_names if name in self._elsewhere),
         )
 
-    def _setup(self) -> EngineSetup:
+    def _journal_if_it_can_be(self) -> str | None:
+        """Where an engine records that takes another one's place: whatever has become of the folder, it serves."""
+        try:
+            return journal_file(self._config.journal, self.engine_name)
+        except InvalidConfigError as error:
+            log.error("journal.not_made", engine=self.engine_name, why=str(error))
+            return None
+
+    def _setup(self, journal: str | None) -> EngineSetup:
         assert self._facts is not None
         config = self._config
         return EngineSetup(
@@ -444,7 +463,7 @@ class Replica:
             mailbox_capacity=self._mailbox_capacity,
             octavo=__version__,
             model=self._facts.name,
-            journal=journal_file(config.journal, self.engine_name),
+            journal=journal,
             journal_prompts=config.journal_prompts,
         )
 

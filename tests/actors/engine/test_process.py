@@ -15,7 +15,9 @@ import pytest
 from octavo.actors.engine import process
 from octavo.actors.engine.peers import first_request_id
 from octavo.actors.engine.process import EngineProcess, EngineProcessSpec, EngineSetup
+from octavo.actors.engine.trial import Trial
 from octavo.actors.kv_allocator.config import AllocatorConfig
+from octavo.actors.kv_allocator.core import KVAllocatorCore
 from octavo.actors.runtime.addresses import EDGE, endpoint_of
 from octavo.actors.runtime.port import Port
 from octavo.actors.runtime.port_limits import PortLimits
@@ -37,7 +39,7 @@ from octavo.messages.processes import (
 )
 from octavo.messages.request import CancelRequest, RequestEnded, StopMatched, SubmitRequest
 from octavo.messages.sampling import SamplingParams
-from octavo.messages.step import ExecuteStep, StepExecuted
+from octavo.messages.step import ExecuteStep, PlanDue, PlanStep, StepExecuted
 from octavo.messages.system import Beat, Drain, EngineReady, ExecutorLost
 
 PATIENCE_S = 180.0
@@ -51,14 +53,15 @@ SETUP = EngineSetup(
 )
 
 
-def submit(request_id: int, max_tokens: int = 9) -> SubmitRequest:
-    return SubmitRequest(RequestId(request_id), b"\1\0\0\0", SamplingParams(max_tokens=max_tokens, seed=1))
+def submit(request_id: int, max_tokens: int = 9, num_failures: int = 0) -> SubmitRequest:
+    params = SamplingParams(max_tokens=max_tokens, seed=1)
+    return SubmitRequest(RequestId(request_id), b"\1\0\0\0", params, num_failures=num_failures)
 
 
 class Stage:
     """An engine, edge 0, an executor that the test plays, and further edges as the test starts them."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, setup: EngineSetup = SETUP) -> None:
         run_dir.chmod(0o700)
         self._run_dir = str(run_dir)
         self.ports: dict[tuple[str, int], Port] = {}
@@ -74,7 +77,7 @@ class Stage:
                 run_dir=self._run_dir,
                 edges=((EDGE, 1),),
                 executors=(("executor 0", 1),),
-                setup=SETUP,
+                setup=setup,
             )
         )
 
@@ -116,9 +119,9 @@ class Stage:
             port.close()
 
 
-def on_stage(run_dir: Path, test: Callable[[Stage], Awaitable[None]]) -> None:
+def on_stage(run_dir: Path, test: Callable[[Stage], Awaitable[None]], setup: EngineSetup = SETUP) -> None:
     async def run() -> None:
-        stage = Stage(run_dir)
+        stage = Stage(run_dir, setup)
         try:
             async with asyncio.timeout(PATIENCE_S):
                 await stage.until(lambda: bool(stage.hears(EDGE, 1, EngineReady)))
@@ -229,6 +232,96 @@ def test_f_20_an_engine_that_raises_at_a_request_names_it_with_its_last_word(
     on_stage(tmp_path, test)
 
 
+@pytest.mark.parametrize(
+    ("core", "kind"), [(SchedulerCore, PlanDue), (SchedulerCore, StepExecuted), (KVAllocatorCore, PlanStep)]
+)
+def test_f_20_an_engine_that_raises_at_a_message_about_many_tells_each_edge_its_suspects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, core: Any, kind: type[Message]
+) -> None:
+    other = first_request_id("edge 1", 1)
+    handle = core.handle
+
+    def handle_or_raise(self: Any, message: Any, now_ns: int) -> Any:
+        scheduler = stages[0].engine._scheduler if stages else None
+        if isinstance(message, kind) and scheduler is not None and {1, 2, other} <= {*scheduler.request_ids_in_hand()}:
+            raise RuntimeError("a defect")
+        return handle(self, message, now_ns)
+
+    stages: list[Stage] = []
+    monkeypatch.setattr(core, "handle", handle_or_raise)
+
+    async def test(stage: Stage) -> None:
+        stages.append(stage)
+        stage.start("edge 1", 1)
+        stage.say(EDGE, 1, PeerStarted("edge 1", 1))
+        stage.say("edge 1", 1, submit(other, max_tokens=8000))
+        stage.say(EDGE, 1, submit(1, max_tokens=8000), submit(2, max_tokens=8000))
+        await stage.until(stage.engine.ended.done)
+        await stage.until(lambda: bool(stage.hears(EDGE, 1, EngineFailed) and stage.hears("edge 1", 1, EngineFailed)))
+        why, nobody = "RuntimeError: a defect", RequestId(-1)
+        assert stage.hears("edge 1", 1, EngineFailed) == [EngineFailed(1, nobody, why, (other,))]
+        (heard,) = stage.hears(EDGE, 1, EngineFailed)
+        assert heard == EngineFailed(1, nobody, why, heard.suspects) and sorted(heard.suspects) == [1, 2]
+
+    on_stage(tmp_path, test)
+
+
+def test_f_20_an_engine_that_cannot_take_a_request_from_its_port_names_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot_take(self: Trial, request: SubmitRequest) -> list[SubmitRequest]:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(Trial, "submit", cannot_take)
+
+    async def test(stage: Stage) -> None:
+        stage.say(EDGE, 1, submit(5))
+        await stage.until(stage.engine.ended.done)
+        await stage.until(lambda: bool(stage.hears(EDGE, 1, EngineFailed)))
+        assert stage.hears(EDGE, 1, EngineFailed) == [EngineFailed(1, RequestId(5), "RuntimeError: a defect")]
+
+    on_stage(tmp_path, test)
+
+
+def test_suspects_are_tried_apart_and_whoever_waits_for_them_can_be_cancelled(tmp_path: Path) -> None:
+    suspects = [submit(number, max_tokens=8000, num_failures=2) for number in (1, 2, 3, 4)]
+
+    async def test(stage: Stage) -> None:
+        stage.deaf.append("executor 0")  # no step is ever done
+        stage.say(EDGE, 1, *suspects, submit(5, max_tokens=8000), submit(6, max_tokens=8000))
+        scheduler = stage.engine._scheduler
+        assert scheduler is not None
+        await stage.until(lambda: len(scheduler.live_request_ids()) == 2)
+        stage.say(EDGE, 1, CancelRequest(RequestId(4)), CancelRequest(RequestId(6)))
+        await stage.until(lambda: len(stage.hears(EDGE, 1, RequestEnded)) == 2)
+        assert [ended.request_id for ended in stage.hears(EDGE, 1, RequestEnded)] == [4, 6]
+        assert scheduler.live_request_ids() == [1, 2]
+        stage.deaf.clear()
+        await stage.until(lambda: set(scheduler.live_request_ids()) == {1, 2, 3, 5})
+        assert not stage.engine._trial.is_on
+
+    on_stage(tmp_path, test)
+
+
+def test_what_an_edge_that_leaves_had_asked_for_keeps_no_trial_on(tmp_path: Path) -> None:
+    first = first_request_id("edge 1", 1)
+
+    async def test(stage: Stage) -> None:
+        stage.deaf.append("executor 0")
+        stage.start("edge 1", 1)
+        stage.say(EDGE, 1, PeerStarted("edge 1", 1))
+        theirs = [submit(first + number, max_tokens=8000, num_failures=2) for number in range(3)]
+        stage.say("edge 1", 1, *theirs)
+        scheduler = stage.engine._scheduler
+        assert scheduler is not None
+        await stage.until(lambda: scheduler.live_request_ids() == [first])
+        stage.say(EDGE, 1, submit(1), PeerLeft("edge 1", 1))
+        await stage.until(lambda: scheduler.live_request_ids() == [1])
+        assert not stage.engine._trial.is_on
+
+    on_stage(tmp_path, test)
+
+
 def test_a_poison_request_that_an_earlier_engine_found_is_refused(tmp_path: Path) -> None:
     quarantine = Quarantine()
     quarantine.add(submit(1), now_ns=2**62)
@@ -242,6 +335,19 @@ def test_a_poison_request_that_an_earlier_engine_found_is_refused(tmp_path: Path
         assert (ended.reason, ended.error_code) == ("refused", "request_quarantined")
 
     on_stage(tmp_path, test)
+
+
+def test_f_45_an_engine_whose_journal_cannot_be_made_any_more_serves_without_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    setup = msgspec.structs.replace(SETUP, journal=str(tmp_path / "file" / "engine.journal"))
+
+    async def test(stage: Stage) -> None:
+        stage.say(EDGE, 1, submit(1))
+        await stage.until(lambda: bool(stage.hears(EDGE, 1, RequestEnded)))
+        assert stage.hears(EDGE, 1, RequestEnded)[0].reason == "length"
+        assert stage.engine._journal is None
+
+    on_stage(tmp_path, test, setup)
 
 
 class Watcher:

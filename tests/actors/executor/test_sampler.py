@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from octavo.actors.executor import sampler as sampler_module
 from octavo.actors.executor.sampler import SampledTokens, Sampler
 from octavo.actors.executor.token_logprobs import prompt_logprobs
 from octavo.kernels import philox
@@ -457,3 +459,81 @@ def test_misuse_is_refused_with_what_to_do() -> None:
     sampler.remove(RequestId(0))
     assert len(sampler) == 0
     assert sampler.sample(torch.zeros(0, VOCAB), []).token_ids == []
+
+
+PENALISED = SamplingParams(temperature=0.8, seed=3, frequency_penalty=0.5, presence_penalty=0.2, repetition_penalty=1.3)
+
+
+@pytest.mark.parametrize("place", ["choose", "_report"])
+def test_f_24_a_row_at_which_it_raises_fails_and_what_the_others_are_penalised_for_is_counted_once(
+    monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def run(is_bad_there: bool) -> list[list[int]]:
+        sampler = Sampler(VOCAB)
+        kinds = (PENALISED, SamplingParams(temperature=0.0, logprobs=2), SamplingParams(seed=1), PENALISED)
+        for request_id, params in zip(ids(4), kinds, strict=True):
+            sampler.add(request_id, params, [1, 2, 3], 3, ())
+        tokens = []
+        for position in range(20):
+            rows = ids(4) if is_bad_there else ids(3)
+            sampled = sampler.sample(randn(4, VOCAB, seed=position)[: len(rows)], rows)
+            assert [request_id for request_id, _ in sampled.failed] == (ids(4)[3:] if is_bad_there else [])
+            assert [request_id for request_id, _ in sampled.logprobs] == ids(2)[1:]
+            tokens.append(sampled.token_ids[:3])
+        return tokens
+
+    expected = run(is_bad_there=False)
+    where: Any = sampler_module if place == "choose" else Sampler
+    whole = getattr(where, place)
+    bad: list[Any] = []
+    add = Sampler.add
+
+    def add_and_note(self: Sampler, request_id: RequestId, *arguments: Any) -> None:
+        add(self, request_id, *arguments)
+        if request_id == 3:
+            bad[:] = [self.state_of(request_id)]
+
+    def raise_at_bad(*arguments: Any) -> Any:
+        if any(bad[0] in getattr(argument, "requests", ()) for argument in arguments):
+            raise IndexError("a defect")
+        return whole(*arguments)
+
+    monkeypatch.setattr(Sampler, "add", add_and_note)
+    monkeypatch.setattr(where, place, raise_at_bad)
+    assert run(is_bad_there=True) == expected
+
+
+def test_f_24_what_raises_at_every_row_or_for_want_of_memory_is_no_fault_of_a_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def raises(error: Exception) -> Any:
+        def choose(*_: Any) -> Any:
+            raise error
+
+        return choose
+
+    sampler = Sampler(VOCAB)
+    for request_id in ids(3):
+        sampler.add(request_id, SamplingParams(temperature=0.0), [1], 1, ())
+    monkeypatch.setattr(sampler_module, "choose", raises(IndexError("a defect")))
+    with pytest.raises(IndexError, match="a defect"):
+        sampler.sample(randn(3, VOCAB), ids(3))
+    assert sampler.sample(randn(1, VOCAB), ids(1)).failed, "of one row it must be that one"
+    monkeypatch.setattr(sampler_module, "choose", raises(MemoryError("no memory")))
+    for rows in (ids(1), ids(3)):
+        with pytest.raises(MemoryError):
+            sampler.sample(randn(len(rows), VOCAB), rows)
+
+
+def test_f_24_a_request_that_cannot_be_added_fails_its_rows_until_it_is_removed() -> None:
+    sampler = Sampler(VOCAB)
+    first, second = ids(2)
+    sampler.add(first, SamplingParams(temperature=0.0), [1], 1, ())
+    sampler.give_up(second, "ValueError: no")
+    logits = randn(2, VOCAB)
+    sampled = sampler.sample(logits, (first, second))
+    assert sampled.token_ids == [int(logits[0].argmax()), -1]
+    assert sampled.failed == [(second, "its token could not be sampled: ValueError: no")]
+    sampler.remove(second)
+    with pytest.raises(ValueError, match="add it first"):
+        sampler.sample(logits, (first, second))

@@ -120,20 +120,35 @@ def test_an_executor_that_exits_is_replaced_at_once_under_a_new_epoch() -> None:
     assert core.restarts_by_kind == {"nursery": 0, "engine": 0, "executor": 1, "edge": 0}
 
 
+def loss_of(core: SupervisorCore, incarnation: int) -> ExecutorLost:
+    """What is said when this incarnation of the executor is killed, as soon as it has been started."""
+    now_ns = max(core.wake_at_ns, 1)
+    core.handle(Tick(), now_ns)
+    said = core.handle(ProcessExited("executor 0", incarnation, "was killed by SIGKILL"), now_ns + 1)
+    (lost,) = (message for message in said if isinstance(message, ExecutorLost))
+    return lost
+
+
 def test_no_request_is_held_to_be_the_cause_of_an_exit_with_nursery_or_host_or_before_it_could_be_computed() -> None:
     core = core_of(EXECUTOR)
     went_along = ProcessExited("executor 0", 1, "is lost with its node", is_innocent=True)
     assert core.handle(went_along, 5)[0] == ExecutorLost(Epoch(1), "executor 0 is lost with its node", is_innocent=True)
-    late, why = LoadFailed("executor 0", 1, "executor_lost", "no memory"), "executor 0 exited with code 1"
-    assert core.handle(late, 6) == []
-    # It may have begun a step before anybody heard that it had loaded.
-    assert core.handle(ProcessExited("executor 0", 2, "exited with code 1"), 7) == [ExecutorLost(Epoch(2), why)]
-    core.handle(Tick(), 200 * MS)
-    assert core.handle(LoadFailed("executor 0", 3, "executor_lost", "no memory"), 210 * MS) == []
-    exited = ProcessExited("executor 0", 3, "exited with code 1")
-    assert core.handle(exited, 220 * MS) == [ExecutorLost(Epoch(3), why, is_innocent=True)]
-    core.handle(Tick(), 800 * MS)
-    assert core.handle(ProcessExited("executor 0", 4, "exited with code 1"), 900 * MS) == [ExecutorLost(Epoch(4), why)]
+    core = core_of(EXECUTOR, max_restarts=99)
+    assert loss_of(core, 1).is_innocent is False, "it was ready"
+    assert [loss_of(core, number).is_innocent for number in (2, 3, 4, 5)] == [True, True, True, False], (
+        "it may have begun a step before anybody heard that it had loaded"
+    )
+    now_ns = core.wake_at_ns
+    core.handle(Tick(), now_ns)
+    late = LoadFailed("executor 0", 5, "executor_lost", "no memory")
+    assert core.handle(late, now_ns) == []
+    assert loss_of(core, 6).is_innocent is False, "another one had said so"
+    core.handle(Tick(), core.wake_at_ns)
+    assert core.handle(LoadFailed("executor 0", 7, "executor_lost", "no memory"), 20_000 * MS) == []
+    assert loss_of(core, 7).is_innocent is True
+    core.handle(Tick(), core.wake_at_ns)
+    core.handle(ExecutorReady(core.epoch), 30_000 * MS)
+    assert [loss_of(core, number).is_innocent for number in (8, 9)] == [False, True], "a new streak"
 
 
 def test_one_rank_takes_the_group_with_it_and_each_starts_when_its_predecessor_is_gone() -> None:
@@ -461,6 +476,29 @@ def test_a_step_that_was_hindered_before_a_beat_told_of_it_has_longer() -> None:
         core.handle(ProcessObserved("executor 0", 1, ran_ns=0, hindered_ns=100 * MS), at_ms * MS)
         core.handle(Beat("engine", 1), at_ms * MS)
     assert core.handle(Beat("executor 0", 1, 21, busy_ns=2000 * MS, busy_tokens=1), 3050 * MS) == []
+
+
+def found_hung_after_ms(core: SupervisorCore, from_ms: int) -> int:
+    """From when a step begins that never ends."""
+    for now_ms in range(from_ms, from_ms + 60_000, 100):
+        core.handle(Beat("engine", 1), now_ms * MS)
+        if core.handle(Beat("executor 0", 1, 99, busy_ns=(now_ms - from_ms) * MS, busy_tokens=1), now_ms * MS):
+            return now_ms - from_ms
+    raise AssertionError("it may take for ever")
+
+
+@pytest.mark.parametrize(
+    ("hindered_ms", "found_ms"), [(0, 51_100), (50, 26_100), (95, 4000), (100, 1600)], ids=lambda value: f"{value} ms"
+)
+def test_of_a_step_that_was_not_let_run_only_the_rest_is_learned_as_usual(hindered_ms: int, found_ms: int) -> None:
+    core = core_of(ENGINE, EXECUTOR)
+    run_until(core, 100, 1000, Beat("engine", 1), Beat("executor 0", 1, 20, longest_ns=MS, longest_tokens=1))
+    for at_ms in range(1100, 6100, 100):  # a step of 5 s: how it is looked at is another matter
+        core.handle(Beat("engine", 1), at_ms * MS)
+        core.handle(Beat("executor 0", 1, 20), at_ms * MS)
+        core.handle(ProcessObserved("executor 0", 1, ran_ns=0, hindered_ns=hindered_ms * MS), at_ms * MS)
+    core.handle(Beat("executor 0", 1, 21, longest_ns=5000 * MS, longest_tokens=1), 6050 * MS)
+    assert found_hung_after_ms(core, 6100) == found_ms
 
 
 def test_a_child_that_is_loading_has_longer_and_not_for_ever() -> None:

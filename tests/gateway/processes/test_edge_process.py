@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +29,9 @@ from octavo.gateway.processes.supervision import Footing
 from octavo.messages.base import Message
 from octavo.messages.errors import OctavoError
 from octavo.messages.ids import Epoch, RequestId, StepId
-from octavo.messages.processes import EdgeShed, EdgeStatus, EngineUp, PeerStarted
-from octavo.messages.request import RequestEnded
+from octavo.messages.processes import EdgeShed, EdgeStatus, EngineStuck, EngineUp, PeerStarted
+from octavo.messages.request import RequestEnded, SubmitRequest
+from octavo.messages.sampling import SamplingParams
 from octavo.messages.step import StepExecuted
 
 PATIENCE_S = 120.0
@@ -106,6 +108,79 @@ def test_an_edge_that_took_over_before_counts_though_it_died_before_anybody_hear
             supervision: Any = graph._supervision
             assert supervision.footing == Footing(3, num_before=2 * MAX_RESTARTS), "edge 1 may have used what 2 uses"
             await graph.close()
+
+    asyncio.run(asyncio.wait_for(run(), PATIENCE_S))
+
+
+@pytest.mark.parametrize(("num_refused", "number"), [(2, errno.EADDRINUSE), (3, errno.EADDRINUSE), (1, errno.EACCES)])
+def test_an_address_of_a_process_that_died_is_tried_a_number_of_times_however_long_the_host_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_refused: int, number: int
+) -> None:
+    save_byte_tokenizer(tmp_path)
+    refusals = [OSError(number, "not yet")] * num_refused
+
+    class Refused(FakeSupervision):
+        def __init__(self, *arguments: Any, **fields: Any) -> None:
+            if refusals:
+                raise refusals.pop()
+            super().__init__(*arguments, **fields)
+
+    class JumpingClock:
+        now = 0
+
+        def now_ns(self) -> int:
+            self.now += 3600 * 10**9
+            return self.now
+
+    monkeypatch.setattr(edge_process, "Supervision", Refused)
+    monkeypatch.setattr(edge_process, "MonotonicClock", JumpingClock)
+    monkeypatch.setattr(edge_process, "MAX_TRIES", 3)
+
+    async def run() -> None:
+        with RunDir() as run_dir:
+            graph = follower(str(run_dir.path), tmp_path)
+            if num_refused == 2:
+                assert isinstance(await graph._make_supervision(2), Refused)
+            else:
+                with pytest.raises(OSError, match="not yet"):
+                    await graph._make_supervision(2)
+            assert not refusals
+            await graph.close()
+
+    asyncio.run(asyncio.wait_for(run(), PATIENCE_S))
+
+
+def test_that_an_engine_takes_no_more_is_said_with_every_beat_until_there_is_another(tmp_path: Path) -> None:
+    save_byte_tokenizer(tmp_path)
+    said: list[tuple[str, Message]] = []
+    takes: list[str] = [EDGE]
+
+    def send(peer: str, message: Message) -> bool:
+        said.append((peer, message))
+        return peer in takes
+
+    async def run() -> None:
+        with RunDir() as run_dir:
+            edge_0 = Succession(run_dir.path)
+            edge_0.take()
+            graph = follower(str(run_dir.path), tmp_path)
+            graph._beats.cancel()
+            graph._meet(EngineUp("engine", 1, Epoch(0)), is_first=True)
+            carrier: Any = graph._carrier
+            carrier.send = send
+            graph._links["engine"].post(SubmitRequest(RequestId(1), b"\1\0\0\0", SamplingParams(max_tokens=1)))
+            for _ in range(2):
+                graph._beat()
+                graph._beats.cancel()
+            stuck = [message for peer, message in said if peer == EDGE and isinstance(message, EngineStuck)]
+            assert stuck == [EngineStuck("engine", 1)] * 3
+            takes.append("engine")
+            graph._take([(EDGE, EngineUp("engine", 2, Epoch(1)))])
+            said.clear()
+            graph._beat()
+            assert [type(message).__name__ for _, message in said] == ["Beat"]
+            await graph.close()
+            edge_0.release()
 
     asyncio.run(asyncio.wait_for(run(), PATIENCE_S))
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from fake_carrier import FakeCarrier
 
+from octavo.actors.ledger.core import LedgerCore
+from octavo.actors.router.core import RouterCore
 from octavo.actors.scheduler.quarantine import Quarantine
 from octavo.gateway.processes.engine_link import EngineLink, FromEngine
 from octavo.gateway.processes.fleet import RELIEF_S, Fleet
@@ -267,3 +270,36 @@ def test_the_router_remembers_no_more_than_the_replicas_caches_have_room_for_twi
         fleet.post(SubmitRequest(RequestId(request_id), prompt, SamplingParams(max_tokens=9, seed=1)))
         assert len(fleet._router._prefixes) == min(request_id + 1, 12)
     assert rig.sent(0) == [] and len(rig.sent(1)) == 40
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+@pytest.mark.parametrize("raising", ["router", "ledger", "port"])
+def test_f_13_a_request_that_cannot_be_carried_ends_and_no_other_with_it(
+    monkeypatch: pytest.MonkeyPatch, num_replicas: int, raising: str
+) -> None:
+    rig = Rig(num_replicas)
+    where: dict[str, tuple[Any, str]] = {
+        "router": (RouterCore, "handle"),
+        "ledger": (LedgerCore, "handle"),
+        "port": (FakeCarrier, "send"),
+    }
+    owner, name = where[raising]
+    call = getattr(owner, name)
+
+    def call_or_raise(self: Any, *arguments: Any) -> Any:
+        if any(isinstance(argument, SubmitRequest) and argument.request_id == 2 for argument in arguments):
+            raise ZeroDivisionError("a defect")
+        return call(self, *arguments)
+
+    monkeypatch.setattr(owner, name, call_or_raise)
+    for number in (1, 2, 3):
+        rig.fleet.post(submit(number))
+    is_untouched = raising == "router" and num_replicas == 1  # nobody is asked which of one
+    ends = [message for message in rig.delivered if isinstance(message, RequestEnded)]
+    assert [ended.request_id for ended in ends] == ([] if is_untouched else [2])
+    assert all(ended.error_code == "request_failed" and "a defect" in ended.error for ended in ends)
+    assert sum(link.ledger.num_live for link in rig.links) == 3 - len(ends)
+    told = [message for link in rig.links for message in rig.carrier.take_sent(link.name)]
+    submitted = {message.request_id for message in told if isinstance(message, SubmitRequest)}
+    assert submitted == ({1, 2, 3} if is_untouched else {1, 3})
+    rig.fleet.post(CancelRequest(RequestId(2)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import engine_on, save_servable
+from engines import exact_engine_on, save_servable
 from process_family import living, named, until
 
 from octavo import Engine
@@ -21,6 +21,7 @@ NUM_BESIDE = 63  # of one poison
 POISON = [255, 254, 253, 255]
 POISON_OF_SCHEDULER = [255, 253, 254, 255]
 POISON_OF_ALLOCATOR = [255, 252, 254, 255]
+POISON_OF_PLANS = [255, 251, 254, 255]
 
 KILLS_ITSELF = f"""
 import array, os, signal, sys
@@ -43,6 +44,7 @@ if any(part.endswith("runtime.nursery") for part in sys.orig_argv):
     from octavo.actors.scheduler.core import SchedulerCore
     from octavo.messages.kv import MatchPrefix
     from octavo.messages.request import SubmitRequest
+    from octavo.messages.step import PlanStep
 
     def raise_at(core, kind, field, poison):
         poison, handle = array.array("i", poison).tobytes(), core.handle
@@ -54,6 +56,11 @@ if any(part.endswith("runtime.nursery") for part in sys.orig_argv):
 
         core.handle = handle_or_raise
 
+    def tokens_of_plan(plan):
+        return b" ".join(start.token_ids for start in plan.start)
+
+    PlanStep.tokens = property(tokens_of_plan)
+    raise_at(KVAllocatorCore, PlanStep, "tokens", {POISON_OF_PLANS})
     raise_at(SchedulerCore, SubmitRequest, "prompt_token_ids", {POISON_OF_SCHEDULER})
     raise_at(KVAllocatorCore, MatchPrefix, "token_ids", {POISON_OF_ALLOCATOR})
 """
@@ -92,7 +99,7 @@ def test_f_31_a_poison_request_is_found_refused_and_remembered_and_the_others_lo
         return str(refused.value)
 
     async def scenario() -> None:
-        async with engine_on(model, in_process=False) as engine:
+        async with exact_engine_on(model, in_process=False) as engine:
             expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_BESIDE)))
             assert engine.stats().actor_restarts["executor"] == 0
             *got, why = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_BESIDE)), poison(engine))
@@ -119,7 +126,7 @@ def test_f_31_of_two_replicas_a_poison_request_takes_both_down_and_is_found_ther
         return str(refused.value)
 
     async def scenario() -> None:
-        async with engine_on(model, in_process=False, data_parallel_size=2, routing="round_robin") as engine:
+        async with exact_engine_on(model, in_process=False, data_parallel_size=2, routing="round_robin") as engine:
             expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS)))
             *got, why = await asyncio.gather(
                 *(tokens_of(engine, index) for index in range(NUM_STREAMS)), poison(engine)
@@ -144,7 +151,7 @@ def test_f_20_a_request_that_the_engine_itself_cannot_bear_is_ended_and_the_othe
         return str(refused.value)
 
     async def scenario() -> None:
-        async with engine_on(model, in_process=False) as engine:
+        async with exact_engine_on(model, in_process=False) as engine:
             expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS - 1)))
             *got, why = await asyncio.gather(
                 *(tokens_of(engine, index) for index in range(NUM_STREAMS - 1)), poison(engine)
@@ -161,9 +168,32 @@ def test_f_20_a_request_that_the_engine_itself_cannot_bear_is_ended_and_the_othe
     run(scenario())
 
 
+def test_f_20_a_request_at_which_the_engine_fails_in_a_step_of_many_is_found_among_them(model: Path) -> None:
+    async def poison(engine: Engine) -> str:
+        with pytest.raises(RequestQuarantinedError) as refused:
+            await engine.generate([1, 2, 3, *POISON_OF_PLANS], SamplingParams(temperature=0.0, max_tokens=5))
+        return str(refused.value)
+
+    async def scenario() -> None:
+        async with exact_engine_on(model, in_process=False) as engine:
+            expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS - 1)))
+            *got, why = await asyncio.gather(
+                *(tokens_of(engine, index) for index in range(NUM_STREAMS - 1)), poison(engine)
+            )
+            assert got == expected
+            assert "times in a row" in why and "cannot bear" in why
+            await until(lambda: engine.is_ready)
+            num_restarts = engine.stats().actor_restarts["engine"]
+            assert 2 <= num_restarts <= 2 + 4 + 1, "two, one for each halving of the sixteen, and the last one's"
+            assert "a short while ago" in await poison(engine)
+            assert engine.stats().actor_restarts["engine"] == num_restarts
+
+    run(scenario())
+
+
 def test_f_55_half_of_the_clients_leave_at_once_and_the_others_notice_nothing(model: Path) -> None:
     async def scenario() -> None:
-        async with engine_on(model, in_process=False, num_blocks=2048) as engine:
+        async with exact_engine_on(model, in_process=False, num_blocks=2048) as engine:
             expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS)))
             tasks = [asyncio.create_task(tokens_of(engine, index)) for index in range(2 * NUM_STREAMS)]
             before = engine.stats().generation_tokens
@@ -179,7 +209,7 @@ def test_f_55_half_of_the_clients_leave_at_once_and_the_others_notice_nothing(mo
 
 def test_f_08_an_executor_that_hung_is_dead_before_another_takes_its_place(model: Path) -> None:
     async def scenario() -> None:
-        async with engine_on(model, in_process=False) as engine:
+        async with exact_engine_on(model, in_process=False) as engine:
             expected = await asyncio.gather(*(tokens_of(engine, index) for index in range(NUM_STREAMS)))
             old = await living("executor 0")
             tasks = [asyncio.create_task(tokens_of(engine, index)) for index in range(NUM_STREAMS)]
