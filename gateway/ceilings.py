@@ -129,7 +129,7 @@ class ModelTraffic(msgspec.Struct, frozen=True, kw_only=True):
         return rate * 1e12 / (2 * self.layer_weights)
 
 
-_FLOATING = ("F32", "BF16", "F16", "F64")
+_FLOATING = ("F32", "BF16", "F16", "F64", "F8_E4M3")
 _INTEGER_BYTES = {"I64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}  # any other: 1
 
 

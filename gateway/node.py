@@ -29,7 +29,7 @@ from .flag_parser import Parser
 from .node_flags import add_node_flags
 from .node_membership import Membership
 from .node_settings import NodeSettings, node_settings
-from .processes.replica import EXECUTOR_MODULE, PRELOAD_MODULE
+from .processes.replica import EXECUTOR_MODULE, preload_module
 
 log = structlog.get_logger("octavo.node")
 
@@ -98,7 +98,7 @@ async def _serve(settings: NodeSettings, folder: Path) -> int:
     allow_list = str(folder / ALLOW_LIST) if settings.keys else ""
     tcp = TcpSettings(host=settings.address, keys=settings.keys, allow_list=allow_list)
     keys = tcp.read_keys()
-    nursery = Nursery((PRELOAD_MODULE, EXECUTOR_MODULE))
+    nursery = Nursery((preload_module("auto"), EXECUTOR_MODULE))
     incarnation = least_next = 0
     try:
         await nursery.start()

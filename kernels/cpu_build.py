@@ -196,6 +196,12 @@ def library() -> ctypes.CDLL | None:
         return _library_once()
 
 
+def loaded() -> ctypes.CDLL | None:
+    """As `library`, but None where nothing has asked for it yet: for whoever does not need it."""
+    with _lock:
+        return _library_once() if _library_once.cache_info().currsize else None
+
+
 def declared(**signatures: tuple[type[Any] | None, ...]) -> Callable[[], ctypes.CDLL | None]:
     """A function that gives the C kernels as `library` does, with the types of some of them declared.
 

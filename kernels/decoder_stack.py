@@ -20,13 +20,14 @@ from . import cpu_build
 from .attention_batch import AttentionBatch
 from .attention_kind import AttentionKind
 from .cpu_build import CODE
+from .fp8_weight import Fp8Weight
 from .gated_activation import C_CODES as ACTIVATION_CODES
 from .gated_activation import GatedActivation
 from .kv_quantization import head_dim_of
 from .linear_packed import FEW_ROWS, PackedWeight
 from .linear_rounded import RoundedWeight
 from .paged_attention import CACHE_CODES
-from .quantized_weight import LinearWeight, QuantizedWeight
+from .quantized_weight import LinearWeight, QuantizedWeight, WeightPart
 
 _QUANTIZED, _PACKED, _ROUNDED = 16, 32, 128  # as in csrc/decoder.c, as are the next two
 _MAX_PARTS = 3
@@ -226,11 +227,13 @@ def _part_fits(part: _Part, dtype: torch.dtype) -> bool:
             return part.input_order is None and part.device.type == "cpu"
         case PackedWeight() | RoundedWeight():
             return part.dtype is dtype
+        case Fp8Weight():
+            return False
         case _:
             return part.dtype in cpu_build.DTYPE_CODES and part.is_contiguous() and part.device.type == "cpu"
 
 
-_Part = torch.Tensor | QuantizedWeight | PackedWeight | RoundedWeight
+_Part = WeightPart | PackedWeight | RoundedWeight
 
 
 def _parts(product: StackProduct) -> tuple[_Part, ...]:
@@ -297,6 +300,7 @@ def _described_product(product: StackProduct) -> _Product:
         elif isinstance(part, RoundedWeight):
             described.weights[index], described.kinds[index] = part.address, _ROUNDED
         else:
+            assert isinstance(part, torch.Tensor), "others do not fit"
             described.weights[index], described.kinds[index] = part.data_ptr(), cpu_build.DTYPE_CODES[part.dtype]
         described.out_features[index] = part.shape[0]
     return described

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from . import huge_pages
 from .code_layout import NIBBLE_ROWS, pack_nibbles, padded_inputs, unpack_nibbles
 from .cpu_build import DTYPE_CODES
+from .fp8_weight import Fp8Weight, joined_scales
 from .linear_packed import PackedWeight
 from .linear_rounded import RoundedWeight
 
@@ -243,19 +244,22 @@ class QuantizedWeight:
         return ordered
 
 
-LinearWeight = (
-    torch.Tensor | QuantizedWeight | PackedWeight | RoundedWeight | tuple[torch.Tensor | QuantizedWeight, ...]
-)
+WeightPart = torch.Tensor | QuantizedWeight | Fp8Weight
+LinearWeight = WeightPart | PackedWeight | RoundedWeight | tuple[WeightPart, ...]
 """What a linear layer multiplies by; a tuple holds parts behind each other that do not fit into one."""
 
 
-def concatenate(parts: Sequence[torch.Tensor | QuantizedWeight]) -> LinearWeight:
+def concatenate(parts: Sequence[WeightPart]) -> LinearWeight:
     """Weights behind each other along their outputs, as one where they are of one kind, otherwise as a tuple."""
     first = parts[0]
     if len(parts) == 1:
         return first
     if all(isinstance(part, torch.Tensor) for part in parts):
         return torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
+    in_fp8 = [part for part in parts if isinstance(part, Fp8Weight)]
+    if in_fp8:
+        joined = joined_scales(in_fp8) if len(in_fp8) == len(parts) else None
+        return tuple(parts) if joined is None else replace(joined, codes=torch.cat([part.codes for part in in_fp8]))
     quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
     if len(quantized) < len(parts) or any(_kind(part) != _kind(quantized[0]) for part in quantized):
         return tuple(parts)

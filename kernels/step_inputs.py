@@ -12,8 +12,9 @@ import torch
 from .step_layout import PARAM_WORDS, PIECE_ENTRY_WORDS, RowInputs, StepLayout, TokenInputs
 
 
-def apply_diff_ref(state: torch.Tensor, packed: torch.Tensor, num_pieces: int, layout: StepLayout) -> None:
+def apply_diff_ref(state: torch.Tensor, packed: torch.Tensor, layout: StepLayout) -> None:
     """What `apply_diff` means."""
+    num_pieces = int(packed[layout.num_pieces])
     table = packed[layout.diff : layout.diff + num_pieces * PIECE_ENTRY_WORDS].view(num_pieces, PIECE_ENTRY_WORDS)
     for row, column, source, length in table.tolist():
         state[row, column : column + length] = packed[source : source + length]
@@ -67,20 +68,19 @@ def append_tokens_ref(state: torch.Tensor, packed: torch.Tensor, token_ids: torc
     state[sampled[keep], layout.token_ids + columns[keep]] = token_ids[keep].to(torch.int32)
 
 
-def apply_diff(state: torch.Tensor, packed: torch.Tensor, num_pieces: int, layout: StepLayout) -> None:
+def apply_diff(state: torch.Tensor, packed: torch.Tensor, layout: StepLayout) -> None:
     """Write the diff's pieces into the standing batch. No two pieces overlap.
 
     Args:
         state: `[num_state_rows, layout.row_words]` int32, contiguous, changed in place.
-        packed: a packed step, int32.
-        num_pieces: entries of its table, >= 1; each writes at most `PIECE_WORDS`.
+        packed: a packed step, int32, of any number of pieces; each writes at most `PIECE_WORDS`.
     """
     if packed.device.type == "cuda":
         from .gpu import step_inputs
 
-        step_inputs.apply_diff(state, packed, num_pieces, layout)
+        step_inputs.apply_diff(state, packed, layout)
     else:
-        apply_diff_ref(state, packed, num_pieces, layout)
+        apply_diff_ref(state, packed, layout)
 
 
 def gather_step(  # noqa: PLR0917 - state, step, outputs: as in apply_diff and append_tokens

@@ -40,9 +40,11 @@ class StepLayout:
         sample_rows     the standing row of each token to be sampled, -1 for none (padding, or nothing due)
         sample_columns  position that its token will have
         sample_tokens   which of the step's tokens it follows
+        num_pieces      of the diff, in one word
         diff            a table of pieces (`PIECE_ENTRY_WORDS` each), then their words
 
-    Each section has room for `max_rows`, and one more; behind the true rows it is filled as for rows without tokens.
+    Each section before these two has room for `max_rows`, and one more; behind the true rows it is filled as for rows
+    without tokens.
 
     A row: parameters, block table, token ids, and edits: `MAX_EDITS` token ids, then as many float32, which are added
     to the logits of the first ones.
@@ -94,8 +96,12 @@ class StepLayout:
         return self.sample_columns + self.section
 
     @cached_property
-    def diff(self) -> int:
+    def num_pieces(self) -> int:
         return self.sample_tokens + self.section
+
+    @cached_property
+    def diff(self) -> int:
+        return self.num_pieces + _ALIGN
 
     # Columns of a standing row; the parameters are its first.
 

@@ -44,9 +44,9 @@ def release_team() -> None:
     For a thread that has loaded what another will run. OpenMP counts the workers of all threads, and where they are
     more than the cores, it lets each sleep as soon as it has nothing to do: with two threads on two cores a decode step
     of Qwen3-0.6B's shape took 55 ms beside the idle workers of the thread that had loaded it, and 36 ms without them.
-    Does nothing where OpenMP's library does not know how (libgomp from GCC 9 on does).
+    Does nothing where OpenMP's library does not know how (libgomp from GCC 9 on does), or nothing was computed in C.
     """
-    pause = getattr(_kernels(), "omp_pause_resource_all", None)
+    pause = getattr(cpu_build.loaded(), "omp_pause_resource_all", None)
     if pause is not None:
         pause(_PAUSE_SOFT)
 

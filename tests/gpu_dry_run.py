@@ -11,22 +11,24 @@ import json
 import random
 import sys
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from fake_cuda import Kernels, fake_cuda
+from fp8_checkpoints import quantization_config
 
 from octavo.actors.executor.config import ExecutorConfig
 from octavo.actors.executor.gpu.graphs import Graphs
 from octavo.actors.executor.gpu.mixed_sizes import MixedSize
 from octavo.actors.executor.gpu.runner import GpuRunner
-from octavo.actors.executor.runner import load_runner
+from octavo.actors.executor.runner import StepRunner, load_runner
 from octavo.messages.ids import BlockId, Epoch, RequestId, StepId
 from octavo.messages.sampling import SamplingParams
 from octavo.messages.step import ExecuteStep, StartRequest
+from octavo.models.parallel import ParallelGroup
 from octavo.models.shapes import write_config_folder
 
 _LENGTHS = (1, 2, 5, 17, 20, 30, 100, 300, 600, 1500)
@@ -133,26 +135,41 @@ def forbid_waits(kernels: Kernels, runner: GpuRunner) -> None:
     runner._run = running  # type: ignore[method-assign]
 
 
-def serve(
-    kernels: Kernels,
+def mxfp4_fields(in_mxfp4: bool) -> dict[str, Any]:
+    """What a configuration has more where experts are stored so."""
+    return {"quantization_config": {"quant_method": "mxfp4"}} if in_mxfp4 else {}
+
+
+def fp8_fields(kind: str) -> dict[str, Any]:
+    """What a configuration has more where linear layers are in fp8, of a kind of `fp8_checkpoints`."""
+    return {"quantization_config": quantization_config(kind)} if kind else {}
+
+
+def load(
     preset: str,
     *,
-    num_steps: int = 30,
     num_layers: int = 2,
     in_mxfp4: bool = False,
+    in_fp8: str = "",
+    group: ParallelGroup | None = None,
     **options: Any,
-) -> dict[str, Any]:
-    """Load a model's shape, warm up, and run random steps."""
-    fields = {"quantization_config": {"quant_method": "mxfp4"}} if in_mxfp4 else {}
-    before, captured = len(kernels.made), len(kernels.captured)
-    kernels.waits.clear()
-    kernels.races.clear()
+) -> tuple[ExecutorConfig, GpuRunner | StepRunner]:
+    """Load a model's shape and warm up."""
     with tempfile.TemporaryDirectory() as folder:
-        write_config_folder(preset, Path(folder), tokenizer=None, num_hidden_layers=num_layers, **fields)
+        fields = {"num_hidden_layers": num_layers, **mxfp4_fields(in_mxfp4), **fp8_fields(in_fp8)}
+        write_config_folder(preset, Path(folder), tokenizer=None, **fields)
         config = ExecutorConfig(
             **{"model_path": folder, "load_format": "dummy", "device": "cuda", "max_model_len": 2048, **options}
         )
-        runner = load_runner(config)
+        return config, load_runner(config, group)
+
+
+def serve(kernels: Kernels, preset: str, *, num_steps: int = 30, **options: Any) -> dict[str, Any]:
+    """Load a model's shape, warm up, and run random steps."""
+    before, captured, launched_before = len(kernels.made), len(kernels.captured), Counter(kernels.launched)
+    kernels.waits.clear()
+    kernels.races.clear()
+    config, runner = load(preset, **options)
     assert isinstance(runner, GpuRunner)
     warm = len(kernels.made)
     replays = Replays(runner._graphs)
@@ -181,6 +198,7 @@ def serve(
         "num_captured": runner.num_captured,
         "num_late": runner.num_late,
         "num_mixed_replays": replays.num_mixed,
+        "launched": sorted(kernels.launched - launched_before),
         "late": kernels.made[warm:],
         "captured": kernels.captured[captured:],
         "waits": sorted(set(kernels.waits)),

@@ -237,13 +237,20 @@ class CpuAffinity:
         finally:
             os.sched_setaffinity(0, before)
 
-    def apply(self) -> None:
-        """Bind the calling thread, which will run the steps, and its workers; the event loop's thread stays free."""
+    def apply(self, *, computes: bool = True) -> None:
+        """Bind the calling thread, which will run the steps, and its workers; the event loop's thread stays free.
+
+        Args:
+            computes: it does so with workers, each on a core of its own; else it may run on any of the cores.
+        """
         choice = self.choice
         torch.set_num_threads(choice.num_threads)
         if choice.cpus:
             try:
-                thread_binding.bind_team(choice.cpus)
+                if computes:
+                    thread_binding.bind_team(choice.cpus)
+                else:
+                    os.sched_setaffinity(0, choice.cpus)
             except (OSError, RuntimeError) as error:
                 self._claims.release()
                 self.choice = choice = Choice((), choice.num_threads, str(error))

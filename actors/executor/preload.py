@@ -1,4 +1,4 @@
-"""What every executor needs, imported and loaded once by the process that forks them."""
+"""What every executor on a CPU needs, imported and loaded once by the process that forks them."""
 
 from __future__ import annotations
 

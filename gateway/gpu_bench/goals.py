@@ -272,7 +272,18 @@ _KERNELS = (
         )
         for count, limits in ((16, (2.5, 3.0, 3.4)), (32, (1.9, 2.4, 2.8)), (64, (1.3, 1.6, 1.9)))
     ),
-    Goal("K8", "fp8 linears over bfloat16", "x", _at_least(1.4, 1.7, 1.85), _elsewhere),
+    *(
+        Goal(
+            "K8",
+            f"fp8 linears over bfloat16{how}, M >= 2k",
+            "x",
+            _at_least(1.4, 1.7, 1.85),
+            _worst_ratio(
+                what, ("torch, 16 bits",), *(f"{name} M={count}" for name in _W4_8B for count in (2048, 8192))
+            ),
+        )
+        for how, what in ((", blocks", "fp8 linear"), (", rows", "fp8 linear by rows"))
+    ),
     Goal("K9", "experts of 30B-A3B, B=8 to 64", "%", _at_least(0.6, 0.75, 0.85), _worst_share("mixture", *_FEW)),
     Goal("K9", "the same, 8k tokens", "TFLOP/s", _at_least(300, 430, 520), _value("mixture", (_MANY,), "tflops")),
     Goal("K10", "256 rows, top-k, top-p", "us", _at_least(300, 150, 100), _ms(_ONE_TOP_K, _SAMPLE, factor=1e3), True),

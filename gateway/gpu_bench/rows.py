@@ -51,7 +51,8 @@ def kernel_row(found: Mapping[str, Any], ceilings: Ceilings | None, *, section: 
 
     Args:
         found: `kernel`, `shape`, `us` (or `ms`; so too `low_us`, `high_us`), and where they mean something `bytes`,
-            `flops`, `engine`, `note`.
+            `flops`, `engine`, `note`; `flops_at_16_bits`: as many as would take the least time, where fewer bits are
+            multiplied quicker.
         ceilings: measured before; None while they are being measured.
 
     Raises:
@@ -61,7 +62,8 @@ def kernel_row(found: Mapping[str, Any], ceilings: Ceilings | None, *, section: 
     num_bytes, flops = float(found.get("bytes") or 0), float(found.get("flops") or 0)
     floor_ms = 0.0
     if ceilings is not None:
-        floor_ms = max(num_bytes / ceilings.read_bytes_per_s, flops / ceilings.flops) * 1e3
+        bound_flops = float(found.get("flops_at_16_bits") or flops)
+        floor_ms = max(num_bytes / ceilings.read_bytes_per_s, bound_flops / ceilings.flops) * 1e3
     return Row(
         section=section,
         what=str(found["kernel"]),

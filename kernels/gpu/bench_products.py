@@ -1,4 +1,4 @@
-"""What the products reach on a GPU: few rows, weights of 4 and 8 bits, mixtures of experts; checked, then timed.
+"""What the products reach on a GPU: few rows, weights of 4 and 8 bits, fp8, mixtures of experts; checked, then timed.
 
 Weights and routes take turns, so that no call finds in the L2 cache what the one before it read, and calls are
 replayed from a graph, so that launching them does not count (`device_time`).
@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from ..expert_stack import AnyExpertStack, CodedExpertStack, ExpertStack
+from ..fp8_weight import Fp8Weight, quantize_fp8
 from ..gated_activation import silu_and_mul
+from ..linear_fp8 import linear_fp8_ref, multiplies_fp8
 from ..mixture import mixture_ref, route_ref
 from ..quantized_weight import QuantizedWeight
 from .cases import Case, OnCase, Row, recover, rows_of, worded
@@ -26,8 +28,11 @@ from .check_mixture_codes import random_codes
 from .check_setting import Random, Setting
 from .device_time import Timed, device_time
 from .linear import linear_skinny
+from .linear_fp8 import linear_fp8
+from .linear_fp8_skinny import MOST_ROWS
 from .linear_quantized import linear_codes
 from .mixture import mixture
+from .round_inputs import round_inputs
 
 BEYOND_L2 = 256 * 1024**2  # bytes that take turns: several times an H200's 60 MB
 _MOST_TURNS = 64
@@ -71,6 +76,7 @@ def rows(
     dtype: torch.dtype = torch.bfloat16,
     skinny_rows: Sequence[int] = (1, 4, 16),
     quantized_rows: Sequence[int] = (16, 32, 64),
+    fp8_rows: Sequence[int] = (1, 16, 64, 2048, 8192),
     beyond_l2: int = BEYOND_L2,
     timer: Timer = device_time,
     first_case: int = 0,
@@ -96,6 +102,11 @@ def rows(
         Case({"kernel": "W4A16 linear", "shape": f"{name} M={count}"}, partial(bench.quantized, name, *shape, count))
         for name, shape in quantized.items()
         for count in quantized_rows
+    ]
+    cases += [
+        Case({"kernel": "fp8 linear", "shape": f"{name} M={count}"}, partial(bench.fp8, name, *shape, count))
+        for name, shape in quantized.items()
+        for count in (fp8_rows if device.type != "cuda" or multiplies_fp8(device) else ())
     ]
     for name, sizes in (MIXTURES if mixtures is None else mixtures).items():
         kinds: list[tuple[str, float, Callable[[], AnyExpertStack]]] = [("mixture", 16, partial(bench.stack, sizes))]
@@ -155,6 +166,45 @@ class _Bench:
         plain = [partial(F.linear, x, weight) for weight in floating]
         for bits in (4, 8):  # beside which the quantised ones stand
             yield self._row(f"W{bits}A16 linear", f"{name} M={num_rows}", "torch, 16 bits", plain, exact, work)
+
+    def fp8(self, name: str, out_features: int, in_features: int, num_rows: int) -> Iterator[dict[str, Any]]:
+        """Weights in fp8 with scales of blocks and of outputs, inputs rounded where that is done; and torch's products:
+        of bfloat16 weights of the same shape, and of codes alone."""
+        x, shape, is_few = self._randn(num_rows, in_features), f"{name} M={num_rows}", num_rows <= MOST_ROWS
+        num_weights, outside = out_features * in_features, 2 * num_rows * (out_features + in_features)
+        flops = 2 * num_rows * num_weights
+        floating = self._in_turn(partial(self._randn, out_features, in_features), num_weights * 2)
+        plain, of_plain = (
+            [partial(F.linear, x, weight) for weight in floating],
+            F.linear(x.float(), floating[0].float()),
+        )
+        for kernel, by_block in (("fp8 linear", True), ("fp8 linear by rows", False)):
+            weights = self._in_turn(partial(self._fp8, out_features, in_features, by_block=by_block), num_weights)
+            exact = F.linear(x.float(), weights[0].dequantize()) if is_few else linear_fp8_ref(x.float(), weights[0])
+            # Where inputs are rounded too, the tensor cores are twice as quick.
+            work = {"bytes": weights[0].num_bytes + outside, "flops": flops}
+            work["flops_at_16_bits"] = flops if is_few else flops // 2
+            calls = [partial(linear_fp8, x, weight, quick=True) for weight in weights]
+            yield self._row(kernel, shape, "octavo", calls, exact, work)
+            if self._device.type == "cuda" and not is_few and not by_block:
+                yield self._row(kernel, shape, "torch, codes alone", self._scaled_mm(x, weights), None, work)
+            work = {"bytes": num_weights * 2 + outside, "flops": flops}
+            yield self._row(kernel, shape, "torch, 16 bits", plain, of_plain, work)
+
+    def _scaled_mm(self, x: torch.Tensor, weights: Sequence[Fp8Weight]) -> list[Callable[[], object]]:
+        """torch's products of codes with a scale for each row and output, of inputs that have been rounded before."""
+        codes, scales = round_inputs(x, x.shape[1])
+        return [
+            partial(
+                torch._scaled_mm,
+                *(codes, weight.codes.T),
+                scale_a=scales.T.contiguous(),
+                scale_b=weight.scales.T.contiguous(),
+                out_dtype=x.dtype,
+                use_fast_accum=False,
+            )
+            for weight in weights
+        ]
 
     def stack(self, s: MixtureShape) -> ExpertStack:
         """Random experts."""
@@ -238,6 +288,9 @@ class _Bench:
         scale = shape[-1] ** -0.5 if len(shape) > 1 else 1.0
         x = torch.randn(*shape, device=self._device, dtype=self._dtype, generator=self._generator)
         return x.mul_(scale)
+
+    def _fp8(self, out_features: int, in_features: int, *, by_block: bool) -> Fp8Weight:
+        return quantize_fp8(self._randn(out_features, in_features), by_block=by_block)
 
     def _codes(self, out_features: int, in_features: int, bits: int) -> QuantizedWeight:
         low, high = (0, 16) if bits == 4 else (-128, 128)

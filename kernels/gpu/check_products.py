@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .. import clamped_swiglu, gated_activation, mixture, weight_quantization
+from .. import linear_fp8 as fp8
 from ..expert_stack import AnyExpertStack, ExpertStack
+from ..fp8_weight import Fp8Weight, quantize_fp8
 from ..gated_activation import GatedActivation
 from . import expert_groups as gpu_groups
 from . import linear as gpu_linear
+from . import linear_fp8 as gpu_linear_fp8
+from . import linear_fp8_skinny
 from . import linear_quantized as gpu_linear_quantized
 from . import mixture as gpu_mixture
+from . import round_inputs as gpu_round_inputs
 from .check_setting import Found, Random, Setting, differs, error_of
 
 
@@ -46,6 +53,36 @@ def check_quantized_linear(s: Setting) -> Found:
                     error_of(out, exact),
                     s.bound,
                 )
+
+
+def check_fp8_linear(s: Setting) -> Found:
+    if s.device.type == "cuda" and not fp8.multiplies_fp8(s.device):
+        yield "none: weights become floats on this GPU", 0.0, 0.5
+        return
+    random = Random(s)
+    outs, ins = (40, 300) if s.small else (4096, 4096)
+    floating = random.randn(outs, ins, scale=ins**-0.5)
+    by_row = quantize_fp8(floating, by_block=False)
+    kinds: dict[str, Fp8Weight] = {
+        "blocks": quantize_fp8(floating, by_block=True),
+        "rows": by_row,
+        "static": replace(by_row, input_scale=torch.full((1,), 2**-6, dtype=torch.float32, device=s.device)),
+    }
+    for kind, weight in kinds.items():
+        wide = weight.dequantize(torch.float64)
+        for num_rows in (2, 66) if s.small else (1, 16, 40, 300, 3000):
+            x, name = random.randn(num_rows, ins), f"{kind}, {num_rows} rows"
+            codes, scales = gpu_round_inputs.round_inputs(x, weight.group_size, weight.input_scale)
+            exact_codes, exact_scales = fp8.round_inputs_ref(x, weight.group_size, weight.input_scale)
+            yield f"{name}, codes", differs(codes.view(torch.uint8), exact_codes.view(torch.uint8)), 0.5
+            yield f"{name}, scales", differs(scales, exact_scales), 0.5
+            exact = fp8.linear_fp8_ref(x.double(), weight)
+            out = gpu_linear_fp8.linear_fp8(x, weight)
+            yield name, error_of(out, exact), s.bound
+            yield f"{name}, a row alone", differs(gpu_linear_fp8.linear_fp8(x[-1:], weight), out[-1:]), 0.5
+            is_few = num_rows <= linear_fp8_skinny.MOST_ROWS and s.dtype is not torch.float32
+            quick = gpu_linear_fp8.linear_fp8(x, weight, quick=True)
+            yield f"{name}, quick", error_of(quick, x.double() @ wide.T if is_few else exact), s.bound
 
 
 def check_mixture(s: Setting) -> Found:

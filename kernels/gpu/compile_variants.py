@@ -6,8 +6,10 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from .compile_locks import NO_LOCKS, CompileLocks
 from .fake_cuda import KernelVariant, build_launcher
 
 _SLOWEST = (
@@ -42,7 +44,11 @@ class Compiled:
 
 
 def compile_variants(
-    variants: list[KernelVariant], num_processes: int, *, begin_process: Callable[[], object] = lambda: None
+    variants: list[KernelVariant],
+    num_processes: int,
+    *,
+    begin_process: Callable[[], object] = lambda: None,
+    locks: CompileLocks = NO_LOCKS,
 ) -> Iterator[Compiled]:
     """Compile them, side by side; what became of each, in no order that matters, as soon as it is known.
 
@@ -50,16 +56,36 @@ def compile_variants(
 
     Args:
         begin_process: called in each of them first.
+        locks: of whoever compiles to the same cache at the same time. What one of those is at comes last, when it has
+            most likely been compiled.
     """
     _VARIANTS[:] = sorted(variants, key=lambda variant: variant.name not in _SLOWEST)
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(
         min(num_processes, len(variants)) or 1, mp_context=fork, initializer=begin_process
     ) as processes:
-        yield from processes.map(_compile, range(len(variants)))
+        elsewhere: list[int] = []
+        for index, compiled in enumerate(processes.map(partial(_compile_unless, locks), range(len(variants)))):
+            if compiled is None:
+                elsewhere.append(index)
+            else:
+                yield compiled
+        yield from processes.map(partial(_compile_after, locks), elsewhere)
 
 
 _VARIANTS: list[KernelVariant] = []  # of this process and its forks, as kernels cannot be sent
+
+
+def _compile_unless(locks: CompileLocks, index: int) -> Compiled | None:
+    """As `_compile`; None where another process is at it."""
+    with locks.held(_VARIANTS[index], waits=False) as is_ours:
+        return _compile(index) if is_ours else None
+
+
+def _compile_after(locks: CompileLocks, index: int) -> Compiled:
+    """As `_compile`, once no other process is at it."""
+    with locks.held(_VARIANTS[index], waits=True):
+        return _compile(index)
 
 
 def _compile(index: int) -> Compiled:

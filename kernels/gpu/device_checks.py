@@ -25,7 +25,7 @@ from .cases import Case, OnCase, Row, rows_of
 from .check_attention import check_attention
 from .check_logit_processing import check_logit_processing
 from .check_mixture_codes import check_mixture_codes
-from .check_products import check_linear, check_mixture, check_quantized_linear, check_routing
+from .check_products import check_fp8_linear, check_linear, check_mixture, check_quantized_linear, check_routing
 from .check_setting import Found, Random, Setting, differs, error_of, share_that_differs
 from .kv_write import write_kv
 
@@ -173,6 +173,7 @@ CHECKS: dict[str, Callable[[Setting], Found]] = {
     "paged_attention": check_attention,
     "linear": check_linear,
     "linear_quantized": check_quantized_linear,
+    "linear_fp8": check_fp8_linear,
     "routing": check_routing,
     "mixture": check_mixture,
     "mixture_codes": check_mixture_codes,

@@ -145,6 +145,7 @@ def fake_cuda(
         "device": lambda _device: contextlib.nullcontext(),
         "synchronize": synchronize,
         "empty_cache": lambda: None,
+        "get_device_capability": lambda _device=None: facts.capability,
         "mem_get_info": lambda _device=None: (facts.free_bytes, facts.total_bytes),
         "memory_allocated": lambda _device=None: facts.total_bytes // 7,
         "memory_reserved": lambda _device=None: facts.total_bytes // 7,
@@ -156,6 +157,7 @@ def fake_cuda(
     for name in ("empty", "zeros"):
         setattr(torch, name, _with_real_pinned(getattr(torch, name), transfers))
     torch.tensor = _without_device(torch.tensor, transfers)
+    torch.equal = _by_identity(torch.equal)
     fake_tensor.CONSTANT_NUMEL_LIMIT = 0  # else operations on a single number of the host's are done, also on the GPU
     torch.Tensor.numpy = _real(torch.Tensor.numpy)  # type: ignore[method-assign]  # a view of pinned memory
     torch.Generator = _Generator  # type: ignore[misc,assignment]  # torch without CUDA has none for it
@@ -279,6 +281,18 @@ def _without_device(make: Callable[..., Any], transfers: Transfers | None) -> Ca
         return torch.empty(made.shape, dtype=made.dtype, device=device)
 
     return maker
+
+
+def _by_identity(equal: Callable[..., bool]) -> Callable[..., bool]:
+    """In the place of `torch.equal`: without contents no two are known to be equal, but one is to itself."""
+    really = _real(equal)
+
+    def compared(one: torch.Tensor, other: torch.Tensor) -> bool:
+        if isinstance(one, fake_tensor.FakeTensor) or isinstance(other, fake_tensor.FakeTensor):
+            return one is other
+        return bool(really(one, other))
+
+    return compared
 
 
 def _let_devices_be_guarded() -> None:

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 
 from ..step_layout import PARAM_WORDS, PIECE_ENTRY_WORDS, PIECE_WORDS, RowInputs, StepLayout, TokenInputs
+from .launch import is_interpreted
 
+_DIFF_PROGRAMS = 128  # which take pieces in turn: mostly there are fewer, and never is it known before
 _GATHER_BLOCK = 256
 _APPEND_BLOCK = 128
 
@@ -21,19 +23,21 @@ def _apply_diff_kernel(
     state_ptr,  # [num_state_rows, ROW_WORDS] int32
     packed_ptr,  # int32
     ROW_WORDS: tl.constexpr,
-    DIFF: tl.constexpr,  # offset of the table of pieces
+    NUM_PIECES: tl.constexpr,  # offset of their number
+    DIFF: tl.constexpr,  # offset of their table
     ENTRY_WORDS: tl.constexpr,
     BLOCK: tl.constexpr,  # most words of a piece
 ):
-    entry = packed_ptr + DIFF + tl.program_id(0) * ENTRY_WORDS
-    row = tl.load(entry).to(tl.int64)
-    column = tl.load(entry + 1)
-    source = tl.load(entry + 2)
-    length = tl.load(entry + 3)
     word = tl.arange(0, BLOCK)
-    mask = word < length
-    words = tl.load(packed_ptr + source + word, mask=mask, other=0)
-    tl.store(state_ptr + row * ROW_WORDS + column + word, words, mask=mask)
+    for piece in range(tl.program_id(0), tl.load(packed_ptr + NUM_PIECES), tl.num_programs(0)):
+        entry = packed_ptr + DIFF + piece * ENTRY_WORDS
+        row = tl.load(entry).to(tl.int64)
+        column = tl.load(entry + 1)
+        source = tl.load(entry + 2)
+        length = tl.load(entry + 3)
+        mask = word < length
+        words = tl.load(packed_ptr + source + word, mask=mask, other=0)
+        tl.store(state_ptr + row * ROW_WORDS + column + word, words, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -130,12 +134,13 @@ def _append_tokens_kernel(
     tl.store(state_ptr + row.to(tl.int64) * ROW_WORDS + TOKEN_IDS + column, token_id, mask=mask & (row >= 0))
 
 
-def apply_diff(state: torch.Tensor, packed: torch.Tensor, num_pieces: int, layout: StepLayout) -> None:
+def apply_diff(state: torch.Tensor, packed: torch.Tensor, layout: StepLayout) -> None:
     """See `octavo.kernels.step_inputs.apply_diff`."""
-    _apply_diff_kernel[(num_pieces,)](
+    _apply_diff_kernel[(3 if is_interpreted() else _DIFF_PROGRAMS,)](
         state,
         packed,
         ROW_WORDS=layout.row_words,
+        NUM_PIECES=layout.num_pieces,
         DIFF=layout.diff,
         ENTRY_WORDS=PIECE_ENTRY_WORDS,
         BLOCK=PIECE_WORDS,

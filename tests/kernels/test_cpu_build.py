@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -234,3 +235,13 @@ def test_float16_is_converted_exactly_and_rounded_to_even_whatever_the_compiler_
     )
     assert torch.equal(rounded.nan_to_num(-7.0), wide.half().nan_to_num(-7.0))
     assert torch.equal(rounded.isnan(), wide.isnan())
+
+
+def test_who_does_not_need_the_kernels_does_not_have_them_built() -> None:
+    code = (
+        "from octavo.kernels import cpu_build, thread_binding\n"
+        "thread_binding.release_team()\n"
+        "assert cpu_build.loaded() is None and cpu_build._library_once.cache_info().currsize == 0\n"
+        "assert cpu_build.library() is cpu_build.loaded()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

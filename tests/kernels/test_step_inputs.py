@@ -27,7 +27,7 @@ def test_a_step_from_the_devices_batch_is_that_from_the_cpus(seed: int) -> None:
     for step in random_steps(seed, 60):
         words, packed, expected = both.take(step)
         if packed.num_pieces:
-            apply_diff(state, words, packed.num_pieces, LAYOUT)
+            apply_diff(state, words, LAYOUT)
         if expected is None:
             continue
         num_rows = MAX_ROWS if packed.is_decode else packed.num_rows
@@ -73,12 +73,13 @@ def test_sections_and_columns_hold_what_they_must_and_are_aligned(max_rows: int,
     layout = StepLayout(max_rows, max_model_len, 16)
     edges = [
         *(layout.rows, layout.starts, layout.query_start, layout.context_lens),
-        *(layout.sample_rows, layout.sample_columns, layout.sample_tokens, layout.diff),
+        *(layout.sample_rows, layout.sample_columns, layout.sample_tokens, layout.num_pieces),
     ]
     sizes = [end - begin for begin, end in itertools.pairwise(edges)]
     assert min(sizes) >= max_rows
     assert layout.context_lens - layout.query_start >= max_rows + 1
-    assert all(edge % 16 == 0 for edge in edges)
+    assert all(edge % 16 == 0 for edge in (*edges, layout.diff))
+    assert layout.diff > layout.num_pieces
     assert layout.token_ids - layout.blocks >= -(-max_model_len // 16)
     assert layout.row_words - layout.token_ids >= max_model_len + 1  # the last token sampled is never computed
     assert layout.row_words % 16 == 0

@@ -3,7 +3,7 @@
 Scheduler, KV allocator and GPU runner do for each step what they do when they serve; in the device's place stands a
 timeline: a step takes a given time, and more for each of its prompts' tokens, begins when it is launched and the one
 before has ended, and samples token 0. So host time is what one thread spends on all of it (the executor has a process
-of its own when serving), without the calls into CUDA: launches are counted (two copies, a few kernels and a graph, or
+of its own when serving), without the calls into CUDA: launches are counted (two copies, an event and a graph, or
 where there is no graph fourteen kernels a layer), and each is charged a given time, in which the host can do nothing
 else and the device is fed. Time is the thread's CPU time.
 

@@ -6,6 +6,9 @@ nothing (`fake_cuda`), and compiles what was asked for in as many processes as t
 lies in Triton's cache on disk when warm-up launches the very same kernels; one that is not there is compiled then, so
 nothing rests on this but time. A start that finds everything compiled by an earlier one leaves all of it out.
 
+Of several ranks each does so for its own part of the model. Those of a host share its cores, and the cache: what one of
+them is compiling, or a replica of the engine, no other one does (`kernels.gpu.compile_locks`).
+
 That process is `compile_program`: a `Question` in JSON goes in, an `Answer` comes out.
 """
 
@@ -46,6 +49,7 @@ class Question(msgspec.Struct, frozen=True):
     facts: GpuFacts
     num_processes: int
     parent_pid: int
+    rank: int = 0
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -76,9 +80,16 @@ class CompileAhead:
         self._process, self._mark = process, mark
 
     @classmethod
-    def begin(cls, config: ExecutorConfig, facts: GpuFacts) -> CompileAhead:
-        """Begin, unless all has been compiled by an earlier start, or it cannot be found out what will be launched."""
-        mark = _mark(config, facts)
+    def begin(cls, config: ExecutorConfig, facts: GpuFacts, *, rank: int = 0, num_sharing: int = 1) -> CompileAhead:
+        """Begin, unless all has been compiled by an earlier start, or it cannot be found out what will be launched.
+
+        Args:
+            rank: of those that serve the model.
+            num_sharing: processes on this host that begin this at the same time.
+        """
+        # What tells starts apart, and not what they launch.
+        config = msgspec.structs.replace(config, init_method="", gpu=None, replica=0, num_replicas=1)
+        mark = _mark(config, facts, rank)
         if mark.exists():
             return cls(None, mark)
         try:
@@ -90,8 +101,8 @@ class CompileAhead:
         if why_not:
             log.info("executor.compile_ahead", left_out=why_not, then=_THEN)
             return cls(None, mark)
-        num_processes = max(1, len(os.sched_getaffinity(0)) - 1)  # one core loads weights
-        question = msgspec.json.encode(Question(config, facts, num_processes, os.getpid()))
+        num_processes = max(1, len(os.sched_getaffinity(0)) // num_sharing - 1)  # one core loads weights
+        question = msgspec.json.encode(Question(config, facts, num_processes, os.getpid(), rank))
         try:
             process = subprocess.Popen(  # noqa: S603 - ours
                 _PROGRAM,
@@ -156,14 +167,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.communicate()
 
 
-def _mark(config: ExecutorConfig, facts: GpuFacts) -> Path:
-    """An empty file in Triton's cache: all that this model launches on such a GPU has been compiled."""
+def _mark(config: ExecutorConfig, facts: GpuFacts, rank: int) -> Path:
+    """An empty file in Triton's cache: all that this rank launches on such a GPU has been compiled."""
     import triton
 
     from ....kernels import gpu
 
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(msgspec.json.encode((config, dataclasses.replace(facts, free_bytes=0))))
+    digest.update(msgspec.json.encode((config, dataclasses.replace(facts, free_bytes=0), rank)))
     digest.update(f"{triton.__version__} {torch.__version__}".encode())
     here = Path(config.model_path) / "config.json"
     for path in (here, *sorted(Path(gpu.__file__).parent.glob("*.py"))):

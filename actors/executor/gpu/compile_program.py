@@ -10,16 +10,22 @@ import inspect
 import os
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
 import torch
+import triton
 
+from ....kernels.gpu.compile_locks import CompileLocks
 from ....kernels.gpu.compile_variants import compile_variants
 from ....kernels.gpu.fake_cuda import KernelVariant
 from ....messages.errors import OctavoError
+from ....messages.ids import RequestId
+from ....models import decoder as decoder_module
 from ....models import registry
 from ....models.decoder import Decoder
 from ....models.interface import CausalLM
@@ -27,19 +33,21 @@ from ...runtime.parent_death import die_with_parent
 from .. import device as device_module
 from ..config import ExecutorConfig
 from ..runner import load_runner
+from ..sampler import SampledTokens, Sampler
 from .compile_ahead import Answer, Question
 from .fake_cuda import GpuFacts, fake_cuda
+from .lone_rank import lone_rank
+from .outline_reader import open_outline, stored_dtype
 
 
-def find_variants(config: ExecutorConfig, facts: GpuFacts) -> list[KernelVariant]:
-    """Which variants of kernels a model's warm-up asks for, in its order; leaves the process on a GPU that is none.
+def find_variants(config: ExecutorConfig, facts: GpuFacts, rank: int = 0) -> list[KernelVariant]:
+    """Which variants of kernels a rank's warm-up asks for, in its order; leaves the process on a GPU that is none.
 
-    Of layers of a kind one is enough. What quantises floating weights at load is quantised here as well, and experts in
-    MXFP4 are; another checkpoint that holds quantised weights is taken for one without, so that its products are not
-    among what is found.
+    Of layers of a kind one is enough. Weights are of the kinds that will be read (`outline_reader`); of experts in
+    MXFP4 it is taken for granted that their exponents let them stay codes.
 
     Raises:
-        OctavoError: the model cannot be loaded, or not with random weights.
+        OctavoError: the model cannot be loaded, or not without its contents.
     """
     variants: list[KernelVariant] = []
     load = registry.load_model
@@ -51,9 +59,20 @@ def find_variants(config: ExecutorConfig, facts: GpuFacts) -> list[KernelVariant
         return model
 
     device_module.load_model = load_few_layers  # type: ignore[attr-defined]  # whence it is called
+    registry.checkpoint_dtype = stored_dtype  # type: ignore[attr-defined]
+    decoder_module.open_weights = open_outline  # type: ignore[attr-defined]
+    Sampler.sample = _sample_nothing  # type: ignore[method-assign,assignment]
     with fake_cuda(facts, on_variant=variants.append):
-        load_runner(msgspec.structs.replace(config, load_format="dummy", device="cuda"))
+        load_runner(msgspec.structs.replace(config, device="cuda", model_impl="native"), lone_rank(config, rank))
     return variants
+
+
+def _sample_nothing(
+    _self: Sampler, _logits: torch.Tensor, request_ids: Sequence[RequestId], *, raw: torch.Tensor | None = None
+) -> SampledTokens:
+    """In the place of `Sampler.sample`, which a pipeline's last stage asks, and which looks at what it has chosen; none
+    of its kernels is Triton's."""
+    return SampledTokens([0] * len(request_ids), [], [], [])
 
 
 def _keep_one_of_each(model: Decoder) -> None:
@@ -92,12 +111,17 @@ def answer_to(question: Question) -> Answer:
     """Find the variants and compile them; for a process of its own."""
     began = time.monotonic()
     try:
-        variants = find_variants(question.config, question.facts)
+        variants = find_variants(question.config, question.facts, question.rank)
     except OctavoError as error:  # which loading will raise too, or it goes another way
         return Answer(0, 0, round(time.monotonic() - began, 2), 0.0, left_out=str(error))
     found = time.monotonic()
     compiled = list(
-        compile_variants(variants, question.num_processes, begin_process=partial(die_with_parent, os.getpid()))
+        compile_variants(
+            variants,
+            question.num_processes,
+            begin_process=partial(die_with_parent, os.getpid()),
+            locks=CompileLocks(Path(triton.knobs.cache.dir)),
+        )
     )
     failures = sorted({each.failure for each in compiled if each.failure})
     return Answer(

@@ -45,8 +45,8 @@ class CountedForward(ForwardPass):
         self._nothing = torch.zeros((section, 0))
         self._tokens_sampled = torch.zeros(section, dtype=torch.int64)
 
-    def load(self, words: torch.Tensor, step: PackedStep) -> None:
-        self._launches.count += 1 + (step.num_pieces > 0)
+    def load(self, words: torch.Tensor, step: PackedStep, *, has_size: bool) -> None:
+        self._launches.count += 1 + (step.num_pieces > 0 and not has_size)
 
     def decode(self, num_rows: int) -> None:
         self._launches.count += 1

@@ -26,7 +26,7 @@ _start = attrgetter("start")
 
 def sheet_of(words: Int32, layout: StepLayout) -> Int32:
     """The sections of a packed step as `[NUM_SECTIONS, layout.section]`, in the same memory."""
-    return words[: layout.diff].reshape(NUM_SECTIONS, layout.section)
+    return words[: layout.num_pieces].reshape(NUM_SECTIONS, layout.section)
 
 
 class DecodeSheet:

@@ -51,24 +51,28 @@ class ForwardPass:
         self._counts = logit_processing.count_buffer(layout, device.model.vocab_size, where)
         self._hidden: torch.Tensor | None = None  # what such a step sampled from, [layout.section, hidden_size]
 
-    def load(self, words: torch.Tensor, step: PackedStep) -> None:
-        """Bring a step's words to the device and apply its diff.
+    def load(self, words: torch.Tensor, step: PackedStep, *, has_size: bool) -> None:
+        """Bring a step's words to the device, and apply its diff unless that is still to come.
 
         Args:
             words: int32, pinned, not to be written before this is done.
+            has_size: `decode` or `mixed` comes next, which apply what lies in its fixed place.
         """
         packed, layout = self._packed, self._layout
         if step.num_words <= len(packed):
             packed[: step.num_words].copy_(words[: step.num_words], non_blocking=True)
-        else:
-            packed = words[: step.num_words].to(self._where, non_blocking=True, copy=True)
-            self._packed[: layout.diff].copy_(packed[: layout.diff])
-        if step.num_pieces:
-            apply_diff(self._state, packed, step.num_pieces, layout)
+            if step.num_pieces and not has_size:
+                apply_diff(self._state, packed, layout)
+            return
+        detour = words[: step.num_words].to(self._where, non_blocking=True, copy=True)
+        packed[: layout.diff].copy_(detour[: layout.diff])
+        packed[layout.num_pieces].zero_()  # there are none in their place
+        apply_diff(self._state, detour, layout)
 
     def decode(self, num_rows: int) -> None:
         """One token for each of `num_rows` rows, padding included, from what was loaded to what is sampled."""
         tokens, layout = self._tokens.first(num_rows), self._layout
+        apply_diff(self._state, self._packed, layout)
         gather_step(self._state, self._packed, self._rows, tokens, num_rows, 1, layout)
         hidden = self._forward(
             tokens,
@@ -85,6 +89,7 @@ class ForwardPass:
     def mixed(self, size: MixedSize) -> None:
         """Decodes and chunks, padding included, from what was loaded to what is sampled."""
         tokens, layout = self._tokens.first(size.num_tokens), self._layout
+        apply_diff(self._state, self._packed, layout)
         gather_step(self._state, self._packed, self._rows, tokens, size.num_rows, max(1, size.num_chunk_tokens), layout)
         batch = self._batch(
             tokens,

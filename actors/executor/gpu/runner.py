@@ -270,11 +270,11 @@ class GpuRunner:
     def _run(self, launched: Launched) -> None:
         """A step without a word from the host."""
         forward, packed, plan = self._forward, launched.packed, launched.plan
-        forward.load(launched.words, packed)
+        size = self._size_for(packed)
+        forward.load(launched.words, packed, has_size=size is not None)
         if not packed.num_rows:
             return
         num_samples = len(packed.sampled)
-        size = self._size_for(packed)
         logits: torch.Tensor | None = None
         if size is not None:
             self._graphs.run(size)
@@ -299,8 +299,8 @@ class GpuRunner:
     def _run_with_sampler(self, launched: Launched) -> None:
         """A step whose tokens the `Sampler` chooses, or that reports on its prompts."""
         forward, packed, plan = self._forward, launched.packed, launched.plan
-        forward.load(launched.words, packed)
         size = self._size_for(packed)
+        forward.load(launched.words, packed, has_size=size is not None)
         if size is not None:
             self._graphs.run(size)  # samples as well, and what it has appended is written over
             logits = forward.logits_again(len(packed.sampled))

@@ -88,8 +88,9 @@ class StepDiff:
         self._num_words = source
 
     def pack(self, words: Int32) -> int:
-        """Write table and words to their place in a packed step; returns where they end."""
+        """Write number, table and words of the pieces to their place in a packed step; returns where they end."""
         begin = self._layout.diff
+        words[self._layout.num_pieces] = self.num_pieces
         if not self._table:
             return begin
         end = begin + len(self._table) + self._num_words

@@ -153,6 +153,25 @@ def test_binding_moves_the_stepping_thread_and_its_workers_and_no_other(tmp_path
     assert os.sched_getaffinity(0) == set(allowed)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound here")
+def test_a_thread_without_workers_may_run_on_any_of_its_cores(tmp_path: Path) -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    found: list[set[int]] = []
+    before = torch.get_num_threads()
+
+    def step() -> None:
+        CpuAffinity(f"{allowed[0]},{allowed[-1]}", 2, Claims(tmp_path / "cores")).apply(computes=False)
+        found.append(os.sched_getaffinity(0))
+
+    if len(allowed) < 2:
+        pytest.skip("one core")
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+    torch.set_num_threads(before)
+    assert found == [{allowed[0], allowed[-1]}]
+
+
 def test_off_binds_nothing_and_one_thread_needs_no_core(tmp_path: Path) -> None:
     for asked, num_threads in (("off", 2), ("auto", 1)):
         claims = Claims(tmp_path / "cores")

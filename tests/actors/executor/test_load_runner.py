@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import save_tiny_model
+from unconnected_ranks import member
 
 from octavo.actors.executor import runner
 from octavo.actors.executor.config import ExecutorConfig
@@ -30,7 +31,7 @@ class MadeAhead(Made):
 def load(monkeypatch: pytest.MonkeyPatch, where: str, *, pp_size: int = 1, **of_model: Any) -> Made:
     model = SimpleNamespace(device=torch.device(where), **of_model)
     device = SimpleNamespace(model=model, group=SimpleNamespace(pp_size=pp_size), memory_report=lambda: None)
-    monkeypatch.setattr(runner, "Device", lambda config, group, on_loaded: device)
+    monkeypatch.setattr(runner, "Device", lambda config, group, on_placed, on_loaded: device)
     monkeypatch.setattr(runner, "StepRunner", Made)
     monkeypatch.setattr(runner, "GpuRunner", MadeAhead)
     config = ExecutorConfig(
@@ -76,21 +77,33 @@ def test_kernels_are_waited_for_once_the_weights_are_there_and_before_anything_i
     assert "forward" in said  # of the warm-up
 
 
-def test_no_gpu_is_asked_but_the_one_that_will_be_computed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+class BegunError(Exception):
+    """Kernels are being compiled, with these facts and arguments."""
+
+
+@pytest.mark.parametrize(
+    ("fields", "group", "expected"),
+    [
+        ({"gpu": 3}, None, (3, 0, 1)),
+        ({"tensor_parallel_size": 4, "replica": 1, "num_replicas": 2}, (3, (1, 2)), (3, 3, 4)),
+        ({"pipeline_parallel_size": 2}, (1, (0, 1)), (0, 1, 1)),
+    ],
+)
+def test_kernels_are_compiled_for_each_rank_and_no_gpu_is_asked_but_its_own(
+    fields: dict[str, Any],
+    group: tuple[int, tuple[int, int]] | None,
+    expected: tuple[int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Whoever asks a GPU takes half a GiB of it."""
     ahead = pytest.importorskip("octavo.actors.executor.gpu.compile_ahead")
-    asked: list[Any] = []
     current = [0]
 
-    def facts_of(device: torch.device) -> None:
-        asked.append(device)
+    def begin(_config: ExecutorConfig, facts: torch.device, *, rank: int, num_sharing: int) -> None:
+        raise BegunError(facts, rank, num_sharing)
 
-    def begin(_config: ExecutorConfig, _facts: None) -> Any:
-        return SimpleNamespace(finish=lambda: None, cancel=lambda: None, note=lambda: None)
-
-    monkeypatch.setattr("octavo.actors.executor.gpu.fake_cuda.GpuFacts.of", facts_of)
+    monkeypatch.setattr("octavo.actors.executor.gpu.fake_cuda.GpuFacts.of", lambda device: device)
     monkeypatch.setattr(ahead.CompileAhead, "begin", begin)
-    monkeypatch.setattr(runner, "_load_runner", lambda config, group, *, on_loaded=None: "loaded")
     for name, does in {
         "is_available": lambda: True,
         "device_count": lambda: 4,
@@ -98,5 +111,10 @@ def test_no_gpu_is_asked_but_the_one_that_will_be_computed_on(monkeypatch: pytes
         "set_device": current.append,
     }.items():
         monkeypatch.setattr(torch.cuda, name, does)
-    assert runner.load_runner(ExecutorConfig(model_path="model", gpu=3)) == "loaded"
-    assert asked == [torch.device("cuda", 3)]
+    rank, place = group or (0, (0, 1))
+    parallel = member(rank, fields.get("tensor_parallel_size", 1), fields.get("pipeline_parallel_size", 1))
+    monkeypatch.setattr(parallel, "place_on_host", lambda: place)
+    with pytest.raises(BegunError) as begun:
+        runner.load_runner(ExecutorConfig(model_path="model", **fields), parallel if group else None)
+    gpu, *others = expected
+    assert begun.value.args == (torch.device("cuda", gpu), *others)

@@ -68,6 +68,15 @@ def test_rates_times_and_ratios_are_those_of_the_rows() -> None:
         row("skinny linear", "8B head M=1", 1.2, engine="torch"),
         row("W4A16 linear", "8B o M=16", 1.0),
         row("W4A16 linear", "8B o M=16", 3.1, engine="torch, 16 bits"),
+        row("fp8 linear", "8B o M=2048", 1.0),
+        row("fp8 linear", "8B o M=2048", 1.8, engine="torch, 16 bits"),
+        row("fp8 linear", "8B qkv M=8192", 1.0),
+        row("fp8 linear", "8B qkv M=8192", 1.5, engine="torch, 16 bits"),
+        row("fp8 linear", "8B o M=256", 1.0),
+        row("fp8 linear", "8B o M=256", 0.5, engine="torch, 16 bits"),
+        row("fp8 linear by rows", "8B o M=2048", 1.0),
+        row("fp8 linear by rows", "8B o M=2048", 1.9, engine="torch, 16 bits"),
+        row("fp8 linear by rows", "8B o M=2048", 0.9, engine="torch, codes alone"),
         row("sample top_k 50 top_p 0.9", "256x151936 flat", 0.2),
         row("sample top_k 50 top_p 0.9", "256x151936 peaked", 0.1),
         row("qwen3-0.6b decode step", "B=1 ctx=1024 graph", 0.7, section="steps"),
@@ -84,6 +93,8 @@ def test_rates_times_and_ratios_are_those_of_the_rows() -> None:
     assert goals["K6", "beside cuBLAS"] == (pytest.approx(1.2), "goal")
     assert goals["K7", "W4A16 over bfloat16, M=16"] == (pytest.approx(3.1), "goal")
     assert goals["K7", "W4A16 over bfloat16, M=32"][1] == "not measured"
+    assert goals["K8", "fp8 linears over bfloat16, blocks, M >= 2k"] == (pytest.approx(1.5), "must")
+    assert goals["K8", "fp8 linears over bfloat16, rows, M >= 2k"] == (pytest.approx(1.9), "stretch")
     assert goals["K10", "256 rows, top-k, top-p"] == (pytest.approx(200), "must")
     assert goals["S1", "decode step 0.6B, B=1, 1k"] == (0.7, "goal")
     assert goals["S2", "decode step 8B, B=1, 1k"] == (4.9, "missed")

@@ -19,6 +19,9 @@ def test_a_kernel_is_a_share_of_the_larger_of_its_two_floors() -> None:
     assert by_flops.share == pytest.approx(0.5)
     assert by_flops.figure == "400 TFLOP/s"
     assert by_flops.values["tflops"] == pytest.approx(400)
+    of_8_bits = {"kernel": "a", "ms": 1.0, "bytes": 1e6, "flops": 400e9, "flops_at_16_bits": 200e9}
+    assert kernel_row(of_8_bits, CEILINGS).share == pytest.approx(0.25)
+    assert kernel_row(of_8_bits, CEILINGS).figure == "400 TFLOP/s"
     spread = kernel_row({"kernel": "a", "us": 1000.0, "low_us": 900.0, "high_us": 1100.0}, None)
     assert (spread.low_ms, spread.high_ms) == (0.9, 1.1)
     assert "0.900 1.100" in table_of([spread], "t")

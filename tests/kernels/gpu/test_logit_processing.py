@@ -39,7 +39,7 @@ class Standing:
         diff.write_start(row, start, (1, 2), 0, edits)
         words = torch.zeros(diff.packed_words, dtype=torch.int32)
         diff.pack(words.numpy())
-        apply_diff(self.state, words, diff.num_pieces, self.layout)
+        apply_diff(self.state, words, self.layout)
         self.packed[self.layout.sample_rows + self.num_rows] = row
         self.packed[self.layout.sample_columns + self.num_rows] = len(tokens)
         self.num_rows += 1

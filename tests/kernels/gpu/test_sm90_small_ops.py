@@ -140,7 +140,10 @@ VARIANTS = {
     "apply_diff": Variant(
         STEP + "_apply_diff_kernel",
         STATE,
-        {"ROW_WORDS": LAYOUT.row_words, "DIFF": LAYOUT.diff, "ENTRY_WORDS": 4, "BLOCK": 1024},
+        {
+            **{"ROW_WORDS": LAYOUT.row_words, "NUM_PIECES": LAYOUT.num_pieces, "DIFF": LAYOUT.diff},
+            **{"ENTRY_WORDS": 4, "BLOCK": 1024},
+        },
     ),
     "gather_step": Variant(
         STEP + "_gather_step_kernel",

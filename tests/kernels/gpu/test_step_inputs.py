@@ -35,8 +35,8 @@ def test_the_kernels_do_what_they_mean(seed: int) -> None:
     for step in random_steps(seed, 25):
         words, packed, expected = both.take(step)
         if packed.num_pieces:
-            gpu.apply_diff(ours, words, packed.num_pieces, LAYOUT)
-            meaning.apply_diff_ref(theirs, words, packed.num_pieces, LAYOUT)
+            gpu.apply_diff(ours, words, LAYOUT)
+            meaning.apply_diff_ref(theirs, words, LAYOUT)
         assert torch.equal(ours, theirs)
         if expected is None:
             continue

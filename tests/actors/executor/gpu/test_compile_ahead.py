@@ -141,6 +141,14 @@ again.cancel()
 good.note()
 assert begin("pass")._process is None, "a start like it has compiled all"
 assert begin("pass", free_bytes=1)._process is None, "what others take of the memory makes no difference"
+other = msgspec.structs.replace(config, init_method="file:///elsewhere", replica=1, num_replicas=2, gpu=3)
+assert ahead.CompileAhead.begin(other, GpuFacts())._process is None, "nor who else there is, nor where they meet"
+ahead._PROGRAM = (sys.executable, "-c", "import sys; print(sys.stdin.read())")
+ahead.os.sched_getaffinity = lambda pid: set(range(16))
+second = ahead.CompileAhead.begin(config, GpuFacts(), rank=1, num_sharing=4)
+assert second._process is not None, "another rank has other kernels"
+question = msgspec.json.decode(second._process.communicate()[0], type=ahead.Question)
+assert (question.rank, question.num_processes) == (1, 3), "ranks share the cores"
 here = folder / "config.json"
 here.write_text(here.read_text() + " ")
 another = begin("import sys; sys.stdin.read()")
@@ -307,12 +315,12 @@ import sys, time
 from octavo.actors.executor.gpu import compile_program as ahead
 
 class Endless:
-    name = "k"
+    name = signature = constexprs = attributes = options = "k"
 
     def compile(self):
         time.sleep(600)
 
-ahead.find_variants = lambda config, facts: [Endless()] * 2
+ahead.find_variants = lambda config, facts, rank: [Endless()] * 2
 ahead.main()
 '''
 ahead._PROGRAM = (sys.executable, "-c", program)

@@ -60,7 +60,7 @@ def test_decodes_in_a_row_are_counted_on_and_then_entered(num_decodes: int) -> N
         )
         words, packed, expected = both.take(planned)
         if packed.num_pieces:
-            apply_diff(state, words, packed.num_pieces, LAYOUT)
+            apply_diff(state, words, LAYOUT)
         assert expected is not None
         inputs, tokens = empty_inputs(packed.num_tokens)
         gather_step(state, words, inputs, tokens, packed.num_rows, packed.max_query_len, LAYOUT)
@@ -121,7 +121,7 @@ def test_long_tokens_and_tables_are_cut_into_pieces() -> None:
     lengths = words[layout.diff :][: diff.num_pieces * PIECE_ENTRY_WORDS].view(-1, PIECE_ENTRY_WORDS)[:, 3].tolist()
     assert max(lengths) == PIECE_WORDS
     state = torch.full((2, layout.row_words), -1, dtype=torch.int32)
-    apply_diff(state, words, diff.num_pieces, layout)
+    apply_diff(state, words, layout)
     assert state[1, layout.token_ids :][:2500].tolist() == token_ids.tolist()
     assert state[1, layout.blocks :][:2600].tolist() == [*table, *range(7000, 8100)]
     assert state[0, layout.blocks + 3] == 42

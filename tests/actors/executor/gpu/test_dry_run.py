@@ -35,6 +35,19 @@ SERVED: dict[str, dict[str, Any]] = {
         **{"preset": "qwen3-0.6b", "num_layers": 1, "num_steps": 15, "quantization": "int4"},
         "cuda_graph_sizes": [1, 64],
     },
+    "fp8, blocks": {
+        **{"preset": "qwen3-0.6b", "num_layers": 1, "num_steps": 15, "in_fp8": "blocks"},
+        **{"cuda_graph_sizes": [1, 64, 256], "cuda_graph_tokens": [64, 512], "max_num_batched_tokens": 4096},
+    },
+    "fp8, static inputs": {
+        **{"preset": "qwen3-0.6b", "num_layers": 1, "num_steps": 15, "in_fp8": "static"},
+        "cuda_graph_sizes": [1, 64],
+    },
+    "fp8, deterministic": {
+        **{"preset": "llama-3.1-8b", "num_layers": 1, "num_steps": 15, "in_fp8": "channel", "deterministic": True},
+        **{"cuda_graph_sizes": [1, 64], "kv_cache_dtype": "int8"},
+    },
+    "mixture in fp8": {"preset": "qwen3-30b-a3b", "num_layers": 1, "num_steps": 15, "in_fp8": "blocks"},
     "mixture in MXFP4": {
         **{"preset": "gpt-oss-20b", "num_layers": 1, "num_steps": 15, "in_mxfp4": True},
         **{"cuda_graph_sizes": [1, 64], "cuda_graph_tokens": [128], "max_num_seqs": 64},
@@ -66,12 +79,23 @@ def test_no_kernel_is_compiled_and_no_graph_captured_once_it_is_ready(
     name: str, answers: dict[str, dict[str, Any]]
 ) -> None:
     answer, most_rows = answers[name], SERVED[name].get("max_num_seqs", 256)
-    assert answer["num_compiled"] >= 8
+    assert answer["num_compiled"] >= 4  # of its own: what those before it launch too is known already
     assert answer["num_launches"] > 500
     # The steps reached what is compiled for separately: as many rows as there can be, prompts among them.
     assert answer["most_rows"] == answer["most_rows_with_prompts"] == most_rows
     assert answer["late"] == []
     assert answer["num_late"] == 0
+
+
+def test_weights_in_fp8_are_multiplied_as_they_are_where_they_are_no_experts(
+    answers: dict[str, dict[str, Any]],
+) -> None:
+    rounding, tiles, skinny = "_round_groups_kernel", "_tiles_kernel", "_fp8_skinny_kernel"
+    assert {rounding, tiles, skinny} <= set(answers["fp8, blocks"]["launched"])
+    assert {rounding, tiles, skinny} <= set(answers["fp8, static inputs"]["launched"])
+    deterministic = answers["fp8, deterministic"]["launched"]
+    assert {"_round_rows_kernel", tiles} <= set(deterministic) and skinny not in deterministic
+    assert {"_up_kernel", tiles} <= set(answers["mixture in fp8"]["launched"])
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -156,6 +180,41 @@ def test_mistakes_that_only_a_gpu_would_show_are_found() -> None:
     assert found["pinned"] == (["a copy from memory of the host that is not pinned"], [], False)
     assert found["graph"] == (["torch.tensor, of what the host has"], [], False)
     assert found["event"] == (["an event that is waited for"], [], False)
+
+
+# A prompt, then decodes that are told of blocks: what is launched for each, and how many pieces its diff has.
+REPLAYED = """
+import json
+import gpu_dry_run as dry
+from fake_cuda import fake_cuda
+from octavo.actors.executor.gpu.graphs import Graphs
+from octavo.messages.sampling import SamplingParams
+from octavo.messages.step import ExecuteStep, StartRequest
+
+run, replayed = Graphs.run, []
+Graphs.run = lambda self, size: (replayed.append(size), run(self, size))
+with fake_cuda() as kernels:
+    _, runner = dry.load("qwen3-0.6b", num_layers=1, cuda_graph_sizes=[8], max_num_seqs=8)
+    replayed.clear()
+    start = StartRequest(1, bytes(60), 15, 0, SamplingParams(temperature=0.0))
+    for index in range(3):
+        rows = {"start": (start,), "block_tables": ((),)} if index == 0 else {}
+        step = ExecuteStep(0, index, (1,), (1 if index else 15,), append_blocks=((1, (index, index + 7)),), **rows)
+        before = kernels.num_launches
+        launched = runner.launch(step)
+        runner.collect(launched)
+        print(json.dumps([kernels.num_launches - before, launched.packed.num_pieces, replayed]))
+"""
+
+
+def test_a_step_that_a_graph_computes_launches_nothing_beside_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", REPLAYED], capture_output=True, text=True, timeout=120, check=False, cwd=SCRIPT.parent
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    prompt, *decodes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert prompt[0] > 10 and prompt[1:] == [3, []]
+    assert decodes == [[0, 1, [8]], [0, 1, [8, 8]]]
 
 
 def test_a_kernel_that_warm_up_leaves_out_is_found() -> None:

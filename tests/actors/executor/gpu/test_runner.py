@@ -350,12 +350,15 @@ def test_what_a_request_may_ask_for_it_gets(folder: Path, params: SamplingParams
         assert timeless(replay(runner, chunks, 3)) == timeless(expected)
 
 
-def test_a_diff_that_does_not_fit_takes_a_detour(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("graphs", [{}, {"graph_sizes": GRAPH_SIZES, "graph_tokens": GRAPH_TOKENS}])
+def test_a_diff_that_does_not_fit_takes_a_detour(
+    folder: Path, graphs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("octavo.actors.executor.gpu.forward_pass.PACKED_WORDS", 40)
     monkeypatch.setattr("octavo.actors.executor.gpu.launched.PACKED_WORDS", 40)
     config = config_of(folder)
     served = serve(step_runner(config), plain_workload())
-    runner = gpu_runner(config, stream=LateStream())
+    runner = gpu_runner(config, stream=LateStream(), **graphs)
     assert timeless(replay(runner, served.steps, 3)) == timeless(served.results)
 
 
