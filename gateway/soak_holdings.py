@@ -103,7 +103,11 @@ def replaced(before: Holdings, after: Holdings) -> list[str]:
 
 def orphaned_shared_memory(folder: Path = _SHARED_MEMORY) -> set[Path]:
     """Files of shared memory that are this user's, and that none of the user's processes maps."""
-    own = {path for path in _files(folder) if path.stat().st_uid == os.getuid()}
+    own: set[Path] = set()
+    for path in _files(folder):
+        with contextlib.suppress(FileNotFoundError):  # it has just gone
+            if path.stat().st_uid == os.getuid():
+                own.add(path)
     if own:  # rare: it takes a look at every process
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):

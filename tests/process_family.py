@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import psutil
 
@@ -23,6 +23,12 @@ def named(name: str, root: int | None = None) -> list[psutil.Process]:
         family = psutil.Process(root).children(recursive=True)
         return [process for process in family if title(process) == f"octavo: {name}"]
     return []
+
+
+def descendants(but: Sequence[psutil.Process] = ()) -> list[psutil.Process]:
+    """Of this process, the dead and unburied among them, without some: those that other tests left it, such as the
+    tracker of resources that `multiprocessing` keeps."""
+    return [process for process in psutil.Process().children(recursive=True) if process not in but]
 
 
 async def until(condition: Callable[[], bool], every_s: float = 0.01, *, timeout_s: float | None = None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 import psutil
+from c_library import HAS_C
 from process_family import title
 
 PATIENCE_S = 300.0  # of each wait, on a busy machine; alone none takes 10
@@ -32,6 +33,7 @@ class Served:
         command += ["--served-model-name", "tiny"]
         common = ["--dtype", "float32", "--num-threads", "1", "--num-gpu-blocks-override", "2048", "--block-size", "4"]
         common += ["--drain-timeout", f"{PATIENCE_S:g}"]  # a busy machine's streams take their time
+        common += ["--deterministic"] * HAS_C  # of so many drawn tokens some lie where the rest of the batch decides
         self.popen = subprocess.Popen(  # ours
             [*command, *common, *flags], cwd=model, stdout=self._log, stderr=subprocess.STDOUT
         )

@@ -16,7 +16,7 @@ READINGS = {
 }
 
 STAMPS = {
-    "actors/engine/process.py: EngineProcess._set_up": "when a journal was begun",
+    "actors/engine/process.py: EngineProcess._recorded": "when a journal was begun",
     "actors/tokenizer/chat_template.py: _strftime_now": "the date that templates ask for",
     "gateway/api/openai_chat.py: ChatAnswer.__init__": "`created` of a response",
     "gateway/api/openai_completions.py: CompletionAnswer.__init__": "`created` of a response",

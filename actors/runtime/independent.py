@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from .awake_time import wait_awake
 from .process_title import set_title
 from .processes import ProcessExit, ProcessRefusedError, ProcessSpec, ProcessStartError, describe_status
 
@@ -54,7 +55,7 @@ class IndependentProcess:
         """Ask it to end (SIGTERM), and kill it if it has not after `grace_s` seconds."""
         self.kill(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(self.wait(), grace_s)
+            return await wait_awake(self.wait(), grace_s)
         self.kill()
         return await self.wait()
 

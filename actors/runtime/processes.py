@@ -21,6 +21,7 @@ import msgspec
 import structlog
 
 from ...messages.errors import OctavoError
+from .awake_time import SLICE_S, wait_awake
 from .nursery_frames import (
     Failed,
     FrameReader,
@@ -42,7 +43,8 @@ from .pidfd import open_pidfd, signal_pidfd
 log = structlog.get_logger()
 
 _STATUS_GRACE_S = 2.0
-"""How long an exit waits for its status: the pidfd tells of the exit, the nursery a little later of its status."""
+"""How long an exit waits for its status: the pidfd tells of the exit, the nursery a little later of its status; as with
+`wait_awake`, without the time for which this process stood still."""
 _BURIAL_S = 5.0
 """How long a process that was sent SIGKILL is waited for; one that takes longer hangs in the kernel, or a driver."""
 _RECEIVE_BYTES = 1 << 16
@@ -167,7 +169,7 @@ class ChildProcess:
         """Ask it to end (SIGTERM), and kill it if it has not after `grace_s` seconds."""
         self.kill(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(self.wait(), grace_s)
+            return await wait_awake(self.wait(), grace_s)
         self.kill()
         return await self.wait()
 
@@ -188,8 +190,14 @@ class ChildProcess:
         self._is_dying = True
         if not self._nursery.is_alive:
             self._finish()
+        else:
+            self._await_status(round(_STATUS_GRACE_S / SLICE_S))
+
+    def _await_status(self, num_slices: int) -> None:
+        if not num_slices:
+            self._finish()
         elif self._exit is None:
-            self._loop.call_later(_STATUS_GRACE_S, self._finish)
+            self._loop.call_later(SLICE_S, self._await_status, num_slices - 1)
 
     def _finish(self) -> None:
         if self._exit is not None:
@@ -425,7 +433,7 @@ class Nursery:
         """
         link = await self._ready_link(timeout_s)
         try:
-            return await asyncio.wait_for(link.spawn(spec), fork_timeout_s)
+            return await wait_awake(link.spawn(spec), fork_timeout_s)
         except TimeoutError:
             link.lose(f"did not fork within {fork_timeout_s} s")
             raise ProcessStartError(f"{spec.title}: the nursery did not fork within {fork_timeout_s} s") from None

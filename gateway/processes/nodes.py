@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from ...actors.runtime.addresses import EDGE, split_endpoint
+from ...actors.runtime.awake_time import wait_awake
 from ...actors.runtime.processes import ProcessExit, ProcessSpec, ProcessStartError
 from ...messages.base import Message
 from ...messages.errors import InvalidConfigError, OctavoError
@@ -81,9 +83,9 @@ class RemoteProcess:
     async def stop(self, grace_s: float = 5.0) -> ProcessExit:
         """Ask it to end, and kill it if it has not after `grace_s` seconds."""
         self.kill(signal.SIGTERM)
-        done, _ = await asyncio.wait([self._exit], timeout=grace_s)
-        if not done:
-            self.kill()
+        with contextlib.suppress(TimeoutError):
+            return await wait_awake(self.wait(), grace_s)
+        self.kill()
         return await self.wait()
 
     def end(self, why: str, *, is_innocent: bool) -> None:

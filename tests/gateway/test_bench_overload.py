@@ -5,12 +5,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from counting_clock import CountingClock
 from fake_engine import FakeEngine
 from http_client import serving
 
 from octavo.gateway.bench_overload import Load, OverloadReport, print_overload
 from octavo.gateway.lean_client import LeanClient
 from octavo.messages.errors import OctavoError
+
+
+@pytest.fixture(autouse=True)
+def by_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.gateway.bench_overload.time", CountingClock())
 
 
 def measure(engine: FakeEngine, **settings: object) -> OverloadReport:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import engine_on, save_servable
+from engines import exact_engine_on, save_servable
 
 from octavo import Engine
 from octavo.messages.errors import OutOfMemoryError
@@ -56,7 +56,7 @@ def run_out_of_memory(engine: Engine, is_too_much: Callable[[Any], bool]) -> lis
 @pytest.mark.parametrize("most_rows", [1, 3, 8])
 def test_f_11_a_step_without_memory_is_taken_in_halves_and_no_request_is_lost(model: Path, most_rows: int) -> None:
     async def scenario() -> None:
-        async with engine_on(model) as engine:
+        async with exact_engine_on(model) as engine:
             expected = await all_tokens(engine)
             failed = run_out_of_memory(engine, lambda step: len(step.request_ids) > most_rows)
             assert await all_tokens(engine) == expected
@@ -70,7 +70,7 @@ def test_f_11_a_step_without_memory_is_taken_in_halves_and_no_request_is_lost(mo
 
 def test_f_11_a_request_that_needs_too_much_alone_ends_with_a_reason_and_the_others_go_on(model: Path) -> None:
     async def scenario() -> None:
-        async with engine_on(model) as engine:
+        async with exact_engine_on(model) as engine:
             expected = await all_tokens(engine)
             run_out_of_memory(engine, lambda step: any(len(start.token_ids) > 4 * 60 for start in step.start))
             async with asyncio.timeout(PATIENCE_S):

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from counting_clock import CountingClock
 from fake_engine import FakeEngine
 
 from octavo.gateway.soak import SoakPlan, SoakReport, fill_kv_cache, print_soak, soak
@@ -35,6 +36,14 @@ QUIET = Holdings(
     num_shared=0,
     pids={"edge": 100, "octavo: executor 0": 101},
 )
+
+
+@pytest.fixture(autouse=True)
+def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the time of day, and what others of this host share in memory is not looked at."""
+    monkeypatch.setattr("octavo.gateway.soak.time", CountingClock())
+    monkeypatch.setattr("octavo.gateway.soak.LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr("octavo.gateway.soak_holdings.orphaned_shared_memory", lambda: set())
 
 
 @pytest.fixture
@@ -71,7 +80,7 @@ def test_sequences_that_nobody_waits_for_any_more_are_found(monkeypatch: pytest.
                 sequence.sink = lambda event: None
 
     # Nearly everybody leaves, long before the end: however few requests there is time for, some are forgotten.
-    plan = msgspec.structs.replace(PLAN, leave_share=0.9, most_tokens=500)
+    plan = msgspec.structs.replace(PLAN, warm_up_s=0.01, for_s=0.03, leave_share=0.9, most_tokens=500)
     report = run(Forgetful(max_model_len=10**9), plan)
     assert not report.is_passed
     assert any("held by nobody" in leak for leak in report.leaks)
@@ -93,7 +102,7 @@ def test_faults_hit_what_can_be_hit_and_their_absence_is_told(monkeypatch: pytes
             if actor == "tokenizer":
                 raise InvalidRequestError("not this one", param="actor")
 
-    plan = msgspec.structs.replace(PLAN, fault_share=0.5, for_s=1.5)
+    plan = msgspec.structs.replace(PLAN, fault_share=0.5)
     report = run(Breakable(), plan)
     assert report.is_passed and set(report.faults) == {"executor", "detokenizer"}
     unbreakable = run(FakeEngine(), plan)
@@ -172,7 +181,7 @@ def test_a_little_memory_and_a_replacement_are_no_leaks() -> None:
     assert compare(QUIET, little)[0] == compare(QUIET, replaced)[0] == []
 
 
-def test_shared_memory_that_nobody_maps_belongs_to_nobody(tmp_path: Path) -> None:
+def test_shared_memory_that_nobody_maps_belongs_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held, left = tmp_path / "held", tmp_path / "left"
     for path in (held, left):
         path.write_bytes(bytes(mmap.PAGESIZE))
@@ -181,6 +190,8 @@ def test_shared_memory_that_nobody_maps_belongs_to_nobody(tmp_path: Path) -> Non
         assert orphaned_shared_memory(tmp_path) == {left}
     assert orphaned_shared_memory(tmp_path) == {held, left}
     assert orphaned_shared_memory(tmp_path / "nothing") == set()
+    monkeypatch.setattr("octavo.gateway.soak_holdings._files", lambda folder: [folder / "gone since", left])
+    assert orphaned_shared_memory(tmp_path) == {left}
 
 
 @pytest.fixture

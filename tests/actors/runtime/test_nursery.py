@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -201,6 +202,39 @@ def test_a_nursery_that_does_not_fork_in_time_is_replaced() -> None:
             await nursery.spawn(spec("wait_for_ever"), fork_timeout_s=0.05)
         child = await nursery.spawn(spec("return_code", b"5"))
         assert (await child.wait()).status == 5
+
+    with_nursery(test)
+
+
+def test_a_standstill_of_the_host_costs_no_nursery_and_no_exit_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_s = 1.5
+    monkeypatch.setattr("octavo.actors.runtime.processes._STATUS_GRACE_S", limit_s)
+
+    async def test(nursery: Nursery) -> None:
+        await nursery.start()
+        pid = nursery.pid
+
+        async def stand_still() -> None:
+            """This process first goes on, then the nursery: what it has to say is not there yet."""
+            time.sleep(1.2 * limit_s)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            os.kill(pid, signal.SIGCONT)
+
+        os.kill(pid, signal.SIGSTOP)
+        spawning = asyncio.create_task(nursery.spawn(spec("wait_for_ever"), fork_timeout_s=limit_s))
+        while not nursery._link._calls:  # type: ignore[union-attr]  # it is asked for
+            await asyncio.sleep(0)
+        await stand_still()
+        child = await spawning
+        assert nursery.pid == pid
+        os.kill(pid, signal.SIGSTOP)
+        child.kill()
+        ended = asyncio.ensure_future(child.wait())
+        while not child._is_dying:
+            await asyncio.sleep(0)
+        await stand_still()
+        assert await ended == ProcessExit(-9, "was killed by SIGKILL")
 
     with_nursery(test)
 

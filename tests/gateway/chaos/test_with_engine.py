@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+from c_library import HAS_C
 from engines import save_servable
 from reserved_ports import reserved_port
 
@@ -26,7 +27,8 @@ from octavo.gateway.api.settings import ServerSettings
 
 async def main(folder):
     engine = Engine(
-        folder, in_process=False, dtype="float32", num_blocks=512, block_size=4, max_model_len=256, num_threads=1
+        folder, in_process=False, dtype="float32", num_blocks=512, block_size=4, max_model_len=256, num_threads=1,
+        deterministic=bool(sys.argv[2:]),
     )
     async with engine:
         settings = ServerSettings(log_requests=False, enable_fault_injection=True)
@@ -40,7 +42,8 @@ asyncio.run(main(sys.argv[1]))
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("chaos") / "tiny"
     save_servable("llama", folder)
-    process = subprocess.Popen([sys.executable, "-c", SERVER, str(folder)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", SERVER, str(folder), *["--deterministic"] * HAS_C]  # so `chaos` asks for it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     family: list[psutil.Process] = []
     try:
@@ -91,7 +94,7 @@ def test_the_edge_itself_is_killed_and_every_stream_is_taken_up_under_the_server
     folder = tmp_path_factory.mktemp("chaos") / "tiny"
     save_servable("llama", folder)
     flags = ["--dtype", "float32", "--num-threads", "1", "--num-gpu-blocks-override", "512", "--block-size", "4"]
-    words = ["--kill", "edge", "--times", "1", "--serve", str(folder), *flags]
+    words = ["--kill", "edge", "--times", "1", "--serve", str(folder), *flags, *["--deterministic"] * HAS_C]
     with reserved_port() as port:
         report = run_chaos(f"http://127.0.0.1:{port}", capsys, *words)
         assert report["is_passed"], report

@@ -11,6 +11,7 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
+from c_library import HAS_C
 from engines import save_servable
 from process_family import named
 from reserved_ports import reserved_port
@@ -39,7 +40,7 @@ def is_ready(url: str) -> bool:
 
 def test_f_46_a_server_whose_log_is_full_starts_serves_recovers_and_ends_as_ever(model: Path) -> None:
     flags = ["--dtype", "float32", "--num-threads", "1", "--num-gpu-blocks-override", "2048", "--block-size", "4"]
-    flags += ["--served-model-name", "tiny", "--max-model-len", "4096"]
+    flags += ["--served-model-name", "tiny", "--max-model-len", "4096", *["--deterministic"] * HAS_C]
     with reserved_port() as port, Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "octavo", "serve", str(model), "--port", str(port), *flags]
         server = subprocess.Popen(command, cwd=model, stdout=full, stderr=full)

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from engines import save_servable
+from engines import FIRST_SEED, save_servable
 from netns_hosts import Network, network, why_no_network
 from process_family import living, named, title, until
 
@@ -125,7 +125,8 @@ async def answers(engine: Engine, on_token: Callable[[int], None] = lambda count
 
     async def one(index: int) -> list[int]:
         nonlocal count
-        params = SamplingParams(temperature=0.0 if index % 2 else 0.9, seed=index, max_tokens=90, ignore_eos=True)
+        temperature = 0.0 if index % 2 else 0.9
+        params = SamplingParams(temperature=temperature, seed=FIRST_SEED + index, max_tokens=90, ignore_eos=True)
         tokens: list[int] = []
         async for delta in engine.stream(list(range(10 + index, 30 + index)), params):
             tokens += delta.token_ids

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Logprobs, engine_on, save_servable
+from engines import Logprobs, exact_engine_on, save_servable
 from process_family import living, until
 
 from octavo import Engine
@@ -81,7 +81,7 @@ def test_streams_of_a_replica_whose_executor_died_end_before_its_successor_has_l
     save_servable("llama", model)
 
     async def scenario() -> None:
-        async with engine_on(model, in_process=False, data_parallel_size=2, routing="round_robin") as engine:
+        async with exact_engine_on(model, in_process=False, data_parallel_size=2, routing="round_robin") as engine:
             expected = await asyncio.gather(*(answer(engine, index) for index in range(NUM_STREAMS)))
             first = await living("executor 0")
             for _ in range(2):  # once more, with what the engines still remember

@@ -236,6 +236,8 @@ def test_when_edge_0_dies_streams_of_other_edges_go_on_and_the_server_ends_with_
     with Served(model, "--gateways", "3", "--max-model-len", "4096", *flags) as server:
         edges = [server.serving_edge(f"edge {number}") for number in (1, 2)]
         family = server.family()
+        if "--tensor-parallel-size" in flags:  # ranks sum in an order of their own: the last bits are others
+            expected = [client.text for client in asyncio.run(streams(server.url, NUM_STREAMS, MAX_TOKENS))]
         lost: list[Client] = []
 
         killed: list[psutil.Process] = []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import structlog
-from engines import engine_on, save_servable
+from engines import exact_engine_on, save_servable
 from process_family import living, until
 from starved_processes import HOOK, Starver, can_starve, ran_ns
 
@@ -87,7 +87,7 @@ async def check_replaced(engine: Engine, starver: Starver, expected: list[str]) 
 @pytest.mark.skipif(not can_starve(), reason="needs Linux with schedstat, and two processors")
 def test_f_09_an_executor_without_a_processor_is_waited_for_then_replaced_and_no_request_is_blamed(model: Path) -> None:
     async def scenario() -> None:
-        async with engine_on(model, in_process=False, num_blocks=2048, max_model_len=1024) as engine:
+        async with exact_engine_on(model, in_process=False, num_blocks=2048, max_model_len=1024) as engine:
             starver = await Starver.of_nursery()
             try:
                 expected = await Streams(engine).task

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -432,3 +434,27 @@ def test_ranks_meet_that_were_not_started_equally_often(on_stage: OnStage, group
         assert meetings(stage) == [("executor 1", present[1], f"tcp://127.0.0.1:{7200 + present[0]}")]
 
     on_stage(test, **GROUPS[group])
+
+
+@pytest.mark.parametrize(("has_gpu", "module"), [(True, replica.EXECUTOR_MODULE), (False, replica.PRELOAD_MODULE)])
+def test_c_kernels_are_built_before_executors_are_forked_unless_they_compute_on_a_gpu(
+    has_gpu: bool, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("octavo.gateway.accelerator.has_gpu", lambda: has_gpu)
+    assert replica.preload_module("auto") == module
+    assert replica.preload_module("cpu") == replica.PRELOAD_MODULE
+    assert replica.preload_module("cuda") == replica.EXECUTOR_MODULE
+
+
+def test_what_is_imported_for_a_gpu_builds_no_c_kernels() -> None:
+    code = (
+        "import importlib, sys\n"
+        "from octavo.kernels import cpu_build\n"
+        "importlib.import_module(sys.argv[1])\n"
+        "print(cpu_build._library_once.cache_info().currsize)\n"
+    )
+    counts = [
+        subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, check=True).stdout
+        for module in (replica.EXECUTOR_MODULE, replica.PRELOAD_MODULE)
+    ]
+    assert counts == ["0\n", "1\n"]
