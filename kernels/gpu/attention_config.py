@@ -106,9 +106,9 @@ def _by_share(problem: Problem, block_m: int) -> Schedule:
 
     4.3 TB/s at about 0.8 us of latency are 26 KiB in flight for each of 132 processors. A tile of 64 tokens, 128 wide,
     is 32 KiB of keys and values in bfloat16. Of four stages three are buffers, so two tiles are on their way while one
-    is worked on; two programs a processor (102 KiB of shared memory and 208 registers a thread leave room for no more)
-    make that four, a margin of five, and let one load while the other is in its softmax. One-byte caches have as many
-    tokens in a tile, half of the bytes, and the same margin over their latency.
+    is worked on; two programs a processor (102 KiB of shared memory leave room for no more) make that four, a margin of
+    five, and let one load while the other is in its softmax. One-byte caches have as many tokens in a tile, half of the
+    bytes, and the same margin over their latency.
     """
     if problem.element_bytes == 4:  # products by fused multiply-add: registers, not memory, bound the tile
         return Schedule(True, 16, 16, 4, 3, programs_per_processor=2)
@@ -152,8 +152,8 @@ def _invariant(problem: Problem) -> Schedule:
     """Tiles by the model's shape alone, so that a query's bits depend on nothing but it and its keys.
 
     Whether chunks are split depends on the batch, but changes no bit: they are merged in the same order and by the same
-    operations. Where they are not split, a thread holds two states, so tiles are half as high as else or lower, and
-    narrower where codes are widened.
+    operations. Where they are not split, a thread holds two states, so tiles are half as high as else, and narrower
+    where codes are widened.
     """
     if problem.element_bytes == 4:
         schedule = Schedule(False, 16, 16, 4, 3, chunk=CHUNK_TOKENS)
@@ -161,7 +161,7 @@ def _invariant(problem: Problem) -> Schedule:
         block_n = 32 if problem.is_quantized and problem.head_dim > 64 else 64
         schedule = Schedule(False, 64, block_n, 8, 3, chunk=CHUNK_TOKENS)
     else:
-        schedule = Schedule(False, 32, 32, 8, 3, chunk=CHUNK_TOKENS)
+        schedule = Schedule(False, 64, 16 if problem.is_quantized else 32, 8, 3, chunk=CHUNK_TOKENS)
     tokens_of_tile = max(1, schedule.block_m // problem.group)
     num_programs = problem.num_kv_heads * (problem.num_tokens // tokens_of_tile + problem.num_rows)
     max_chunks = -(-problem.max_context_len // CHUNK_TOKENS)

@@ -13,15 +13,23 @@ import triton.language as tl
 
 from .attention_split import find_share, store_part, tile_ranges
 from .attention_tiles import LOG2_E, attend, empty_state, finish, load_queries, merge, query_rows
+from .launch import is_interpreted
+
+
+def _condition(running, disable_licm):
+    """`tl.condition`, of which the interpreter makes an object that is always true."""
+    return running
+
+
+if not is_interpreted():
+    _condition = tl.condition
 
 
 @triton.jit
-def _keys_of(k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, kv_head, table_ptr, context_len, S: tl.constexpr):
-    """What `attend` has to know of one row and KV head; scales lie behind each row's codes, seen as float32."""
-    k_offset = kv_head.to(tl.int64) * S.BLOCK_SIZE * S.K_WIDTH
-    v_offset = kv_head.to(tl.int64) * S.BLOCK_SIZE * S.V_WIDTH
-    k_scale_ptr, v_scale_ptr = k_scale_ptr + k_offset // 4, v_scale_ptr + v_offset // 4
-    return k_ptr + k_offset, v_ptr + v_offset, k_scale_ptr, v_scale_ptr, table_ptr, context_len
+def _keys_of(k_ptr, v_ptr, kv_head, table_ptr, context_len, S: tl.constexpr):
+    """What `attend` has to know of one row and KV head."""
+    head = kv_head.to(tl.int64) * S.BLOCK_SIZE
+    return k_ptr + head * S.K_WIDTH, v_ptr + head * S.V_WIDTH, table_ptr, context_len
 
 
 @triton.jit
@@ -30,6 +38,34 @@ def _slopes_of(slopes_ptr, head, valid, S: tl.constexpr):
     if S.ALIBI:
         slope = tl.load(slopes_ptr + head, mask=valid, other=0.0).to(tl.float32) * LOG2_E
     return slope
+
+
+@triton.jit
+def _load_query(q_ptr, stride_token, stride_head, slopes_ptr, tile, lowest, S: tl.constexpr):
+    """What `attend` has to know of a query tile whose first token is at position `lowest`.
+
+    Args:
+        tile: its first token, where the row's tokens end, its first head, where the KV head's query heads end.
+    """
+    lowest_token, end_token, first_head, end_head = tile
+    offset, within, used = query_rows(S)
+    valid = used & (offset < end_token - lowest_token) & (within < end_head - first_head)
+    q_ptr += lowest_token.to(tl.int64) * stride_token + first_head * stride_head
+    q = load_queries(q_ptr, stride_token, stride_head, offset, within, valid, S)
+    return q, lowest + offset, _slopes_of(slopes_ptr + first_head, within, valid, S)
+
+
+@triton.jit
+def _stored_rows(tile, S: tl.constexpr):
+    """Token and head of each row of a query tile, and whether its output is stored.
+
+    In other words than `_load_query` has for it, whose tokens count from the tile's: of the same words a compiler makes
+    one computation, before all keys, and keeps what comes of it, 35 registers a thread of a prefill, until after them.
+    """
+    lowest_token, end_token, first_head, end_head = tile
+    offset, within, used = query_rows(S)
+    token, head = lowest_token + offset, first_head + within
+    return token, head, used & (token < end_token) & (head < end_head)
 
 
 @triton.jit
@@ -107,8 +143,6 @@ def tile_kernel(
     q_ptr,  # [num_tokens, num_heads, K_DIM]
     k_ptr,  # [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, K_WIDTH], as is v_ptr with V_WIDTH
     v_ptr,
-    k_scale_ptr,  # the same memory as float32
-    v_scale_ptr,
     query_start_ptr,  # [rows + 1] int32
     context_lens_ptr,  # [rows] int32
     tables_ptr,  # [rows, ...] int32
@@ -140,29 +174,26 @@ def tile_kernel(
     if lowest_token >= end:
         return
 
-    offset, within, used = query_rows(S)
     tiles_per_head: tl.constexpr = S.HEAD_TILES // S.NUM_KV_HEADS
     kv_head = head_tile // tiles_per_head
-    within += head_tile % tiles_per_head * S.HEADS
-    token, head = lowest_token + offset, kv_head * S.GROUP + within
-    valid = used & (token < end) & (within < S.GROUP)
+    first_head = kv_head * S.GROUP + head_tile % tiles_per_head * S.HEADS
+    queries = (lowest_token, end, first_head, (kv_head + 1) * S.GROUP)
     if context_len <= 0:
         if tl.program_id(2) == 0:
             _, _, nothing = empty_state(S)
+            token, head, valid = _stored_rows(queries, S)
             _store_out(out_ptr, out_stride_token, out_stride_head, nothing, token, head, valid, S)
         return
 
-    position = context_len - end + token
     lowest = context_len - end + lowest_token
     highest = tl.minimum(lowest + S.BLOCK_Q, context_len) - 1
     first_tile = 0
     if S.WINDOW:
         first_tile = tl.maximum(lowest - S.WINDOW + 1, 0) // S.BLOCK_N
     end_tile = highest // S.BLOCK_N + 1
-    q = load_queries(q_ptr, q_stride_token, q_stride_head, token, head, valid, S)
-    query = (q, position, _slopes_of(slopes_ptr, head, valid, S))
+    query = _load_query(q_ptr, q_stride_token, q_stride_head, slopes_ptr, queries, lowest, S)
     table_ptr = tables_ptr + (first_row + row).to(tl.int64) * table_stride
-    keys = _keys_of(k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, kv_head, table_ptr, context_len, S)
+    keys = _keys_of(k_ptr, v_ptr, kv_head, table_ptr, context_len, S)
     TILES: tl.constexpr = CHUNK // S.BLOCK_N
     if CHUNK == 0:
         state = _attend_range(query, empty_state(S), first_tile, end_tile, keys, lowest, highest, scale, softcap, S)
@@ -172,11 +203,13 @@ def tile_kernel(
         if begin >= stop:
             return
         state = _attend_range(query, empty_state(S), begin, stop, keys, lowest, highest, scale, softcap, S)
+        token, head, valid = _stored_rows(queries, S)
         index = ((token - first_token) * (S.NUM_KV_HEADS * S.GROUP) + head).to(tl.int64) * max_chunks + chunk
         store_part(partial_ptr, stats_ptr, state, index, valid, S)
         return
     else:
         state = _attend_chunks(query, first_tile, end_tile, keys, lowest, highest, scale, softcap, TILES, S)
+    token, head, valid = _stored_rows(queries, S)
     out = finish(state, _sinks_of(sinks_ptr, head, valid, S), S)
     _store_out(out_ptr, out_stride_token, out_stride_head, out, token, head, valid, S)
 
@@ -189,8 +222,6 @@ def share_kernel(
     q_ptr,  # [num_tokens, num_heads, K_DIM]
     k_ptr,  # [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, K_WIDTH], as is v_ptr with V_WIDTH
     v_ptr,
-    k_scale_ptr,  # the same memory as float32
-    v_scale_ptr,
     query_start_ptr,  # [rows + 1] int32
     context_lens_ptr,  # [rows] int32
     tables_ptr,  # [rows, ...] int32
@@ -212,9 +243,9 @@ def share_kernel(
     at, stop, row, row_begin, _ = find_share(
         query_start_ptr, context_lens_ptr, first_row, num_rows, program, tl.num_programs(0), S
     )
-    offset, within_tile, used = query_rows(S)
     tiles_per_head: tl.constexpr = S.HEAD_TILES // S.NUM_KV_HEADS
-    while at < stop:
+    # What is the same in all turns is computed in each: kept from before the first, it would take 40 registers.
+    while _condition(at < stop, disable_licm=True):
         start = tl.load(query_start_ptr + first_row + row)
         end = tl.load(query_start_ptr + first_row + row + 1)
         context_len = tl.load(context_lens_ptr + first_row + row)
@@ -226,20 +257,19 @@ def share_kernel(
         if work_of_row > 0:
             head_tile = item % S.HEAD_TILES
             kv_head = head_tile // tiles_per_head
-            within = within_tile + head_tile % tiles_per_head * S.HEADS
+            first_head = kv_head * S.GROUP + head_tile % tiles_per_head * S.HEADS
             lowest_token = start + item // S.HEAD_TILES * S.BLOCK_Q
-            token, head = lowest_token + offset, kv_head * S.GROUP + within
-            valid = used & (token < end) & (within < S.GROUP)
-            position = context_len - end + token
-            highest = tl.minimum(context_len - end + lowest_token + S.BLOCK_Q, context_len) - 1
+            queries = (lowest_token, end, first_head, (kv_head + 1) * S.GROUP)
+            lowest = context_len - end + lowest_token
+            highest = tl.minimum(lowest + S.BLOCK_Q, context_len) - 1
             # An early query tile of a row sees fewer keys than its row's share was counted for.
             begin_tile = row_first + tile
             end_tile = tl.minimum(begin_tile + count, highest // S.BLOCK_N + 1)
-            q = load_queries(q_ptr, q_stride_token, q_stride_head, token, head, valid, S)
-            query = (q, position, _slopes_of(slopes_ptr, head, valid, S))
+            query = _load_query(q_ptr, q_stride_token, q_stride_head, slopes_ptr, queries, lowest, S)
             table_ptr = tables_ptr + (first_row + row).to(tl.int64) * table_stride
-            keys = _keys_of(k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, kv_head, table_ptr, context_len, S)
+            keys = _keys_of(k_ptr, v_ptr, kv_head, table_ptr, context_len, S)
             state = attend(query, empty_state(S), begin_tile, end_tile, keys, scale, softcap, True, S)
+            token, head, valid = _stored_rows(queries, S)
             if count == num_tiles:
                 out = finish(state, _sinks_of(sinks_ptr, head, valid, S), S)
                 _store_out(out_ptr, out_stride_token, out_stride_head, out, token, head, valid, S)

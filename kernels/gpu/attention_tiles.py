@@ -67,6 +67,16 @@ class Tiling:
         return 1 << (self.NUM_KV_HEADS * self.GROUP - 1).bit_length()
 
     @property
+    def KEEPS_QUERIES(self) -> bool:
+        """Whether queries of codes keep their type, which the key codes are widened to; else both become float16.
+
+        Either holds a code exactly. Tensor cores that take 64 rows read queries from shared memory, unless those were
+        converted: then they pass through registers with each KV tile, through 64 of a thread's if heads are 256 wide.
+        Float16 is the quicker one to widen to.
+        """
+        return self.BLOCK_M >= 64 and self.K_BLOCK > 128
+
+    @property
     def K_WIDTH(self) -> int:
         """Elements of a row of the key cache, the scale included."""
         return self.K_DIM + 4 * self.QUANTIZED
@@ -94,12 +104,12 @@ def query_rows(S: tl.constexpr):
 
 @triton.jit
 def load_queries(q_ptr, stride_token, stride_head, token, head, valid, S: tl.constexpr):
-    """A query tile, `[BLOCK_M, K_BLOCK]`, of absolute tokens and heads; zeros where not valid."""
+    """A query tile, `[BLOCK_M, K_BLOCK]`, of tokens and heads from `q_ptr` on; zeros where not valid."""
     K_BLOCK: tl.constexpr = S.K_BLOCK
     dim = tl.arange(0, K_BLOCK)
     pointers = q_ptr + token.to(tl.int64)[:, None] * stride_token + head[:, None] * stride_head + dim[None, :]
     q = tl.load(pointers, mask=valid[:, None] & (dim < S.K_DIM)[None, :], other=0.0)
-    return q.to(tl.float16) if S.QUANTIZED else q
+    return q.to(tl.float16) if S.QUANTIZED and not S.KEEPS_QUERIES else q
 
 
 @triton.jit
@@ -135,10 +145,11 @@ def _load_rows(ptr, row, exists, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, MAS
 @triton.jit
 def _load_scales(ptr, row, exists, DIM: tl.constexpr, MASKED: tl.constexpr):
     """The float32 behind each row's `DIM` codes."""
+    pointers = (ptr + row + DIM).to(tl.pointer_type(tl.float32), bitcast=True)
     if MASKED:
-        scales = tl.load(ptr + (row + DIM) // 4, mask=exists, other=0.0)
+        scales = tl.load(pointers, mask=exists, other=0.0)
     else:
-        scales = tl.load(ptr + (row + DIM) // 4)
+        scales = tl.load(pointers)
     return scales
 
 
@@ -148,7 +159,7 @@ def attend(
     state,  # (largest logit [BLOCK_M], sum of exponentials [BLOCK_M], weighted values [BLOCK_M, V_BLOCK]), float32
     first_tile,
     end_tile,
-    keys,  # (keys, values, the scales of both: pointers at this KV head of block 0; the row's block ids, context_len)
+    keys,  # (keys, values: pointers at this KV head of block 0; the row's block ids, context_len)
     scale,  # float32, in powers of two but for a soft cap
     softcap,
     MASKED: tl.constexpr,  # whether any query of the tile may not see any of these keys
@@ -160,7 +171,7 @@ def attend(
     V_STRIDE: tl.constexpr = S.NUM_KV_HEADS * S.BLOCK_SIZE * S.V_WIDTH
     SCALED_LATE: tl.constexpr = not (S.SOFTCAP or S.ALIBI or S.QUANTIZED)
     q, position, slope = query
-    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, context_len = keys
+    k_ptr, v_ptr, table_ptr, context_len = keys
     largest, total, acc = state
     n = tl.arange(0, BLOCK_N)
     # Block ids are fetched one tile ahead of what they point to: else the pipeline of loads, whose depth is what hides
@@ -180,26 +191,29 @@ def attend(
         k = _load_rows(k_ptr, k_row, exists, S.K_DIM, S.K_BLOCK, MASKED)
         v = _load_rows(v_ptr, v_row, exists, S.V_DIM, S.V_BLOCK, MASKED)
         if S.QUANTIZED:
-            k = k.to(tl.float16)
+            k = k.to(q.dtype)
             v = v.to(tl.float16)
         if S.UPCAST:
             logits = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
         else:
             logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if S.QUANTIZED:
-            logits *= _load_scales(k_scale_ptr, k_row, exists, S.K_DIM, MASKED)[None, :]
+            logits *= _load_scales(k_ptr, k_row, exists, S.K_DIM, MASKED)[None, :]
         if not SCALED_LATE:
             logits *= scale
         if S.SOFTCAP:
             # tanh(x) = 1 - 2 / (exp(2 x) + 1), which neither overflows nor makes NaN.
             powers = tl.exp2(logits * (2.0 * LOG2_E / softcap))
             logits = (softcap - 2.0 * softcap / (powers + 1.0)) * LOG2_E
+        if S.ALIBI or S.WINDOW:
+            distance = position[:, None] - key[None, :]
         if S.ALIBI:
-            logits += slope[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
+            logits -= slope[:, None] * distance.to(tl.float32)
         if MASKED:
-            visible = key[None, :] <= position[:, None]
-            if S.WINDOW:
-                visible = visible & (key[None, :] > position[:, None] - S.WINDOW)
+            if S.WINDOW:  # one comparison: a distance below 0 is, without its sign, beyond any window
+                visible = distance.to(tl.uint32, bitcast=True) < S.WINDOW
+            else:
+                visible = key[None, :] <= position[:, None]
             logits = tl.where(visible, logits, float("-inf"))
         # Explicit fused products: a compiler that chose which of them to fuse could choose differently in the kernels
         # that share this loop, and a row's bits are promised to be the same in all of them.
@@ -215,7 +229,7 @@ def attend(
         largest = larger
         total = tl.fma(total, decay, tl.sum(p, 1))
         if S.QUANTIZED:
-            p *= (_load_scales(v_scale_ptr, v_row, exists, S.V_DIM, MASKED) * VALUE_BOOST)[None, :]
+            p *= (_load_scales(v_ptr, v_row, exists, S.V_DIM, MASKED) * VALUE_BOOST)[None, :]
         acc *= decay[:, None]
         if S.UPCAST:
             acc = tl.dot(p, v.to(tl.float32), acc, input_precision="ieee")

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..kv_quantization import head_dim_of, is_quantized
+from ..kv_quantization import is_quantized
 from .kv_rows import store_rows
 
 
@@ -60,22 +60,6 @@ def write_kv_kernel(
         v_ptr, v_cache_ptr, token, slot, v_stride_token, v_stride_head,
         HEADS, HEAD_BLOCK, BLOCK_SIZE, V_DIM, V_BLOCK, FP8, QUANTIZED,
     )  # fmt: skip
-
-
-def scale_view(cache: torch.Tensor) -> torch.Tensor:
-    """A quantised cache's memory as float32, among which are its scales; any other cache as it is.
-
-    Raises:
-        ValueError: a head's width is not a multiple of 4, so that scales are not aligned.
-    """
-    if not is_quantized(cache.dtype):
-        return cache
-    if cache.shape[-1] % 4:
-        raise ValueError(
-            f"a quantised KV cache on a GPU needs a head_dim that is a multiple of 4, got {head_dim_of(cache)}: "
-            "keep this model's cache in its own dtype"
-        )
-    return cache.view(torch.uint8).view(torch.float32)
 
 
 def write_kv(

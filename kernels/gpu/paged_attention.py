@@ -19,7 +19,7 @@ from .attention_config import Problem, Schedule, choose_schedule
 from .attention_kernels import share_kernel, tile_kernel
 from .attention_split import reduce_chunks_kernel, reduce_shares_kernel
 from .attention_tiles import LOG2_E, Tiling
-from .kv_write import scale_view, write_kv
+from .kv_write import write_kv
 from .launch import UPCAST, num_processors
 
 __all__ = ["paged_attention", "write_kv"]
@@ -40,6 +40,11 @@ def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch:
     widest = max(q.shape[2], head_dim_of(v_cache))
     if widest > MAX_HEAD_DIM:
         raise ValueError(f"attention on a GPU takes heads of at most {MAX_HEAD_DIM} elements, got {widest}")
+    if is_quantized(k_cache.dtype) and (k_cache.shape[3] % 4 or v_cache.shape[3] % 4):  # scales would not be aligned
+        raise ValueError(
+            f"a quantised KV cache on a GPU needs heads of a multiple of 4 elements, got {head_dim_of(k_cache)} and "
+            f"{head_dim_of(v_cache)}: keep this model's cache in its own dtype"
+        )
     if q.shape[1] % k_cache.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not divide into {k_cache.shape[1]} KV heads")
     if not is_quantized(k_cache.dtype) and q.dtype is not k_cache.dtype:
@@ -179,7 +184,7 @@ class _Launch:
     ) -> None:
         self.q, self.out, self.batch = q, out, batch
         self.tensors = (
-            *(q, k_cache, v_cache, scale_view(k_cache), scale_view(v_cache)),
+            *(q, k_cache, v_cache),
             *(batch.query_start, batch.context_lens, batch.block_tables),
             *(q if kind.sinks is None else kind.sinks, q if kind.alibi_slopes is None else kind.alibi_slopes),
         )
@@ -206,7 +211,7 @@ class _Launch:
             num_stages=schedule.num_stages,
         )
         reduce_shares_kernel[(num_programs, tiling.HEADS)](
-            *(self.out, partial, stats, batch.query_start, batch.context_lens, self.tensors[8]),
+            *(self.out, partial, stats, batch.query_start, batch.context_lens, self.tensors[6]),
             *(self.out.stride(0), self.out.stride(1), *run.rows, run.end_token),
             S=tiling,
             num_warps=4,
@@ -231,7 +236,7 @@ class _Launch:
         )
         if schedule.split:
             reduce_chunks_kernel[(num_tokens, num_heads)](
-                *(self.out, partial, stats, batch.query_start, batch.context_lens, self.tensors[8]),
+                *(self.out, partial, stats, batch.query_start, batch.context_lens, self.tensors[6]),
                 *(self.out.stride(0), self.out.stride(1), *run.rows, run.first_token, max_chunks),
                 CHUNK=schedule.chunk,
                 S=tiling,

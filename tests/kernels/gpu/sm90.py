@@ -5,7 +5,8 @@
                                    constexprs={"BLOCK": 4096}, num_warps=4)])
     assert reports[0].spills == 0
 
-One process compiles all of a list: starting it costs seconds, a small kernel half a second, a large one five.
+A process for each core compiles its part of a list: starting it costs seconds, a small kernel half a second, a large
+one five.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 MAX_SHARED_BYTES = 227 * 1024  # that one thread block of an H100 or H200 can have
+FEWEST_VARIANTS = 8  # that a process is worth its start for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +74,24 @@ class Report:
 
 
 def compile_all(variants: Sequence[Variant], *, sass: bool = False, timeout_s: float = 600) -> list[Report]:
-    """Compile all variants for sm_90a, in one child process.
+    """Compile all variants for sm_90a, in child processes.
 
     Raises:
         RuntimeError: one does not compile; the message is the child's.
     """
+    from octavo.kernels.cores import usable_cores  # here, as a child that only compiles has no use for it
+
+    num_processes = max(1, min(usable_cores(), len(variants) // FEWEST_VARIANTS))
+    # Every so many of them: variants beside each other are of one kernel, and take about as long.
+    parts = [variants[first::num_processes] for first in range(num_processes)]
+    reports: list[Report | None] = [None] * len(variants)
+    with ThreadPoolExecutor(num_processes) as processes:
+        for first, part in enumerate(processes.map(lambda part: _compile_part(part, sass, timeout_s), parts)):
+            reports[first::num_processes] = part
+    return [report for report in reports if report is not None]
+
+
+def _compile_part(variants: Sequence[Variant], sass: bool, timeout_s: float) -> list[Report]:
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environ["TRITON_ALWAYS_COMPILE"] = "1"  # ptxas says how much it spilled only when it runs
     plain = [

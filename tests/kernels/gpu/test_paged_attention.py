@@ -176,7 +176,7 @@ def test_bounds_of_a_captured_graph_change_no_bit() -> None:
     assert torch.equal(attend(prefill), tight)
 
 
-INVARIANCE = {"num_heads": 2, "num_kv_heads": 1, "k_dim": 16}
+INVARIANCE = {"num_heads": 2, "num_kv_heads": 1}
 
 
 @pytest.fixture
@@ -186,20 +186,23 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
-    "options", [{}, {"sliding_window": 90, "softcap": 4.0, "sinks": SINKS[:2]}], ids=["plain", "all"]
+    ("k_dim", "options"),
+    [(16, {}), (16, {"sliding_window": 90, "softcap": 4.0, "sinks": SINKS[:2]}), (256, {})],
+    ids=["plain", "all", "wide"],
 )
 def test_a_querys_bits_are_its_own_where_that_is_promised(
-    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    k_dim: int, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefilled at once, in chunks, decoded alone, or among others in other blocks: the same."""
-    whole = make_case([(150, 150)], seeds=[7], dtype=torch.float16, **INVARIANCE)
-    monkeypatch.setattr(attention_config, "MAX_CHUNK_BYTES", 150 * 2 * 2 * (16 + 2) * 4)  # too few for this one
+    shape = {**INVARIANCE, "k_dim": k_dim}
+    whole = make_case([(150, 150)], seeds=[7], dtype=torch.float16, **shape)
+    monkeypatch.setattr(attention_config, "MAX_CHUNK_BYTES", 150 * 2 * 2 * (k_dim + 2) * 4)  # too few for this one
     expected = attend(whole, batch_invariant=True, **options)
     torch.testing.assert_close(expected, whole.reference(**options), atol=4e-3, rtol=4e-3)
     for rows, block_size in (([(1, 150)], 16), ([(9, 150)], 64), ([(1, 3), (1, 150), (5, 40)], 5)):
         seeds = [7 if context == 150 else 1 for _, context in rows]
         case = make_case(
-            rows, seeds=seeds, layout_seed=3, block_size=block_size, dtype=torch.float16, padded_tokens=2, **INVARIANCE
+            rows, seeds=seeds, layout_seed=3, block_size=block_size, dtype=torch.float16, padded_tokens=2, **shape
         )
         at = seeds.index(7)
         start = int(case.batch.query_start[at])
@@ -209,7 +212,7 @@ def test_a_querys_bits_are_its_own_where_that_is_promised(
 
 @pytest.mark.usefixtures("small_chunks")
 def test_splitting_chunks_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case([(1, 20), (1, 150), (9, 100)], dtype=torch.float16, **INVARIANCE)
+    case = make_case([(1, 20), (1, 150), (9, 100)], dtype=torch.float16, k_dim=16, **INVARIANCE)
     split = attend(case, batch_invariant=True)
     monkeypatch.setattr(attention_config, "MAX_CHUNK_BYTES", 0)
     assert torch.equal(attend(case, batch_invariant=True), split)
