@@ -245,9 +245,7 @@ def _weights(nums_rows: list[int], repeats: int) -> None:
     int8_head = quantize(head, bits=8, group_size=64)  # with int4 as well
     layers = [weight for _ in range(_NUM_LAYERS) for weight in random.values()]
     kinds: dict[str, list[LinearWeight]] = {
-        "bfloat16": [
-            round_weight(weight) or huge_pages.place([weight], torch.bfloat16) for weight in (*layers, head)
-        ]
+        "bfloat16": [round_weight(weight) or huge_pages.place([weight], torch.bfloat16) for weight in (*layers, head)]
     }
     for kind, (bits, group_size) in _BITS_AND_GROUP.items():
         kinds[kind] = [*(quantize(weight, bits=bits, group_size=group_size) for weight in layers), int8_head]
