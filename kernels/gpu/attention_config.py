@@ -123,7 +123,8 @@ def _by_share(problem: Problem, block_m: int) -> Schedule:
             return Schedule(True, block_m, block_n, 8, 3, programs_per_processor=1)
         return Schedule(True, block_m, 16, 4, 4, programs_per_processor=2)
     if block_m <= 32:
-        return Schedule(True, block_m, block_n // 2, 4, 4, programs_per_processor=2)
+        num_stages = 3 if problem.is_quantized and problem.head_dim <= 64 else 4
+        return Schedule(True, block_m, block_n // 2, 4, num_stages, programs_per_processor=2)
     if problem.is_quantized:
         return Schedule(True, block_m, min(64, block_n), 4, 3, programs_per_processor=2)
     return Schedule(True, block_m, block_n, 4, 3, programs_per_processor=2)

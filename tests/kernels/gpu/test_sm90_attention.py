@@ -133,6 +133,11 @@ CALLS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "decode, few rows, batch-invariant": (128, 1, {"num_rows": 1, "batch_invariant": True}),
     # Every mask at once is what takes most registers, and most of all beside codes that are widened.
     "decode, 112 wide, blocks of 32, int8, all masks": (112, 1, {"block_size": 32, **CACHES["int8"], **ALL_MASKS}),
+    "decode of one KV head, 64 wide, blocks of 32, fp8, window": (
+        64,
+        1,
+        {"block_size": 32, "num_kv_heads": 1, "sliding_window": 128, **CACHES["fp8"]},
+    ),
     "prefill, batch-invariant, 256 wide, int8, all masks": (
         256,
         512,
