@@ -243,8 +243,10 @@ def test_f_20_an_engine_that_raises_at_a_message_about_many_tells_each_edge_its_
 
     def handle_or_raise(self: Any, message: Any, now_ns: int) -> Any:
         scheduler = stages[0].engine._scheduler if stages else None
-        if isinstance(message, kind) and scheduler is not None and {1, 2, other} <= {*scheduler.request_ids_in_hand()}:
-            raise RuntimeError("a defect")
+        if isinstance(message, kind) and scheduler is not None:
+            about = message.request_ids if isinstance(message, PlanStep) else scheduler.request_ids_in_hand()
+            if {1, 2, other} <= {*about}:
+                raise RuntimeError("a defect")
         return handle(self, message, now_ns)
 
     stages: list[Stage] = []
