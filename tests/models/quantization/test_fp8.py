@@ -193,7 +193,7 @@ def test_codes_go_from_the_file_to_the_device_as_bytes(
 @pytest.mark.usefixtures("keeps_codes")
 def test_a_model_computes_with_rounded_inputs_in_all_its_linear_layers(kind: str, source: Path, tmp_path: Path) -> None:
     quantized, floating = make(source, tmp_path, kind)
-    model, exact = load_model(quantized, dtype="float32"), load_model(floating, dtype="float32")
+    model, exact = (load_model(folder, dtype="float32", deterministic=False) for folder in (quantized, floating))
     assert isinstance(model, Decoder) and isinstance(exact, Decoder)
 
     def rounding(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -203,6 +203,7 @@ def test_a_model_computes_with_rounded_inputs_in_all_its_linear_layers(kind: str
 
     prompt = random_token_ids(20)
     unrounded = run_paged(exact, prompt)
+    exact.stack = None  # it would multiply as it did
     for layer in exact.layers:
         layer.attention.linear = Linear(rounding)
         layer.mlp.use(Linear(rounding), {})
