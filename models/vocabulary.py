@@ -45,14 +45,15 @@ class Vocabulary:
             head = reader.take_linear(_HEAD, *shape, rows=rows, is_compared=tied)
             if tied:
                 reader.settle()  # they are compared
-            is_same = (
+            if (
                 tied
                 and self.embedding is not None
                 and isinstance(head, torch.Tensor)
                 and head.dtype is self.embedding.dtype
                 and torch.equal(head, self.embedding)
-            )
-            self.head = self.embedding if is_same else head
+            ):
+                head = reader.tied_head(self.embedding, rows)
+            self.head = head
         if not group.is_first_stage:
             self.embedding = None
         reader.leave(_EMBEDDING, _HEAD)

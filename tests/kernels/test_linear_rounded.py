@@ -118,6 +118,14 @@ def test_a_wrong_power_of_one_group_is_seen_in_its_column() -> None:
         assert differs.nonzero().flatten().tolist() == [19]
 
 
+@pytest.mark.parametrize("heights", [(32, 16, 48), (24, 40), (16, 7)])
+def test_parts_are_rounded_as_the_matrix_that_they_make(heights: tuple[int, ...]) -> None:
+    parts = [outliers(height, 128, seed=height).bfloat16() for height in heights]
+    together, whole = round_weight(*parts), rounded(torch.cat(parts))
+    assert together is not None and together.shape == whole.shape
+    assert torch.equal(together.dequantize(), whole.dequantize())
+
+
 def test_other_dtypes_sizes_and_processors_are_left_to_floats(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = randn(20, 128, seed=1)
     assert round_weight(weight.float()) is None

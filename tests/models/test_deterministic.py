@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from c_library import needs_c
 from paged_runner import PagedRunner, run_paged
+from safetensors.torch import load_file, save_file
 from tiny_models import random_token_ids, save_tiny_model
 from unconnected_ranks import member
 
@@ -258,6 +259,21 @@ def test_the_promise_is_kept_unasked_where_that_costs_nothing(
     assert not load_model(tmp_path, deterministic=False, **options).is_deterministic  # type: ignore[attr-defined]
     if expected:
         check_every_way(model)
+
+
+@pytest.mark.usefixtures("whole_numbers")
+def test_a_tied_head_that_is_stored_as_well_is_rounded_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_has_tiles", lambda: False)
+    save_tiny_model("qwen3", tmp_path, seed=8, tie_word_embeddings=True)
+    once: Any = load_model(tmp_path, dtype="bfloat16")
+    stored = load_file(tmp_path / "model.safetensors")
+    head = stored["model.embed_tokens.weight"].clone()
+    save_file({**stored, "lm_head.weight": head}, tmp_path / "model.safetensors", {"format": "pt"})
+    twice: Any = load_model(tmp_path, dtype="bfloat16")
+    assert isinstance(twice.vocabulary.head, RoundedWeight) and twice.is_deterministic
+    assert torch.equal(run_paged(twice, PROMPT), run_paged(once, PROMPT))
 
 
 @pytest.mark.parametrize("is_ours", [True, False])
